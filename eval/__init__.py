@@ -1,0 +1,1 @@
+"""Evaluation programs, run from a checkout: ``python -m eval <task>``."""

@@ -1,0 +1,1 @@
+"""SGPT in JAX: GPT decoders as sentence embedders and re-rankers."""
