@@ -1,0 +1,55 @@
+"""From hidden states to one vector a text."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Pooling = Literal["weightedmean", "mean", "lasttoken", "cls"]
+POOLING_MODES: tuple[str, ...] = get_args(Pooling)
+
+
+def pool(hidden: jax.Array, attention_mask: jax.Array, mode: str = "weightedmean") -> jax.Array:
+    """One float32 vector a row, from its valid tokens alone, whichever side is padded.
+
+    weightedmean gives the i-th valid token of a row the weight i over the sum of all weights (SGPT paper, section
+    on position-weighted mean pooling); mean weighs all alike; lasttoken and cls take the last and the first valid
+    token. A row without valid tokens gives zeros.
+
+    Args:
+        hidden: [B, T, E], any float dtype.
+        attention_mask: int or bool [B, T].
+        mode: one of `POOLING_MODES`.
+
+    Returns:
+        float32 [B, E].
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    valid = (attention_mask != 0).astype(jnp.int32)
+    place = jnp.cumsum(valid, axis=1) * valid  # 1, 2, ... at valid tokens, 0 at padding
+    if mode == "weightedmean":
+        weights = place
+    elif mode == "mean":
+        weights = valid
+    elif mode == "lasttoken":
+        weights = (place == jnp.max(place, axis=1, keepdims=True)) & (place > 0)
+    elif mode == "cls":
+        weights = place == 1
+    else:
+        raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, not {mode!r}")
+    weights = weights.astype(jnp.float32)
+    weights /= jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+    # Padding may hold anything, and 0 times infinity is not 0.
+    hidden = jnp.where(valid[..., None] != 0, hidden.astype(jnp.float32), 0.0)
+    return jnp.einsum("bt,bte->be", weights, hidden, precision=jax.lax.Precision.HIGHEST)
+
+
+def normalize(vectors: jax.Array) -> jax.Array:
+    """Vectors [..., E] scaled to length 1 in float32; zero vectors stay zero."""
+    vectors = vectors.astype(jnp.float32)
+    norms = jnp.sqrt(jnp.sum(vectors * vectors, axis=-1, keepdims=True))
+    return vectors / jnp.maximum(norms, 1e-12)
