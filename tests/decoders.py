@@ -1,8 +1,8 @@
 """Tiny random decoders of every family, rebuilt without torch.
 
-Only names, shapes and config.json contents are stored (`fixtures/decoders/variants.json`); the numbers come from numpy's
-legacy `RandomState`, whose streams never change. `fixtures/decoders/make.py` loads the very same checkpoints into
-transformers and records what torch gives for them (`fixtures/decoders/expected.npz`).
+Only names, shapes and config.json contents are stored (`fixtures/decoders/variants.json`); the numbers come
+from numpy's legacy `RandomState`, whose streams never change. `fixtures/decoders/make.py` loads the very same
+checkpoints into transformers and records what torch gives for them (`fixtures/decoders/expected.npz`).
 """
 
 import json
@@ -34,7 +34,7 @@ _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.b
 
 
 def config(variant: str, spelling: str = "new") -> dict[str, Any]:
-    """The config.json of a variant: as transformers 5 writes it ("new"), or as hub folders of 2020-2024 have it ("old")."""
+    """The config.json of a variant: as transformers 5 writes it ("new"), or as in older hub folders ("old")."""
     return json.loads(json.dumps(SPECS[variant]["config" if spelling == "new" else "old_config"]))
 
 
@@ -46,9 +46,9 @@ def tensors(variant: str) -> dict[str, np.ndarray]:
 def expected(variant: str) -> dict[str, np.ndarray]:
     """What torch gives for a variant, in float32.
 
-    input_ids, attention_mask [B, T] (right padded, rows of different length, random ids in the padding); hidden
-    [B, T, E] after the final norm (AutoModel's last_hidden_state; zero in the padding); logits [B, V] of the
-    ForCausalLM class at the last valid place of each row.
+    input_ids, attention_mask [B, T] (right padded, rows of different length, random ids in the padding);
+    hidden [B, T, E] after the final norm (AutoModel's last_hidden_state; zero in the padding);
+    logits [B, V] of the ForCausalLM class at the last valid place of each row.
     """
     stored = _expected()
     names = ("input_ids", "attention_mask", f"{variant}/hidden", f"{variant}/logits")
@@ -76,7 +76,7 @@ def write_checkpoint(
         prefix: whether names carry `transformer.`, `model.` or `gpt_neox.`; None follows `model_class`.
         shards: number of files; more than one adds the index JSON.
         fmt: "safetensors", or "bin" (pytorch_model.bin; needs torch).
-        with_buffers: add what old checkpoints also hold: mask and rotary buffers, and a tied head as a tensor of its own.
+        with_buffers: add what old checkpoints also hold: mask and rotary buffers, and a copy of a tied head.
         model_class: "causal" (with the head) or "base" (as AutoModel saves it: no head).
         spelling: of config.json, see `config`.
     Returns: the folder as a Path.
@@ -90,7 +90,7 @@ def write_checkpoint(
         settings["architectures"] = [settings["architectures"][0].replace("LMHeadModel", "Model")]
     (folder / "config.json").write_text(json.dumps(settings, indent=2), "utf-8")
 
-    arrays: dict[str, np.ndarray] = {k: v.astype(_DTYPES[dtype]) for k, v in tensors(variant).items()}
+    arrays: dict[str, Any] = {k: v.astype(_DTYPES[dtype]) for k, v in tensors(variant).items()}
     if with_buffers:
         arrays |= _buffers(variant, arrays)
     if model_class == "base":
@@ -103,7 +103,7 @@ def write_checkpoint(
     if shards == 1:
         _write_arrays(arrays, folder / f"{stem}.{end}")
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     names = list(arrays)
     for i in range(shards):
         part = names[i::shards]
@@ -141,7 +141,8 @@ def write_tokenizer(folder: str | Path, bos: bool = False, placeholders: bool = 
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": token, "special": token not in PLACEHOLDERS, **flags} for token, i in added.items()
+            {"id": i, "content": token, "special": token not in PLACEHOLDERS, **flags}
+            for token, i in added.items()
         ],
         "normalizer": None,
         "pre_tokenizer": byte_level,
@@ -169,7 +170,7 @@ def write_tokenizer(folder: str | Path, bos: bool = False, placeholders: bool = 
 
 @lru_cache
 def bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary (token -> id, without special tokens) and merges of the tiny tokenizer, in GPT-2's byte alphabet."""
+    """Vocabulary (token -> id, no special tokens) and merges of the tokenizer, in GPT-2's byte alphabet."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     alphabet = [chr(b) for b in printable] + [chr(256 + n) for n in range(len(others))]
@@ -191,7 +192,7 @@ def _expected() -> Mapping[str, np.ndarray]:
 
 
 def _random(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers, scaled so that softmax and activations are far from linear and no norm or bias is trivial."""
+    """Normal numbers: softmax and activations are far from linear, no norm and no bias is trivial."""
     values = np.random.RandomState(seed_from(variant, name)).standard_normal(shape)
     if len(shape) == 1:
         is_scale = name.endswith(".weight")
@@ -204,10 +205,10 @@ def _buffers(variant: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.nda
     """Tensors that are no parameters but lie in old checkpoints of a family."""
     settings = config(variant)
     family = settings["model_type"]
-    causal = np.tril(np.ones((1, 1, 8, 8), np.uint8))
+    causal: Any = np.tril(np.ones((1, 1, 8, 8), np.uint8))
     masked = np.float32(-1e9).reshape(())
     inv_freq = np.ones(4, np.float32)
-    per_layer: dict[str, np.ndarray] = {
+    per_layer: dict[str, Any] = {
         "gpt2": {"attn.bias": causal, "attn.masked_bias": masked},
         "gpt_neo": {"attn.attention.bias": causal, "attn.attention.masked_bias": masked},
         "gptj": {"attn.bias": causal, "attn.masked_bias": masked},
@@ -236,8 +237,10 @@ def _write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, a in arrays.items():
-        header[name] = {"dtype": kinds[a.dtype.name], "shape": list(a.shape), "data_offsets": [at, at + a.nbytes]}
-        at += a.nbytes
+        end = at + a.nbytes
+        header[name] = {"dtype": kinds[a.dtype.name], "shape": list(a.shape), "data_offsets": [at, end]}
+        at = end
     start = json.dumps(header).encode()
     start += b" " * (-len(start) % 8)
-    path.write_bytes(len(start).to_bytes(8, "little") + start + b"".join(a.tobytes() for a in arrays.values()))
+    data = b"".join(a.tobytes() for a in arrays.values())
+    path.write_bytes(len(start).to_bytes(8, "little") + start + data)
