@@ -68,7 +68,9 @@ def attend(
     groups = k.shape[2]
     precision = matmul_precision(v.dtype)
     q = q.reshape(batch, length, groups, heads // groups, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
+    scores = (
+        jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
+    )
     if bias is not None:
         scores += bias.reshape(bias.shape[0], groups, heads // groups, 1, -1)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)

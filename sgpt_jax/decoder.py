@@ -103,14 +103,17 @@ class Embed(nnx.Module):
         self.offset = config.position_offset
         self.dropout_rate = config.embed_dropout
         self.tokens = TokenTable(config.vocab_size, config.hidden_dim, dtype=dtype, rngs=rngs)
-        self.project_in = None
-        if config.token_dim:
-            self.project_in = Linear(config.token_dim, config.embed_dim, bias=False, dtype=dtype, rngs=rngs)
-        self.positions = None
-        if config.positions == "learned":
-            assert config.max_positions is not None
-            rows = config.max_positions + config.position_offset
-            self.positions = TokenTable(rows, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.project_in = (
+            Linear(config.token_dim, config.embed_dim, bias=False, dtype=dtype, rngs=rngs)
+            if config.token_dim
+            else None
+        )
+        rows = (config.max_positions or 0) + config.position_offset
+        self.positions = (
+            TokenTable(rows, config.embed_dim, dtype=dtype, rngs=rngs)
+            if config.positions == "learned"
+            else None
+        )
         self.norm = Norm(config.embed_dim, config, dtype=dtype) if config.embed_norm else None
 
     def __call__(self, ids: jax.Array, positions: jax.Array, dropout: Dropout | None) -> jax.Array:
@@ -189,8 +192,10 @@ class Block(nnx.Module):
         if config.parallel:
             normed = self.norm1(x)
             for_mlp = normed if self.norm2 is None else self.norm2(x)
-            return x + self._drop(self.attn(normed, context), context, 2) + self._drop(
-                self.mlp(for_mlp), context, 3
+            return (
+                x
+                + self._drop(self.attn(normed, context), context, 2)
+                + self._drop(self.mlp(for_mlp), context, 3)
             )
         assert self.norm2 is not None
         if config.post_norm:
@@ -221,14 +226,16 @@ class Decoder(nnx.Module):
         self.embed = Embed(config, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
         self.final_norm = Norm(config.embed_dim, config, dtype=dtype) if config.final_norm else None
-        self.project_out = None
-        if config.token_dim:
-            self.project_out = Linear(config.embed_dim, config.token_dim, bias=False, dtype=dtype, rngs=rngs)
-        self.head = None
-        if config.head == "untied":
-            self.head = Linear(
-                config.hidden_dim, config.vocab_size, bias=config.head_bias, dtype=dtype, rngs=rngs
-            )
+        self.project_out = (
+            Linear(config.embed_dim, config.token_dim, bias=False, dtype=dtype, rngs=rngs)
+            if config.token_dim
+            else None
+        )
+        self.head = (
+            Linear(config.hidden_dim, config.vocab_size, bias=config.head_bias, dtype=dtype, rngs=rngs)
+            if config.head == "untied"
+            else None
+        )
 
     def __call__(
         self,
@@ -257,12 +264,16 @@ class Decoder(nnx.Module):
         config = self.config
         if positions is None:
             if config.positions == "learned" and input_ids.shape[1] > (config.max_positions or 0):
-                raise ValueError(f"{input_ids.shape[1]} tokens, but the model has {config.max_positions} positions")
+                raise ValueError(
+                    f"{input_ids.shape[1]} tokens, but the model has {config.max_positions} positions"
+                )
             positions = positions_from_mask(attention_mask)
         windows = {config.window(layer) for layer in range(config.num_layers)}
         alibi = None
         if config.positions == "alibi":
-            alibi = alibi_slopes(config.num_heads)[:, None, None] * positions[:, None, None, :].astype(jnp.float32)
+            alibi = alibi_slopes(config.num_heads)[:, None, None] * positions[:, None, None, :].astype(
+                jnp.float32
+            )
         context = Context(
             masks={w: attention_mask_matrix(attention_mask, positions, w, segments) for w in windows},
             angles=None if config.rotary is None else rotary_angles(config.rotary, positions),

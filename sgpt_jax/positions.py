@@ -70,7 +70,9 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], config: RotaryConf
         turned = jnp.stack([first, second], axis=-1).reshape(turned.shape)
     else:
         turned = jnp.concatenate([first, second], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else turned.astype(x.dtype)
+    return (
+        jnp.concatenate([turned.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else turned.astype(x.dtype)
+    )
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
