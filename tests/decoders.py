@@ -34,7 +34,7 @@ _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.b
 
 
 def config(variant: str, spelling: str = "new") -> dict[str, Any]:
-    """The config.json of a variant: as transformers 5 writes it ("new"), or as in older hub folders ("old")."""
+    """The config.json of a variant: as transformers 5 writes it ("new") or as in older folders ("old")."""
     return json.loads(json.dumps(SPECS[variant]["config" if spelling == "new" else "old_config"]))
 
 
