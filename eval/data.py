@@ -1,0 +1,240 @@
+"""BEIR data sets: the folder layout, the published archives, and the sets that the SGPT paper averages."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sgpt_jax.io import Document, InputError, ReadReport, read_corpus, read_qrels, read_queries
+
+URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
+
+# The MD5 sums of the table in BEIR's README. bioasq, signal1m, trec-news and robust04 cannot be downloaded:
+# their owners' licences ask for a copy of one's own, which is then given as a folder.
+MD5 = {
+    "msmarco": "444067daf65d982533ea17ebd59501e4",
+    "trec-covid": "ce62140cb23feb9becf6270d0d1fe6d1",
+    "nfcorpus": "a89dba18a62ef92f7d323ec890a0d38d",
+    "nq": "d4d3d2e48787a744b6f6e691ff534307",
+    "hotpotqa": "f412724f78b0d91183a0e86805e16114",
+    "fiqa": "17918ed23cd04fb15047f73e6c3bd9d9",
+    "arguana": "8ad3e3c2a5867cdced806d6503f29b99",
+    "webis-touche2020": "46f650ba5a527fc69e0a6521c5a23563",
+    "cqadupstack": "4e41456d7df8ee7760a7f866133bda78",
+    "quora": "18fb154900ba42a600f84b839c173167",
+    "dbpedia-entity": "c2a39eb420a3164af735795df012ac2c",
+    "scidocs": "38121350fc3a4d2f48850f6aff52e4a9",
+    "fever": "5a818580227bfb4b35bb6fa46d9b6c03",
+    "climate-fever": "8b66f0a9126c521bae2bde127b4dc99d",
+    "scifact": "5f7d1de60b170fc8027bb7898e2efca1",
+}
+FORUMS = (
+    "android",
+    "english",
+    "gaming",
+    "gis",
+    "mathematica",
+    "physics",
+    "programmers",
+    "stats",
+    "tex",
+    "unix",
+    "webmasters",
+    "wordpress",
+)
+
+# The averages of the SGPT paper (its repository's --computeavg): all of BEIR without MS MARCO, the sets that
+# OpenAI's embeddings were measured on, and the five on which checkpoints were chosen.
+AVERAGES = {
+    "average_18": (
+        *("trec-covid", "bioasq", "nfcorpus", "nq", "hotpotqa", "fiqa", "signal1m", "trec-news", "robust04"),
+        *("arguana", "webis-touche2020", "cqadupstack", "quora", "dbpedia-entity", "scidocs", "fever"),
+        *("climate-fever", "scifact"),
+    ),
+    "average_11": (
+        *("trec-covid", "nfcorpus", "hotpotqa", "fiqa", "arguana", "webis-touche2020", "quora"),
+        *("dbpedia-entity", "fever", "climate-fever", "scifact"),
+    ),
+    "average_5": ("nfcorpus", "fiqa", "arguana", "scidocs", "scifact"),
+}
+
+
+@dataclass
+class DataSet:
+    """One BEIR folder: where its files are, and its judged queries once `load` has read them."""
+
+    name: str
+    folder: Path
+    split: str
+    encoding_errors: str = "strict"
+    skip_bad_lines: bool = False
+    queries: dict[str, str] = field(default_factory=dict)
+    qrels: dict[str, dict[str, int]] = field(default_factory=dict)
+    reports: dict[str, ReadReport] = field(default_factory=dict)
+
+    def load(self) -> DataSet:
+        """Reads judgements and queries; `queries` then holds the judged ones, in the file's order.
+
+        Raises:
+            InputError: a file is missing or breaks a rule, or no query of the queries file is judged.
+        """
+        qrels_file = find(self.folder / "qrels", self.split, ("tsv", "txt", "qrels", "trec"))
+        self.qrels = read_qrels(qrels_file, errors=self.encoding_errors, report=self._report("qrels"))
+        queries_file = find(self.folder, "queries", ("jsonl", "tsv"))
+        queries = read_queries(
+            queries_file,
+            errors=self.encoding_errors,
+            skip_bad_lines=self.skip_bad_lines,
+            report=self._report("queries"),
+        )
+        self.queries = {query: text for query, text in queries.items() if query in self.qrels}
+        if not self.queries:
+            raise InputError(f"{qrels_file}: judges no query that {queries_file} holds")
+        return self
+
+    def documents(self) -> Iterator[Document]:
+        """The corpus as a stream of documents (title and text already joined), in the file's order.
+
+        Raises:
+            InputError: as `sgpt_jax.io.read_corpus`.
+        """
+        return read_corpus(
+            find(self.folder, "corpus", ("jsonl", "tsv")),
+            errors=self.encoding_errors,
+            skip_bad_lines=self.skip_bad_lines,
+            report=self._report("corpus"),
+        )
+
+    @property
+    def ignores_identical_ids(self) -> bool:
+        """BEIR's rule: in ArguAna and Quora the queries are themselves in the corpus."""
+        return self.name in ("arguana", "quora")
+
+    def _report(self, part: str) -> ReadReport:
+        self.reports[part] = ReadReport()
+        return self.reports[part]
+
+
+def find(folder: Path, stem: str, endings: tuple[str, ...]) -> Path:
+    """The file ``stem.ending`` or ``stem.ending.gz`` in a folder.
+
+    Raises:
+        InputError: there is none, or more than one and so no telling which is meant.
+    """
+    names = [f"{stem}.{ending}{zipped}" for ending in endings for zipped in ("", ".gz")]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder}: holds both {found[0].name} and {found[1].name}; keep one")
+    if not found:
+        raise InputError(f"{folder}: holds no {stem}.{endings[0]} (or .{endings[0]}.gz)")
+    return found[0]
+
+
+def default_split(name: str) -> str:
+    """``dev`` for MS MARCO, whose test judgements are those of TREC DL; ``test`` for every other set."""
+    return "dev" if name == "msmarco" else "test"
+
+
+def forums_of(folder: Path) -> list[Path]:
+    """The folders of CQADupStack's twelve forums, if that is what the folder is, else an empty list.
+
+    Raises:
+        InputError: some of the twelve are there and others are missing: their mean would not be the set's.
+    """
+    if any(folder.glob("corpus.*")):
+        return []
+    present = [forum for forum in FORUMS if (folder / forum).is_dir()]
+    missing = [forum for forum in FORUMS if forum not in present]
+    if present and missing:
+        raise InputError(f"{folder}: has forums of CQADupStack, but not {', '.join(missing)}")
+    return [folder / forum for forum in present]
+
+
+def obtain(source: str, cache: Path) -> Path:
+    """The folder of a data set: ``source`` itself, or BEIR's archive of that name, downloaded once.
+
+    Args:
+        source: a folder, or one of the names in `MD5`.
+        cache: where downloads go; a folder of that name there is used as it is.
+
+    Raises:
+        InputError: neither a folder nor a published name, no network, a wrong MD5, or an unsafe archive.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if source not in MD5:
+        known = ", ".join(sorted(MD5))
+        raise InputError(f"{source}: is no folder, and no data set that BEIR publishes ({known})")
+    folder = cache / source
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{source}.") as scratch:
+        archive = Path(scratch) / f"{source}.zip"
+        digest = download(URL.format(name=source), archive)
+        if digest != MD5[source]:
+            raise InputError(f"{source}: the download's MD5 is {digest}, BEIR publishes {MD5[source]}")
+        unzip(archive, Path(scratch) / "content")
+        unpacked = Path(scratch) / "content" / source
+        if not unpacked.is_dir():
+            raise InputError(f"{source}: the archive holds no folder {source}")
+        unpacked.rename(folder)
+    return folder
+
+
+def download(url: str, target: Path) -> str:
+    """Fetches a URL into a file and returns the MD5 of what came.
+
+    Raises:
+        InputError: there is no network, or the server does not have it.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, target.open("wb") as stream:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=target.name, disable=None, delay=1) as bar:
+                while block := response.read(1 << 20):
+                    digest.update(block)
+                    stream.write(block)
+                    bar.update(len(block))
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(f"{url}: cannot be downloaded ({reason}); give a local folder instead") from error
+    return digest.hexdigest()
+
+
+def unzip(archive: Path, folder: Path) -> None:
+    """Unpacks a zip file, refusing it whole when an entry would land outside the folder.
+
+    Raises:
+        InputError: an entry's name is absolute, holds ``..``, or is a link; or the file is no zip file.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content:
+            for entry in content.infolist():
+                name = entry.filename.replace("\\", "/")
+                parts = name.split("/")
+                is_link = (entry.external_attr >> 16) & 0o170000 == 0o120000
+                if name.startswith("/") or ".." in parts or ":" in parts[0] or is_link:
+                    raise InputError(
+                        f"{archive.name}: the entry {entry.filename!r} points outside the folder"
+                    )
+            for entry in content.infolist():
+                target = folder / entry.filename
+                if entry.is_dir():
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content.open(entry) as source, target.open("wb") as stream:
+                    shutil.copyfileobj(source, stream, 1 << 20)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{archive.name}: is no complete zip file ({error})") from error
