@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, TokenType, get_tensor_name_map
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SPECS: dict[str, dict[str, Any]] = json.loads((FIXTURES / "decoders/variants.json").read_text("utf-8"))
@@ -168,6 +169,78 @@ def write_tokenizer(folder: str | Path, bos: bool = False, placeholders: bool = 
     return folder
 
 
+def write_gguf(variant: str, path: str | Path, *, dtype: str = "float32", bos: bool = False) -> Path:
+    """Writes a llama or qwen2 variant with its tokenizer as one GGUF file, as llama.cpp's converter does.
+
+    Rows of q and k are permuted for llama (not for qwen2), llama3 frequencies become the tensor rope_freqs, norms and
+    biases stay float32, a tied head is left out.
+
+    Args:
+        variant: one of the llama variants, or "qwen2".
+        path: the file.
+        dtype: of the matrices, float32 or float16.
+        bos: `tokenizer.ggml.add_bos_token`.
+    """
+    settings = config(variant)
+    family = settings["model_type"]
+    if family not in ("llama", "qwen2") or settings.get("use_sliding_window"):
+        raise ValueError(f"no GGUF architecture for {variant}")
+    heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
+    head_dim = settings.get("head_dim") or settings["hidden_size"] // heads
+    rope = settings["rope_parameters"]
+
+    writer = GGUFWriter(path, family)
+    writer.add_name(variant)
+    writer.add_file_type(1 if dtype == "float16" else 0)
+    writer.add_block_count(settings["num_hidden_layers"])
+    writer.add_context_length(settings["max_position_embeddings"])
+    writer.add_embedding_length(settings["hidden_size"])
+    writer.add_feed_forward_length(settings["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if family == "llama":
+        writer.add_vocab_size(VOCAB_SIZE)
+        writer.add_rope_dimension_count(head_dim)
+    if head_dim * heads != settings["hidden_size"]:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+    tokens = [*bpe()[0], EOS, BOS, "[PAD382]", "[PAD383]"]
+    kinds = [TokenType.NORMAL] * EOS_ID + [TokenType.CONTROL] * 2 + [TokenType.UNUSED] * 2
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in bpe()[1]])
+    writer.add_bos_token_id(BOS_ID if bos else EOS_ID)
+    writer.add_eos_token_id(EOS_ID)
+    writer.add_unk_token_id(EOS_ID)
+    writer.add_add_bos_token(bos)
+
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA if family == "llama" else MODEL_ARCH.QWEN2, 99)
+    for name, value in tensors(variant).items():
+        if family == "llama" and ".self_attn.q_proj." in name:
+            value = _permuted(value, heads)
+        if family == "llama" and ".self_attn.k_proj." in name:
+            value = _permuted(value, kv_heads)
+        stored = value.astype(np.float16) if dtype == "float16" and value.ndim == 2 else value
+        gguf_name = names.get_name(name, (".weight", ".bias"))
+        assert gguf_name, name
+        writer.add_tensor(gguf_name, stored)
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_dim))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
 @lru_cache
 def bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary (token -> id, no special tokens) and merges of the tokenizer, in GPT-2's byte alphabet."""
@@ -221,6 +294,20 @@ def _buffers(variant: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.nda
     if settings["tie_word_embeddings"]:
         extra["lm_head.weight"] = arrays[_TIED.get(family, "model.embed_tokens.weight")]
     return extra
+
+
+def _permuted(value: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from halves to pairs: llama.cpp rotates neighbouring rows for the architecture llama."""
+    pairs = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(value.shape))
+
+
+def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
+    """What llama.cpp divides each rotary frequency by (float32 [head_dim / 2])."""
+    lengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = np.clip((rope["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
 def _write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
