@@ -1,0 +1,287 @@
+"""Texts to token ids, and token ids to batches: the only tokenising code.
+
+One rule for brackets and special tokens: a text becomes
+
+    open bracket, the ids that the Hugging Face tokenizer gives for the text (with the special tokens that it adds by
+    itself, such as the BOS of Llama), close bracket
+
+where the brackets are there only for `side="query"` (`[`, `]`) and `side="document"` (`{`, `}`) of a model with
+brackets. It is what the example code in the SGPT repository's README does. Truncation cuts the text's own ids and
+keeps brackets and special tokens. A text that is empty or white space is the two brackets alone, or, without brackets,
+the one end-of-text token.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sgpt_jax.gguf_tokenizer import load_gguf_tokenizer
+from sgpt_jax.io import InputError, fix_surrogates
+
+Side = Literal["query", "document"]
+
+BRACKETS: dict[str, tuple[str, str]] = {"query": ("[", "]"), "document": ("{", "}")}
+
+# Texts given to the tokenizer at once: enough for its threads, few enough for a progress bar and little memory.
+_CHUNK = 4096
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, or of a `.gguf` file (built from its metadata). Local files only.
+
+    Raises InputError when there is no tokenizer there, or none of the fast kind.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        return load_gguf_tokenizer(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such model folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(f"{path}: no tokenizer can be loaded from this folder: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"{path}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json is missing)"
+        )
+    return tokenizer
+
+
+class TextEncoder:
+    """Turns texts into token ids for one model.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        max_seq_length: the most ids a text may have, brackets and special tokens included.
+        brackets: whether queries and documents get brackets (SGPT's "specb" models).
+        prompts: text put before every text of a side, as sentence-transformers does: keys "query", "document", and
+            "default" for texts without a side.
+
+    Attributes:
+        pad_id: a valid id for padded places (pad token, else end-of-text, else 0); they are masked, so it never counts.
+        eos_id: the id that stands for an empty text without brackets (end-of-text, else `pad_id`).
+
+    Raises InputError when a bracket is not one token, or `max_seq_length` leaves no room for a text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_seq_length: int,
+        brackets: bool = False,
+        prompts: Mapping[str, str] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_seq_length = max_seq_length
+        self.brackets = brackets
+        self.prompts = dict(prompts or {})
+        known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
+        self.pad_id: int = known[0] if known else 0
+        self.eos_id: int = known[-1] if known else 0
+        self._before, self._after = _special_ids(tokenizer)
+        self._bracket_ids = (
+            {side: self._bracket_pair(*pair) for side, pair in BRACKETS.items()} if brackets else {}
+        )
+        fixed = len(self._before) + len(self._after) + 2 * brackets
+        if max_seq_length <= fixed:
+            raise InputError(
+                f"max_seq_length {max_seq_length} leaves no room for a text: brackets and special tokens take {fixed}"
+            )
+
+    def ids(
+        self, texts: Sequence[str], side: Side | None = None, *, show_progress: bool | None = None
+    ) -> list[list[int]]:
+        """Token ids of every text, at most `max_seq_length` each and never none.
+
+        One warning a call says how many texts were cut. `show_progress` None shows a bar on a terminal after a second.
+
+        Raises TypeError, naming the index, for anything that is not a str.
+        """
+        if side is not None and side not in BRACKETS:
+            raise ValueError(f"side must be None, 'query' or 'document', not {side!r}")
+        pair = self._bracket_ids.get(side) if side else None
+        prompt = self.prompts.get(side or "default", "")
+        cleaned = [prompt + text for text in _check_texts(texts)]
+        if pair:
+            cleaned = [text.strip() for text in cleaned]
+        open_ids, close_ids = ([pair[0]], [pair[1]]) if pair else ([], [])
+        empty = open_ids + close_ids or [self.eos_id]
+        before, after = open_ids + self._before, self._after + close_ids
+        room = self.max_seq_length - len(before) - len(after)
+        keep = slice(-room, None) if self.tokenizer.truncation_side == "left" else slice(room)
+
+        rows: list[list[int]] = []
+        cut = 0
+        for text, content in zip(cleaned, self._tokenise(cleaned, show_progress), strict=True):
+            if not content or not text.strip():
+                rows.append(list(empty))
+                continue
+            cut += len(content) > room
+            rows.append(before + content[keep] + after)
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(rows)} texts are longer than {self.max_seq_length} tokens and were cut",
+                stacklevel=2,
+            )
+        return rows
+
+    def plain_ids(self, texts: Sequence[str], *, show_progress: bool | None = None) -> list[list[int]]:
+        """Token ids of every text as it is: no special tokens, no brackets, no stripping, no truncation.
+
+        Raises TypeError, naming the index, for anything that is not a str.
+        """
+        return self._tokenise(_check_texts(texts), show_progress)
+
+    def _tokenise(self, texts: list[str], show_progress: bool | None) -> list[list[int]]:
+        backend = self.tokenizer.backend_tokenizer
+        # A tokenizer.json may carry padding and truncation, which act on every call to the backend.
+        backend.no_padding()
+        backend.no_truncation()
+        rows: list[list[int]] = []
+        hide = None if show_progress is None else not show_progress
+        with tqdm(
+            total=len(texts), desc="tokenise", unit="text", disable=hide, delay=1.0, leave=False
+        ) as bar:
+            for start in range(0, len(texts), _CHUNK):
+                chunk = texts[start : start + _CHUNK]
+                rows.extend(e.ids for e in backend.encode_batch_fast(chunk, add_special_tokens=False))
+                bar.update(len(chunk))
+        return rows
+
+    def _bracket_pair(self, opening: str, closing: str) -> tuple[int, int]:
+        ids = []
+        for bracket, row in zip((opening, closing), self._tokenise([opening, closing], False), strict=True):
+            if len(row) != 1 or row[0] == self.tokenizer.unk_token_id:
+                raise InputError(
+                    f"brackets need a tokenizer that has {bracket!r} as one token; this one gives the ids {row}"
+                )
+            ids.append(row[0])
+        return ids[0], ids[1]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer itself puts before and after a text."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    bare, full = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise InputError("this tokenizer changes the ids of a text when it adds its special tokens")
+
+
+def _check_texts(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise TypeError("expected a list of texts, not one str")
+    checked = []
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {index} is {type(text).__name__}, not str")
+        checked.append(fix_surrogates(text))
+    return checked
+
+
+def check_ids(ids: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises InputError when an id has no row in an embedding of `vocab_size` rows (a look-up would be clamped)."""
+    for index, row in enumerate(ids):
+        if row and (max(row) >= vocab_size or min(row) < 0):
+            bad = next(i for i in row if not 0 <= i < vocab_size)
+            raise InputError(
+                f"text {index} has token id {bad}, outside the model's {vocab_size} embeddings: "
+                "the tokenizer does not belong to this model"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts that run together, as a [rows, length] array. Rows beyond `len(indices)` are empty."""
+
+    indices: tuple[int, ...]
+    rows: int
+    length: int
+
+
+def length_buckets(max_length: int) -> list[int]:
+    """The padded lengths: 16, 32, 64, then each power of two and the step halfway to the next, up to `max_length`.
+
+    Raises InputError when `max_length` is not positive.
+    """
+    if max_length < 1:
+        raise InputError(f"max_length must be positive, not {max_length}")
+    buckets = [16, 32]
+    power = 64
+    while power < max_length:
+        buckets += [power, power + power // 2]
+        power *= 2
+    return [length for length in buckets if length < max_length] + [max_length]
+
+
+def plan_batches(
+    lengths: Sequence[int], *, batch_tokens: int, max_length: int, row_multiple: int = 1
+) -> list[Batch]:
+    """Groups texts into batches of few shapes, longest texts first (so that what does not fit in memory shows at once).
+
+    Every batch has the length of its longest text's bucket L and `batch_tokens // L` rows, rounded down to
+    `row_multiple` (at least `row_multiple`). Only the last batch may have fewer rows: a power of two times
+    `row_multiple`. So there is at most one shape for each bucket, and one more. Texts of one length keep their order.
+
+    Raises InputError when a length exceeds `max_length`.
+    """
+    buckets = np.asarray(length_buckets(max_length))
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if sizes.size and sizes.max() > max_length:
+        worst = int(sizes.argmax())
+        raise InputError(f"text {worst} has {sizes[worst]} tokens, more than the limit of {max_length}")
+    order = np.argsort(-sizes, kind="stable")
+    batches = []
+    start = 0
+    while start < order.size:
+        length = int(buckets[np.searchsorted(buckets, sizes[order[start]])])
+        rows = max(1, batch_tokens // (length * row_multiple)) * row_multiple
+        left = order.size - start
+        if left < rows:
+            groups = -(-left // row_multiple)
+            rows = min(rows, row_multiple << (groups - 1).bit_length())
+        indices = tuple(order[start : start + rows].tolist())
+        batches.append(Batch(indices, rows, length))
+        start += len(indices)
+    return batches
+
+
+def pad_batch(ids: Sequence[Sequence[int]], batch: Batch, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """The texts of a batch, padded on the right: (input_ids, attention_mask), int32 [rows, length] each."""
+    input_ids = np.full((batch.rows, batch.length), pad_id, np.int32)
+    mask = np.zeros((batch.rows, batch.length), np.int32)
+    for row, index in enumerate(batch.indices):
+        size = len(ids[index])
+        input_ids[row, :size] = ids[index]
+        mask[row, :size] = 1
+    return input_ids, mask
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike[str]) -> None:
+    """Saves the tokenizer so that AutoTokenizer loads it, in transformers 4 as well as 5.
+
+    Version 5 writes the class name "TokenizersBackend", which version 4 does not know; both know its older name.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            content = path.read_bytes()
+            if path.name == "tokenizer_config.json":
+                content = content.replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"')
+            (folder / path.name).write_bytes(content)
