@@ -1,0 +1,193 @@
+"""From examples to batches: which examples a step sees, and the arrays that it sees of them.
+
+The plan is the same on every process, and each process reads and tokenises only its own part of every batch.
+It is a function of the seed alone, so the position in the data is one number: the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from sgpt_jax.io import InputError
+from sgpt_jax.text import TextEncoder, check_ids
+from train.data import Example, ExampleSource, text_key
+from train.packing import pack, row_length
+
+
+class BatchPlan:
+    """The examples of every batch, worked out as far as asked for.
+
+    A place in the plan is `epoch * len(source) + index`. Examples run on from epoch to epoch: what does not
+    fill a batch at the end of an epoch begins the first batch of the next.
+
+    Args:
+        source: the examples.
+        batch_size: of the global batch.
+        seed: of the shuffles; each epoch has its own.
+        shuffle: False keeps the order of the source.
+        no_duplicates: an example that shares a text with one of the batch waits for the next batch.
+
+    Raises:
+        InputError: fewer examples than a batch has.
+    """
+
+    def __init__(
+        self, source: ExampleSource, batch_size: int, *, seed: int, shuffle: bool, no_duplicates: bool
+    ):
+        if len(source) < batch_size:
+            raise InputError(f"{len(source)} examples do not fill a batch of {batch_size}")
+        self.source, self.batch_size = source, batch_size
+        self.seed, self.shuffle, self.no_duplicates = seed, shuffle, no_duplicates
+        self._batches: list[np.ndarray] = []
+        self._making = self._make()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """Places `[batch_size]` of the batch of a step."""
+        with self._lock:
+            while len(self._batches) <= step:
+                self._batches.append(next(self._making))
+            return self._batches[step]
+
+    def split(self, place: int) -> tuple[int, int]:
+        """(index, epoch) of a place."""
+        epoch, index = divmod(int(place), len(self.source))
+        return index, epoch
+
+    def _order(self) -> Iterator[int]:
+        count, epoch = len(self.source), 0
+        while True:
+            order = np.arange(count)
+            if self.shuffle:
+                order = np.random.default_rng((self.seed, epoch)).permutation(count)
+            yield from (epoch * count + order).tolist()
+            epoch += 1
+
+    def _make(self) -> Iterator[np.ndarray]:
+        fresh = self._order()
+        waiting: deque[int] = deque()
+        while True:
+            batch: list[int] = []
+            texts: set[int] = set()
+            again: list[int] = []
+            while len(batch) < self.batch_size:
+                place = waiting.popleft() if waiting else next(fresh)
+                if self.no_duplicates:
+                    keys = self.source.keys(*self.split(place))
+                    if not texts.isdisjoint(keys):
+                        again.append(place)
+                        if len(again) > 2 * len(self.source):
+                            raise InputError(
+                                f"the texts repeat too often for batches of {self.batch_size} without duplicates; "
+                                "use smaller batches, or allow duplicates (--no-no-duplicates)"
+                            )
+                        continue
+                    texts.update(keys)
+                batch.append(place)
+            waiting.extendleft(reversed(again))
+            yield np.array(batch, np.int64)
+
+
+class PackedBatches:
+    """The batches of a plan as arrays, this process's part of each: a random-access source for grain.
+
+    Args:
+        plan: which examples.
+        encoder: how texts become tokens.
+        vocab_size: of the model, to refuse a tokenizer that does not belong to it.
+        symmetric: texts have no sides (no brackets, no prompts by side), as in NLI data.
+        steps: how many batches there are.
+        process: (this process's number, number of processes).
+        scores: every example must have a teacher's scores.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        encoder: TextEncoder,
+        *,
+        vocab_size: int,
+        symmetric: bool,
+        steps: int,
+        process: tuple[int, int] = (0, 1),
+        scores: bool = False,
+    ):
+        # A tokenizer of its own: the threads of grain and the evaluation between steps must not share one.
+        self.encoder = copy.copy(encoder)
+        self.encoder.tokenizer = copy.deepcopy(encoder.tokenizer)
+        self.plan, self.steps, self.process, self.scores = plan, steps, process, scores
+        self.vocab_size, self.symmetric = vocab_size, symmetric
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """One batch, b being this process's share of it and K the most negatives that any example has.
+
+        Returns:
+            `rows`: packed texts, see `train.packing.pack`; `places`: where the texts lie in them, int32,
+            queries `[b]`, positives `[b]` and negatives `[b, K]`; `ids`: identities of the same texts, int32
+            `[..., 2]`; `negative_mask`: bool `[b, K]`; `scores`: float32 `[b, 1 + K]`; `tokens`: how many;
+            `examples`: their numbers, from 0 in the order of the data.
+        """
+        number, count = self.process
+        places = self.plan[step][number::count]
+        split = [self.plan.split(place) for place in places]
+        examples = [self.plan.source.get(index, epoch) for index, epoch in split]
+        most = self.plan.source.negatives
+        queries = [example.query for example in examples]
+        positives = [example.positive for example in examples]
+        negatives = [text for example in examples for text in example.negatives]
+        sides: tuple[Any, Any] = (None, None) if self.symmetric else ("query", "document")
+        tokens = self.encoder.ids(queries, sides[0]) + self.encoder.ids(positives + negatives, sides[1])
+        check_ids(tokens, self.vocab_size)
+        length = row_length(max(map(len, tokens)), self.encoder.max_seq_length)
+        rows, slots = pack(tokens, length, self.encoder.pad_id)
+        size = len(examples)
+        present = np.array([[k < len(example.negatives) for k in range(most)] for example in examples], bool)
+        present = present.reshape(size, most)
+        # A negative that is not there points to the first query: a real vector, which the mask keeps out of
+        # the loss.
+        of_negatives = np.zeros((size, most), np.int32)
+        of_negatives[present] = slots[2 * size :]
+        return {
+            "rows": rows,
+            "places": (slots[:size], slots[size : 2 * size], of_negatives),
+            "ids": (_ids(queries), _ids(positives), _spread(_ids(negatives), present)),
+            "negative_mask": present,
+            "scores": self._scores(examples, split, most),
+            "tokens": sum(map(len, tokens)),
+            "examples": [index for index, _ in split],
+        }
+
+    def _scores(self, examples: list[Example], split: list[tuple[int, int]], most: int) -> np.ndarray:
+        values = np.zeros((len(examples), 1 + most), np.float32)
+        if self.scores:
+            for row, (example, (index, _)) in enumerate(zip(examples, split, strict=True)):
+                if example.scores is None:
+                    raise InputError(f"example {index} has no `scores`, which distillation needs")
+                values[row, : len(example.scores)] = example.scores
+        return values
+
+
+def _ids(texts: list[str]) -> np.ndarray:
+    return np.array([text_key(text) for text in texts], np.int64).view(np.int32).reshape(-1, 2)
+
+
+def _spread(ids: np.ndarray, present: np.ndarray) -> np.ndarray:
+    spread = np.zeros((*present.shape, 2), np.int32)
+    spread[present] = ids
+    return spread
+
+
+def iterate(batches: PackedBatches) -> grain.DatasetIterator:
+    """Iterates over batches, prepared ahead in a thread; `get_state` and `set_state` are its position."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
