@@ -1,1 +1,9 @@
-"""SGPT in JAX: GPT decoders as sentence embedders and re-rankers."""
+"""SGPT in JAX: GPT decoders as sentence embedders (bi-encoder) and re-rankers (cross-encoder)."""
+
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.config import DecoderConfig
+from sgpt_jax.pooling import pool
+from sgpt_jax.sharding import make_mesh
+from sgpt_jax.weights import load_decoder
+
+__all__ = ["BiEncoder", "DecoderConfig", "load_decoder", "make_mesh", "pool"]

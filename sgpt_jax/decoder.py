@@ -271,9 +271,9 @@ class Decoder(nnx.Module):
         windows = {config.window(layer) for layer in range(config.num_layers)}
         alibi = None
         if config.positions == "alibi":
-            alibi = alibi_slopes(config.num_heads)[:, None, None] * positions[:, None, None, :].astype(
-                jnp.float32
-            )
+            alibi = jnp.asarray(alibi_slopes(config.num_heads))[:, None, None] * positions[
+                :, None, None, :
+            ].astype(jnp.float32)
         context = Context(
             masks={w: attention_mask_matrix(attention_mask, positions, w, segments) for w in windows},
             angles=None if config.rotary is None else rotary_angles(config.rotary, positions),

@@ -63,7 +63,18 @@ def _rotary(hf: HfConfig, head_dim: int) -> RotaryConfig:
     """Reads both spellings: `rope_parameters` of transformers 5, and the separate keys before it."""
     rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", hf.get("rotary_pct", 1.0)))
+    share = next(
+        (
+            value
+            for value in (
+                rope.get("partial_rotary_factor"),
+                hf.get("partial_rotary_factor"),
+                hf.get("rotary_pct"),
+            )
+            if value is not None
+        ),
+        1.0,
+    )
     base = rope.get("rope_theta") or hf.get("rope_theta") or hf.get("rotary_emb_base") or 10_000.0
     plain = RotaryConfig(dim=int(head_dim * share), base=float(base))
     if kind == "default":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import gguf
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
+import ml_dtypes
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open

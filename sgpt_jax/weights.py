@@ -139,9 +139,8 @@ class _Loader:
             self.config = _without_head(self.config)
             missing = []
         # A leaf whose tensor came with a wrong shape is reported once.
-        reported = {
-            leaf_name(p, layer) for rule, layer in map(self.rules.get, self.origin) for p in rule.leaves
-        }  # type: ignore[misc]
+        seen = [self.rules[key] for key in self.origin]
+        reported = {leaf_name(pattern, layer) for rule, layer in seen for pattern in rule.leaves}
         self.problems += [f"nothing fills {leaf}" for leaf in missing if leaf not in reported]
         if self.problems:
             kind = next(name for name, family in FAMILIES.items() if family is self.family)
@@ -217,7 +216,7 @@ def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:
     if len(shards) == 1:
         (folder / "shard-1.tmp").rename(folder / "model.safetensors")
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             (folder / f"shard-{number}.tmp").rename(folder / file)

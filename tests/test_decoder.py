@@ -1,20 +1,15 @@
 """The decoder and the weight tables against torch, on tiny random decoders of every family."""
 
-import dataclasses
-
+import decoders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from flax import nnx
 
-import decoders
-from sgpt_jax.decoder import Decoder, merge, split
-from sgpt_jax.families import read_config
-from sgpt_jax.io import InputError
-from sgpt_jax.weights import load_checkpoint
+from sgpt_jax.decoder import merge, split
 from sgpt_jax.tensor_files import open_checkpoint
+from sgpt_jax.weights import load_checkpoint
 
 forward = jax.jit(lambda graphdef, params, ids, mask: merge(graphdef, params)(ids, mask), static_argnums=0)
 

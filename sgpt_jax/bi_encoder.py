@@ -1,0 +1,270 @@
+"""The bi-encoder: one vector a text, from a decoder's pooled hidden states (SGPT-BE)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from sgpt_jax import biases as bias_sets
+from sgpt_jax import hub, text
+from sgpt_jax.decoder import Decoder, merge, split
+from sgpt_jax.io import InputError
+from sgpt_jax.pooling import POOLING_MODES, normalize, pool
+from sgpt_jax.sharding import batch_sharding, batch_ways
+from sgpt_jax.tensor_files import open_checkpoint
+from sgpt_jax.weights import export_folder, load_checkpoint
+
+# Tokens a batch: enough to keep matrix products large, and on accelerators to hide the launch of each program.
+DEFAULT_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
+
+# The default limit where positions are unlimited: what the released ALiBi decoders were trained on.
+UNLIMITED_DEFAULT = 2048
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "pooling", "unit", "mesh"))
+def embed(
+    graphdef: Any,
+    params: Any,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    *,
+    pooling: str,
+    unit: bool,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """Token ids [B, T] to vectors, float32 [B, E], of length 1 if `unit`; whole on every device of the mesh."""
+    vectors = pool(merge(graphdef, params)(input_ids, attention_mask), attention_mask, pooling)
+    if unit:
+        vectors = normalize(vectors)
+    if mesh is not None:
+        vectors = jax.lax.with_sharding_constraint(vectors, NamedSharding(mesh, PartitionSpec()))
+    return vectors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BiEncoder:
+    """Texts to vectors. Make one with `from_pretrained`.
+
+    Attributes:
+        decoder: the decoder, with its biases in place.
+        hf_config: the Hugging Face config it was read from, which `save_pretrained` writes again.
+        text: the tokenising rules: limit, brackets, prompts.
+        pooling: how hidden states become one vector, see `pool`.
+        normalized: the model folder asks for vectors of length 1.
+        name: the source's name, for model cards and reports.
+        mesh: the devices it runs on, or None for the first one.
+    """
+
+    decoder: Decoder
+    hf_config: Mapping[str, Any]
+    text: text.TextEncoder
+    pooling: str
+    normalized: bool = False
+    name: str = ""
+    mesh: Mesh | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Any,
+        *,
+        pooling: str | None = None,
+        brackets: bool | None = None,
+        max_seq_length: int | None = None,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        biases: Any = None,
+    ) -> BiEncoder:
+        """Loads a model.
+
+        What is left at None comes from the bias set, then from the model folder (modules.json and what it names;
+        "specb" in the name means brackets); where both are silent it is weightedmean, no brackets, and the
+        decoder's own limit.
+
+        Args:
+            source: a folder (of transformers or sentence-transformers), a hub id, or a .gguf file.
+            pooling: weightedmean, mean, lasttoken or cls.
+            brackets: put `[` `]` around queries and `{` `}` around documents.
+            max_seq_length: tokens of a text that are read, brackets included.
+            dtype: "float32" or "bfloat16", for weights and matrix products; vectors are float32 always.
+            mesh: spread model and batches over it (`make_mesh`); None uses the first device.
+            biases: a file of trained biases to apply (`python -m train` writes them as biases.safetensors).
+
+        Raises:
+            InputError: the source is missing, damaged or not supported, or the options do not fit it.
+        """
+        resolved = hub.resolve(source)
+        settings = hub.read_settings(resolved.path)
+        bias_set = None if biases is None else bias_sets.load_bias_set(biases)
+        recorded = {} if bias_set is None else bias_set.header
+        pooling = _first(pooling, recorded.get("pooling"), settings.pooling, "weightedmean")
+        brackets = _first(brackets, recorded.get("brackets"), settings.brackets, False)
+        if pooling not in POOLING_MODES:
+            raise InputError(f"pooling must be one of {', '.join(POOLING_MODES)}, not {pooling!r}")
+        files = open_checkpoint(resolved.path)
+        decoder = load_checkpoint(files, dtype, mesh)
+        limit = decoder.config.max_positions
+        if max_seq_length is not None and limit is not None and max_seq_length > limit:
+            raise InputError(f"max_seq_length {max_seq_length}, but the model has {limit} positions")
+        length = _first(max_seq_length, settings.max_seq_length, limit, UNLIMITED_DEFAULT)
+        if bias_set is not None:
+            decoder = bias_sets.apply_bias_set(decoder, bias_set)
+        return cls(
+            decoder=decoder,
+            hf_config=files.config,
+            text=text.TextEncoder(
+                text.load_tokenizer(resolved.path),
+                length if limit is None else min(length, limit),
+                brackets,
+                settings.prompts,
+            ),
+            pooling=pooling,
+            normalized=bool(settings.normalize),
+            name=resolved.name,
+            mesh=mesh,
+        )
+
+    @property
+    def dimension(self) -> int:
+        """Length of the vectors."""
+        return self.decoder.config.hidden_dim
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        normalize: bool = False,
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+    ) -> np.ndarray:
+        """Vectors of texts as they are, without brackets.
+
+        Args:
+            texts: a list, or one str.
+            normalize: scale vectors to length 1.
+            batch_tokens: padded tokens computed at a time; None picks by device.
+            show_progress: None shows a bar on a terminal after a second.
+
+        Returns:
+            float32 [n, E] in the order of the texts; [E] for one str.
+
+        Raises:
+            TypeError: for anything that is not a str, naming its index.
+        """
+        return self._encode(texts, None, normalize, batch_tokens, show_progress)
+
+    def encode_query(
+        self,
+        texts: str | Sequence[str],
+        *,
+        normalize: bool = False,
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+    ) -> np.ndarray:
+        """Vectors of search queries, in `[` `]` if the model has brackets; see `encode`."""
+        return self._encode(texts, "query", normalize, batch_tokens, show_progress)
+
+    def encode_document(
+        self,
+        texts: str | Sequence[str],
+        *,
+        normalize: bool = False,
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+    ) -> np.ndarray:
+        """Vectors of documents, in `{` `}` if the model has brackets; see `encode`."""
+        return self._encode(texts, "document", normalize, batch_tokens, show_progress)
+
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine similarities: vectors [n, E] (or [E]) and [m, E] (or [E]) to float32 [n, m]."""
+        a, b = np.atleast_2d(a), np.atleast_2d(b)
+        return np.asarray(
+            jnp.matmul(
+                normalize(jnp.asarray(a)), normalize(jnp.asarray(b)).T, precision=jax.lax.Precision.HIGHEST
+            )
+        )
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Writes a folder that transformers, sentence-transformers and this project load.
+
+        sentence-transformers adds no brackets by itself; the folder's model card says so where it matters.
+
+        Raises:
+            InputError: when transformers has no config for the decoder (biases added to some families). Nothing is
+                written then.
+        """
+        folder = epath.Path(folder)
+        export_folder(self.decoder, self.hf_config, folder)
+        text.save_tokenizer(self.text.tokenizer, folder)
+        settings = hub.ModelSettings(
+            pooling=self.pooling,
+            brackets=self.text.brackets,
+            max_seq_length=self.text.max_seq_length,
+            normalize=self.normalized,
+            prompts=self.text.prompts,
+        )
+        hub.write_settings(folder, settings, self.dimension)
+
+    def _encode(
+        self,
+        texts: str | Sequence[str],
+        side: text.Side | None,
+        unit: bool,
+        batch_tokens: int | None,
+        show_progress: bool | None,
+    ) -> np.ndarray:
+        single = isinstance(texts, str)
+        ids = self.text.ids([texts] if isinstance(texts, str) else texts, side, show_progress=show_progress)
+        text.check_ids(ids, self.decoder.config.vocab_size)
+        vectors = np.zeros((len(ids), self.dimension), np.float32)
+        with tqdm(
+            total=len(ids),
+            unit="text",
+            desc="embedding",
+            delay=1,
+            disable=None if show_progress is None else not show_progress,
+        ) as bar:
+            # One batch behind: the host fetches a result while the device works on the next.
+            waiting: tuple[text.Batch, jax.Array] | None = None
+            runs = self._run(ids, batch_tokens, unit or self.normalized)
+            for started in itertools.chain(runs, [None]):
+                if waiting is not None:
+                    batch, result = waiting
+                    vectors[list(batch.indices)] = np.asarray(result)[: len(batch.indices)]
+                    bar.update(len(batch.indices))
+                waiting = started
+        return vectors[0] if single else vectors
+
+    def _run(
+        self, ids: list[list[int]], batch_tokens: int | None, unit: bool
+    ) -> Iterator[tuple[text.Batch, jax.Array]]:
+        """Starts each batch and yields it with its vectors, which may still be in the making."""
+        graphdef, params = split(self.decoder)
+        plan = text.plan_batches(
+            [len(row) for row in ids],
+            batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS.get(jax.default_backend(), 32768),
+            max_length=self.text.max_seq_length,
+            row_multiple=batch_ways(self.mesh),
+        )
+        place = jax.devices()[0] if self.mesh is None else batch_sharding(self.mesh)
+        for batch in plan:
+            input_ids, mask = jax.device_put(text.pad_batch(ids, batch, self.text.pad_id), place)
+            yield (
+                batch,
+                embed(graphdef, params, input_ids, mask, pooling=self.pooling, unit=unit, mesh=self.mesh),
+            )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
