@@ -1,0 +1,128 @@
+"""Checkpoints with orbax: the newest ones to go on from, and the best ones by the dev metric.
+
+What is saved is small: trainable leaves, optimizer moments, step, random key and the position in the data. The frozen
+model is read again from where it came from. Writing happens in the background; a checkpoint is there whole or not at
+all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sgpt_jax.io import InputError
+from sgpt_jax.sharding import leaf_path
+from train.step import TrainState
+
+# Newest checkpoints kept: one to go on from, and one in case the newest is damaged.
+_NEWEST = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: of the run; `checkpoints` and `best` are made in it.
+        keep_best: how many of the best by dev metric to keep.
+    """
+
+    def __init__(self, folder: Any, keep_best: int):
+        folder = epath.Path(folder).resolve()
+        self.newest = ocp.CheckpointManager(
+            folder / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=_NEWEST, enable_async_checkpointing=True),
+        )
+        self.best = ocp.CheckpointManager(
+            folder / "best",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep_best,
+                enable_async_checkpointing=True,
+                best_fn=lambda metrics: metrics["dev"],
+                best_mode="max",
+            ),
+        )
+
+    def save(self, step: int, state: TrainState, data: dict) -> None:
+        """Saves the state after `step` steps and the data iterator's position, in the background."""
+        if step in self.newest.all_steps():
+            return
+        leaves = ocp.args.StandardSave(_flatten(_own(state)))
+        self.newest.save(step, args=ocp.args.Composite(state=leaves, data=ocp.args.JsonSave(data)))
+
+    def save_best(self, step: int, trainable: Any, dev: float) -> None:
+        """Saves trainable leaves with their dev metric, in the background, if they are among the best."""
+        if step not in self.best.all_steps():
+            leaves = ocp.args.StandardSave(_flatten(_own(trainable)))
+            self.best.save(step, args=leaves, metrics={"dev": dev})
+
+    def restore(self, state: TrainState) -> tuple[int, TrainState, dict] | None:
+        """The newest complete checkpoint: (steps done, state, data position); None when there is none.
+
+        Args:
+            state: a fresh state, whose shapes and places on the devices the restored one gets; they need not be those
+                it was saved with.
+
+        Raises:
+            InputError: the checkpoint is of another model or of other trainable parameters.
+        """
+        step = self.newest.latest_step()
+        if step is None:
+            return None
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_abstract(state)), data=ocp.args.JsonRestore()
+        )
+        try:
+            found = self.newest.restore(step, args=arguments)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"{self.newest.directory}: the checkpoint of step {step} does not fit this model: {error}"
+            ) from error
+        return step, _unflatten(state, found["state"]), found["data"]
+
+    def restore_best(self, trainable: Any) -> tuple[int, Any, float] | None:
+        """The best by dev metric: (step, trainable leaves, dev metric); None when there is none."""
+        self.wait()
+        step = self.best.best_step()
+        if step is None:
+            return None
+        found = self.best.restore(step, args=ocp.args.StandardRestore(_abstract(trainable)))
+        return step, _unflatten(trainable, found), float(self.best.metrics(step)["dev"])
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+        self.newest.wait_until_finished()
+        self.best.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the background threads."""
+        self.newest.close()
+        self.best.close()
+
+
+def _own(tree: Any) -> Any:
+    """Copies on a CPU, where the writer may look at the very memory that the next step overwrites."""
+    return jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by name: a plain dictionary, whatever containers optax uses."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return leaf_path(path).replace("/", ".")
+
+
+def _abstract(tree: Any) -> dict[str, Any]:
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in _flatten(tree).items()
+    }
+
+
+def _unflatten(like: Any, leaves: dict[str, Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], like)

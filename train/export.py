@@ -1,0 +1,166 @@
+"""What a run leaves behind: the model folder with its card, and the bias set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.biases import BiasSet, bias_leaves, save_bias_set, to_numpy
+from sgpt_jax.decoder import merge, split
+from sgpt_jax.io import InputError, atomic_write
+from train.recipes import TrainConfig
+
+BIASES = "biases.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What there is to say about a run."""
+
+    config: TrainConfig
+    examples: int
+    steps: int
+    warmup_steps: int
+    chosen_step: int
+    dev_metric: str | None
+    dev: float | None
+    base_sha256: str
+
+
+def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path, *, write: bool) -> list[str]:
+    """Writes the bias set, if biases are all that was trained, and the model folder, if transformers has such a model.
+
+    Args:
+        model: with the trained parameters in place.
+        trainable: float32 master copies of what was trained.
+        record: of the run.
+        folder: where to.
+        write: False on all processes but the first; every process must call.
+
+    Returns:
+        Lines that say what was written, and what could not be.
+
+    Raises:
+        InputError: neither of the two is possible.
+    """
+    leaves = jax.tree.leaves(trainable)
+    if jax.process_count() > 1:
+        graphdef, params = split(model.decoder)
+        model = dataclasses.replace(model, decoder=merge(graphdef, jax.tree.map(to_numpy, params)))
+    biases = {name: to_numpy(leaf) for name, leaf in bias_leaves(trainable).items()}
+    only_biases = len(biases) == len(leaves)
+    if not write:
+        return []
+    messages = []
+    if only_biases:
+        save_bias_set(folder / BIASES, BiasSet(biases, bias_header(model, record)))
+        messages.append(f"biases: {folder / BIASES}")
+    try:
+        model.save_pretrained(folder)
+    except InputError as error:
+        if not only_biases:
+            raise
+        return [*messages, f"no model folder: {error}"]
+    with atomic_write(folder / "README.md") as stream:
+        stream.write(model_card(model, record).encode())
+    return [*messages, f"model: {folder}"]
+
+
+def bias_header(model: BiEncoder, record: Record) -> Mapping[str, Any]:
+    """The header of the bias set: where it belongs, how vectors are made with it, and how it was trained."""
+    config = record.config
+    training = {
+        name: getattr(config, name)
+        for name in (
+            "recipe",
+            "batch_size",
+            "max_seq_length",
+            "lr",
+            "seed",
+            "scale",
+            "both_directions",
+            "dtype",
+        )
+    }
+    training |= {
+        "data": epath.Path(config.data).name,
+        "examples": record.examples,
+        "steps": record.steps,
+        "warmup_steps": record.warmup_steps,
+        "chosen_step": record.chosen_step,
+    }
+    if record.dev is not None:
+        training |= {"dev_metric": record.dev_metric, "dev": round(record.dev, 6)}
+    return {
+        "base_model": model.name,
+        "base_sha256": record.base_sha256,
+        "pooling": model.pooling,
+        "brackets": model.text.brackets,
+        "max_seq_length": model.text.max_seq_length,
+        "training": training,
+    }
+
+
+def model_card(model: BiEncoder, record: Record) -> str:
+    """README.md of the model folder."""
+    config = record.config
+    rows = {
+        "base model": model.name,
+        "data": f"{epath.Path(config.data).name}, {record.examples:,} examples",
+        "trained parameters": config.trainable + (", with biases added" if config.add_biases else ""),
+        "loss": _describe_loss(config),
+        "batch size": config.batch_size,
+        "steps": f"{record.steps:,}, warm-up {record.warmup_steps:,}; step {record.chosen_step:,} taken",
+        "learning rate": config.lr,
+        "optimizer": "AdamW (0.9, 0.999, 1e-6), gradient norm clipped to 1, linear decay to 0",
+        "tokens a text": config.max_seq_length,
+        "dtype": config.dtype,
+        "seed": config.seed,
+    }
+    if record.dev is not None:
+        rows[f"dev {record.dev_metric}"] = f"{record.dev:.4f} ({epath.Path(config.dev or '').name})"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    kind = "symmetric" if config.symmetric else "search"
+    brackets = ""
+    if model.text.brackets:
+        brackets = (
+            "\nQueries stand in `[` `]` and documents in `{` `}`, added as single tokens. sgpt-jax does so by itself; "
+            "sentence-transformers does not, and gives other vectors.\n"
+        )
+    calls = ("encode", "encode") if config.symmetric else ("encode_query", "encode_document")
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, sgpt, sgpt-jax]
+---
+# SGPT bi-encoder ({kind})
+
+{model.name} with {model.pooling} pooling, trained with sgpt-jax.
+{brackets}
+```python
+from sgpt_jax import BiEncoder
+model = BiEncoder.from_pretrained("path/to/this/folder")
+scores = model.similarity(model.{calls[0]}(["a query"]), model.{calls[1]}(["a document"]))
+```
+
+| training | |
+|---|---|
+{table}
+"""
+
+
+def _describe_loss(config: TrainConfig) -> str:
+    text = f"in-batch and hard negatives, {config.scale:g} x cosine"
+    if config.both_directions:
+        text += ", both directions"
+    if config.matryoshka:
+        text += f", Matryoshka sizes {json.dumps(config.matryoshka)}"
+    if config.distill:
+        text += f", distillation ({config.distill}, weight {config.distill_weight:g})"
+    return text

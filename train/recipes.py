@@ -1,0 +1,219 @@
+"""The recipes: every option of a run with its meaning, and the values of the released SGPT models."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sgpt_jax.io import InputError
+from train.data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
+from train.losses import LossConfig
+from train.msmarco import open_msmarco
+
+
+def _option(default: Any, meaning: str, shown: str | None = None) -> Any:
+    """A field that is also an option of the command line; `shown` explains a default that is worked out later."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "shown": shown})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run, whole. Everything that a run depends on is here, and all of it is written beside its output."""
+
+    recipe: str
+    symmetric: bool
+    """Queries and documents are the same kind of text: no brackets, no prompts by side."""
+    warmup_share: float = 0.1
+    """Warm-up steps as a share of all steps, where `warmup_steps` is not given."""
+
+    model: str = _option("", "base model: a folder, a hub id, or a .gguf file (required)")
+    data: str = _option("", "training data (required); see the recipe's description")
+    split: str | None = _option(None, "split of the data", "train; of an SNLI folder all")
+    output: str = _option("", "folder of the run: model, biases, metrics, checkpoints (required)")
+
+    batch_size: int = _option(64, "examples a step, over all devices")
+    chunk_size: int = _option(
+        0,
+        "GradCache: rows of max-seq-length tokens (each packed with as many texts as fit) that are encoded at a "
+        "time, over all devices; 0 encodes the batch at once, which is a third less work and needs more memory",
+    )
+    max_seq_length: int = _option(300, "tokens of a text that are read, brackets included")
+    brackets: bool | None = _option(
+        None, "put [ ] around queries and { } around documents", "as the model folder says"
+    )
+    pooling: str | None = _option(None, "weightedmean, mean, lasttoken or cls", "as the model folder says")
+    negatives: int | None = _option(None, "hard negatives of an example that are used", "all")
+
+    trainable: str = _option("bias", "what trains: bias, all, or a regular expression for parameter paths")
+    add_biases: bool = _option(False, "give zero biases to all attention and MLP projections without one")
+    lr: float = _option(2e-4, "peak learning rate")
+    warmup_steps: int | None = _option(None, "steps of linear warm-up", "a tenth of all steps")
+    epochs: float = _option(1.0, "passes over the data")
+    steps: int | None = _option(None, "steps, in place of --epochs", "epochs x examples / batch-size")
+    seed: int = _option(0, "of shuffling, drawing of triplets, and dropout")
+    shuffle: bool = _option(True, "shuffle the examples in every epoch")
+    avoid_duplicates: bool = _option(
+        False, "no text twice in a batch: such an example waits for the next batch"
+    )
+    dtype: str = _option("float32", "float32 or bfloat16, for frozen weights and matrix products")
+
+    scale: float = _option(20.0, "factor on the cosine, the inverse temperature")
+    both_directions: bool = _option(False, "also find each positive's query among all queries")
+    matryoshka: tuple[int, ...] = _option(
+        (), "leading vector sizes that must work alone, such as 64,128,576", "none"
+    )
+    distill: str | None = _option(None, "fit given scores too: margin or kl", "off")
+    distill_weight: float = _option(1.0, "factor on the distillation loss")
+
+    dev: str | None = _option(
+        None,
+        "what chooses the checkpoint: an STS file (tab-separated, as the STS benchmark; cosine Spearman) or a "
+        "folder in BEIR's format (nDCG@10)",
+        "the last step is taken",
+    )
+    dev_split: str = _option("dev", "judgements of a BEIR folder: qrels/NAME.tsv")
+    eval_every: int | None = _option(None, "steps between looks at --dev", "a tenth of all steps")
+    save_every: int = _option(100, "steps between checkpoints")
+    keep_best: int = _option(1, "checkpoints kept by --dev")
+
+    mesh: str | None = _option(None, "devices, such as data=2,fsdp=4,tensor=1", "one device")
+    distributed: bool = _option(
+        False, "one of several processes (a TPU pod, Slurm): call jax.distributed.initialize"
+    )
+    wandb: str | None = _option(None, "also log to this Weights & Biases project", "off")
+    resume: bool = _option(False, "go on from the newest checkpoint in --output, if there is one")
+
+    systems: tuple[str, ...] = _option((), "mining systems whose negatives are used", "all")
+    negatives_per_system: int = _option(5, "the most negatives that a mining system gives to a query")
+    margin: float = _option(3.0, "cross-encoder score by which a negative must be below every positive")
+
+    def loss(self) -> LossConfig:
+        """The loss part of the options.
+
+        Raises:
+            InputError: for a value that is not possible.
+        """
+        try:
+            return LossConfig(
+                self.scale, self.both_directions, self.matryoshka, self.distill, self.distill_weight
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def total_steps(self, examples: int) -> int:
+        """How many steps the run has."""
+        return max(1, int(self.epochs * examples) // self.batch_size) if self.steps is None else self.steps
+
+
+# Options that only one recipe has.
+ONLY: dict[str, tuple[str, ...]] = {"msmarco": ("systems", "negatives_per_system", "margin")}
+
+# Options that may differ between a run and its continuation.
+FREE = (
+    "output",
+    "resume",
+    "save_every",
+    "keep_best",
+    "eval_every",
+    "dev",
+    "dev_split",
+    "wandb",
+    "distributed",
+    "mesh",
+    "chunk_size",
+)
+
+NLI = TrainConfig(
+    recipe="nli",
+    symmetric=True,
+    brackets=False,
+    pooling="weightedmean",
+    max_seq_length=75,
+    batch_size=1024,
+    chunk_size=128,
+    lr=3.2e-4,
+    # The repository's "one epoch" shows each of its 8 processes all the data: 8 passes.
+    epochs=8,
+    avoid_duplicates=True,
+)
+
+MSMARCO = TrainConfig(
+    recipe="msmarco",
+    symmetric=False,
+    brackets=True,
+    pooling="weightedmean",
+    max_seq_length=300,
+    batch_size=256,
+    chunk_size=32,
+    lr=4e-4,
+    warmup_steps=1000,
+    epochs=10,
+    negatives=1,
+)
+
+PAIRS = TrainConfig(recipe="pairs", symmetric=False)
+
+RECIPES: dict[str, tuple[TrainConfig, str]] = {
+    "nli": (
+        NLI,
+        "Symmetric models from natural language inference. --data: AllNLI.tsv.gz of sbert.net, a folder with s1.*, "
+        "s2.* and labels.* files, a prepared TFDS folder, or tfds:NAME. Defaults: SGPT-*-weightedmean-nli-bitfit.",
+    ),
+    "msmarco": (
+        MSMARCO,
+        "Search models from MS MARCO. --data: a folder with collection.tsv, queries.train.tsv, "
+        "msmarco-hard-negatives.jsonl.gz and cross-encoder-ms-marco-MiniLM-L-6-v2-scores.pkl.gz. "
+        "Defaults: SGPT-*-weightedmean-msmarco-specb-bitfit.",
+    ),
+    "pairs": (
+        PAIRS,
+        "Your own pairs. --data: JSONL with query, positive and perhaps negatives and scores, TSV with these "
+        "columns, a prepared TFDS folder with these features, or tfds:NAME.",
+    ),
+}
+
+
+def open_examples(config: TrainConfig) -> ExampleSource:
+    """The examples of a run.
+
+    Raises:
+        InputError: the data are not there or not as they should be.
+    """
+    if config.recipe == "msmarco":
+        return open_msmarco(
+            config.data,
+            negatives=1 if config.negatives is None else config.negatives,
+            per_system=config.negatives_per_system,
+            systems=config.systems,
+            margin=config.margin,
+            seed=config.seed,
+            keep_scores=config.distill is not None,
+        )
+    if config.recipe == "nli":
+        examples = nli_triplets(read_nli(config.data, config.split), config.seed)
+    else:
+        examples = read_pairs(config.data, config.split)
+    return ListExamples(examples, config.negatives)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses options that make no sense, before anything is loaded.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for name in ("model", "data", "output"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is needed")
+    at_least = {
+        "batch_size": 1, "chunk_size": 0, "max_seq_length": 1, "negatives": 0, "warmup_steps": 0, "steps": 1,
+        "eval_every": 1, "save_every": 1, "keep_best": 1, "negatives_per_system": 1, "seed": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for name in ("epochs", "lr", "scale"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name} must be positive, not {getattr(config, name)}")
+    config.loss()

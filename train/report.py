@@ -1,0 +1,151 @@
+"""What people see of a run: the progress bar, metrics.jsonl and dev.jsonl, TensorBoard, wandb, and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from sgpt_jax.files import parse_json
+from sgpt_jax.io import write_jsonl
+from train.recipes import TrainConfig
+
+METRICS, DEV, PLOT = "metrics.jsonl", "dev.jsonl", "curve.png"
+
+
+class RunLog:
+    """Writes down a run; on other processes than the first it does nothing. A context manager.
+
+    `metrics.jsonl` has a line a step, {"step", "loss", "lr"}, with `step` counted from 0; `dev.jsonl` has a line for
+    each look at the dev data, {"step", "dev"}, with `step` the last one done.
+
+    Args:
+        config: of the run.
+        total: steps of the whole run.
+        start: the first step to come; later lines of an interrupted run are dropped.
+        active: False on other processes.
+    """
+
+    def __init__(self, config: TrainConfig, total: int, start: int, active: bool):
+        self.active, self.folder = active, epath.Path(config.output)
+        if not active:
+            return
+        self.losses = _read_before(self.folder / METRICS, start)
+        self.devs = _read_before(self.folder / DEV, start)
+        write_jsonl(self.folder / METRICS, self.losses)
+        write_jsonl(self.folder / DEV, self.devs)
+        self._files = {name: (self.folder / name).open("a") for name in (METRICS, DEV)}
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
+        self.wandb: Any = None
+        if config.wandb:
+            import wandb
+
+            self.wandb = wandb
+            wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=str(self.folder))
+        hidden = not sys.stderr.isatty()
+        self._last_end = 0.0
+        self.bar = tqdm(
+            total=total, initial=start, unit="step", desc=config.recipe, disable=hidden, smoothing=0.1
+        )
+
+    def step(self, step: int, loss: float, rate: float, tokens: int, since: float) -> None:
+        """Notes a step that has just ended: number from 0, loss, learning rate, tokens of the global batch, start."""
+        if not self.active:
+            return
+        now = time.perf_counter()
+        speed = tokens / (now - max(since, self._last_end))  # it waited for the step before
+        self._last_end = now
+        self._write(METRICS, self.losses, {"step": step, "loss": loss, "lr": rate})
+        self._scalars(step, {"loss": loss, "lr": rate, "tokens_per_second": speed})
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def dev(self, step: int, name: str, value: float) -> None:
+        """Notes a look at the dev data after a step."""
+        if self.active:
+            self._write(DEV, self.devs, {"step": step, "dev": value})
+            self._scalars(step, {"dev": value})
+            self.say(f"step {step + 1}: dev {name} {value:.4f}")
+
+    def say(self, message: str) -> None:
+        """Prints a line above the progress bar."""
+        if self.active:
+            self.bar.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def plot(self) -> None:
+        """Draws loss and dev metric over the steps into `curve.png`."""
+        if not self.active or not self.losses:
+            return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel="step", ylabel="loss")
+        steps, losses = zip(*((line["step"], line["loss"]) for line in self.losses), strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3 if len(losses) > 50 else 1.0, linewidth=1)
+        if len(losses) > 50:
+            axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=1.5)
+        if self.devs:
+            other = axes.twinx()
+            other.set_ylabel("dev metric", color="tab:orange")
+            other.plot(
+                *zip(*((d["step"], d["dev"]) for d in self.devs), strict=True), "o-", color="tab:orange"
+            )
+        with (self.folder / PLOT).open("wb") as stream:
+            figure.savefig(stream, format="png", dpi=120)
+
+    def _write(self, name: str, records: list[dict], record: dict) -> None:
+        records.append(record)
+        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].flush()
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.active:
+            self.bar.close()
+            self.board.close()
+            for stream in self._files.values():
+                stream.close()
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if error is None else 1)
+
+
+def _read_before(path: epath.Path, start: int) -> list[dict]:
+    """The records of a file before a step. The last line may be cut off: the process may have been killed."""
+    records = []
+    for line in path.read_text().splitlines() if start and path.exists() else []:
+        try:
+            record = parse_json(line)
+        except ValueError:
+            break
+        if record["step"] < start:
+            records.append(record)
+    return records
+
+
+def _smooth(values: tuple[float, ...], keep: float = 0.95) -> list[float]:
+    """Exponential moving average, without the pull to its start."""
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(total / weight)
+    return smooth

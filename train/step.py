@@ -1,0 +1,163 @@
+"""One training step, from packed tokens to updated parameters, as one jitted function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sgpt_jax.config import DecoderConfig
+from sgpt_jax.sharding import batch_sharding, batch_ways
+from train.grad_cache import encode_in_chunks
+from train.losses import LossConfig, total_loss
+from train.optimizer import join_params
+from train.packing import encode_rows, pad_rows, round_rows, texts_per_row
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+        trainable: float32 master copies of what trains, None elsewhere.
+        moments: the optimizer's state.
+        step: int32, steps done.
+        key: data of the random key for dropout, the same in all steps.
+    """
+
+    trainable: Any
+    moments: Any
+    step: Array
+    key: Array
+
+
+def init_state(
+    trainable: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None
+) -> TrainState:
+    """The state before the first step; on a mesh, what is not spread over it is whole on every device."""
+    state = TrainState(
+        trainable,
+        optimizer.init(trainable),
+        jnp.zeros((), jnp.int32),
+        jax.random.key_data(jax.random.key(seed)),
+    )
+    if mesh is None:
+        return jax.device_put(state, jax.devices()[0])
+
+    def place(leaf: Array) -> Array:
+        if isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        whole = NamedSharding(mesh, PartitionSpec())
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, whole, lambda index: values[index])
+
+    return jax.tree.map(place, state)
+
+
+def has_dropout(config: DecoderConfig) -> bool:
+    """Whether the model was made to be trained with dropout."""
+    return any((config.embed_dropout, config.attn_dropout, config.residual_dropout))
+
+
+def make_step(
+    graphdef: Any,
+    *,
+    pooling: str,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformation,
+    dtype: Any,
+    chunk_rows: int,
+    dropout: bool,
+) -> Callable[[TrainState, Any, dict], tuple[TrainState, Array, Array]]:
+    """The step as a pure function, not jitted: (state, frozen, batch) to (new state, loss, gradient norm).
+
+    The norm is that of the whole gradient before clipping: it is finite exactly when every number of it is.
+
+    Args:
+        graphdef: the decoder's structure.
+        pooling: see `sgpt_jax.pool`.
+        loss: what is minimised.
+        optimizer: from `train.optimizer.make_optimizer`.
+        dtype: compute dtype, to which trainable leaves are cast.
+        chunk_rows: rows encoded at a time, see `encode_in_chunks`.
+        dropout: whether to use the dropout rates of the model's config.
+    """
+
+    def step(state: TrainState, frozen: Any, batch: dict) -> tuple[TrainState, Array, Array]:
+        rows = dict(batch["rows"])
+        if dropout:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            numbers = jnp.arange(rows["segments"].shape[0])
+            rows["dropout_keys"] = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+
+        def loss_of(trainable: Any) -> Array:
+            params = join_params(trainable, frozen, dtype)
+            vectors = encode_in_chunks(
+                lambda params, rows: encode_rows(graphdef, params, rows, pooling), params, rows, chunk_rows
+            )
+            vectors = vectors.reshape(-1, vectors.shape[-1])  # [R * S, E]
+            queries, positives, negatives = (vectors[places] for places in batch["places"])
+            return total_loss(loss, queries, positives, negatives, batch)
+
+        value, gradient = jax.value_and_grad(loss_of)(state.trainable)
+        updates, moments = optimizer.update(gradient, state.moments, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(trainable, moments, state.step + 1, state.key), value, optax.global_norm(gradient)
+
+    return step
+
+
+def jit_step(step: Callable, state: TrainState, mesh: Mesh | None) -> Callable:
+    """Compiles a step that updates its state in place; on a mesh the new state lies where the old one did."""
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, whole))
+
+
+def agree(*values: int) -> list[int]:
+    """The largest of each value over all processes."""
+    if jax.process_count() == 1:
+        return list(values)
+    return np.max(multihost_utils.process_allgather(np.array(values)), axis=0).tolist()
+
+
+def place_batch(
+    batch: dict[str, Any], *, rows: int, chunk_rows: int, pad_id: int, mesh: Mesh | None
+) -> dict[str, Any]:
+    """Puts a batch of `PackedBatches` on the devices, as part of the global batch.
+
+    Args:
+        batch: this process's part.
+        rows: the most rows that a process's part has.
+        chunk_rows: see `make_step`.
+        pad_id: for empty rows, by which the number of rows becomes a multiple of the chunk.
+        mesh: None for the first device.
+    """
+    process, count = jax.process_index(), jax.process_count()
+    multiple = chunk_rows if chunk_rows and rows * count > chunk_rows else batch_ways(mesh)
+    local = round_rows(rows * count, multiple) // count
+    offset = process * local * texts_per_row(batch["rows"]["segments"].shape[1])
+    arrays = {
+        "rows": pad_rows(batch["rows"], local, pad_id),
+        "places": tuple(places + offset for places in batch["places"]),
+        "ids": batch["ids"],
+        "negative_mask": batch["negative_mask"],
+        "scores": batch["scores"],
+    }
+    if mesh is None:
+        return jax.device_put(arrays, jax.devices()[0])
+    sharding = batch_sharding(mesh)
+
+    def place(values: np.ndarray) -> Array:
+        shape = (values.shape[0] * count, *values.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, values, shape)
+
+    return jax.tree.map(place, arrays)
