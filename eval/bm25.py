@@ -40,7 +40,6 @@ def search(
     documents: Iterable[Document],
     k: int,
     *,
-    ignore_identical_ids: bool = False,
     settings: Settings = DEFAULT,
 ) -> dict[str, dict[str, float]]:
     """The k best documents of every query by BM25, as a run; documents that share no word with it are left out.
@@ -51,7 +50,6 @@ def search(
         queries: {id: text}.
         documents: the corpus, read once; its tokens (not its texts) are held in memory.
         k: documents to keep for a query.
-        ignore_identical_ids: leave out a document whose id is the query's.
         settings: tokenisation and parameters.
     """
     tokenizer = bm25s.tokenization.Tokenizer(
@@ -73,9 +71,8 @@ def search(
     run = {}
     for query, text in tqdm(queries.items(), desc="BM25: queries", unit="", disable=None, delay=1):
         (words,) = tokenizer.streaming_tokenize([text], update_vocab=False, allow_empty=False)
-        own = query if ignore_identical_ids else None
-        candidates = _candidates(index, words, ids, k + 1) if words else {}
-        run[query] = dict(top(query, candidates, k, ignore=own))
+        candidates = _candidates(index, words, ids, k) if words else {}
+        run[query] = dict(top(query, candidates, k))
     return run
 
 

@@ -33,7 +33,6 @@ def search(
     documents: Iterable[Document],
     k: int,
     *,
-    ignore_identical_ids: bool = False,
     chunk: int = CHUNK,
     **options: Any,
 ) -> dict[str, dict[str, float]]:
@@ -47,7 +46,6 @@ def search(
         queries: {id: text}.
         documents: the corpus, read once.
         k: documents to keep; all of them when the corpus is smaller.
-        ignore_identical_ids: leave out a document whose id is the query's.
         chunk: documents that are encoded at a time.
         options: passed on to ``encode_query`` and ``encode_document``.
 
@@ -57,7 +55,6 @@ def search(
     names = list(queries)
     vectors = _checked(model.encode_query(list(queries.values()), **options), "query", names)
     best: list[list[tuple[float, str]]] = [[] for _ in names]  # heaps: the worst kept entry comes first
-    margin = int(ignore_identical_ids)
     with tqdm(desc="documents", unit="", disable=None, delay=1) as bar:
         for part in _chunks(documents, chunk):
             # Descending ids: of equal scores top_k keeps the earlier, which is then the one that ranks first.
@@ -67,10 +64,9 @@ def search(
             encoded = _checked(model.encode_document(texts, **options), "document", ids)
             for start in range(0, len(names), _QUERIES):
                 block = vectors[start : start + _QUERIES]
-                scores, places = _top_k(block, encoded, min(k + margin, len(part)))
-                _merge(
-                    best, start, names, ids, np.asarray(scores), np.asarray(places), k, ignore_identical_ids
-                )
+                scores, places = _top_k(block, encoded, min(k, len(part)))
+                heaps = best[start : start + _QUERIES]
+                _merge(heaps, ids, np.asarray(scores), np.asarray(places), k)
             bar.update(len(part))
     return {
         name: {id: score for score, id in sorted(heap, reverse=True)}
@@ -89,15 +85,15 @@ def _top_k(queries: jax.Array, documents: jax.Array, k: int) -> tuple[jax.Array,
     return values, places
 
 
-def _merge(best, start, names, ids, scores, places, k, ignore_identical_ids) -> None:
-    """Puts a block's candidates [q, k] into the heaps of its queries."""
-    floor = [heap[0][0] if len(heap) == k else -np.inf for heap in best[start : start + len(scores)]]
+def _merge(
+    heaps: list[list[tuple[float, str]]], ids: list[str], scores: np.ndarray, places: np.ndarray, k: int
+) -> None:
+    """Puts candidates [q, k] into the heaps of their queries, which hold up to k each."""
+    floor = [heap[0][0] if len(heap) == k else -np.inf for heap in heaps]
     rows, columns = np.nonzero(scores >= np.asarray(floor)[:, None])
     entries = zip(rows.tolist(), scores[rows, columns].tolist(), places[rows, columns].tolist(), strict=True)
     for row, score, place in entries:
-        heap, entry = best[start + row], (score, ids[place])
-        if ignore_identical_ids and entry[1] == names[start + row]:
-            continue
+        heap, entry = heaps[row], (score, ids[place])
         if len(heap) < k:
             heapq.heappush(heap, entry)
         else:

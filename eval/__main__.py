@@ -1,0 +1,53 @@
+"""Evaluation programs: ``python -m eval TASK ...``, run from a checkout of the project."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from sgpt_jax.io import InputError
+
+# task -> (its module, with add_arguments(parser) and main(args); what it does)
+TASKS = {
+    "beir": ("eval.beir", "retrieval and re-ranking on BEIR data sets"),
+    "prompts": ("eval.prompts", "several cross-encoder prompts on one first stage, in one table"),
+    "sts": ("eval.sts", "semantic textual similarity on STS-Benchmark files"),
+    "useb": ("eval.useb", "the Unsupervised Sentence Embedding Benchmark"),
+    "mteb": ("eval.mteb", "mteb's own evaluator on a local BEIR data set"),
+    "report": ("eval.report", "one Markdown table and one plot of many results"),
+    "significance": ("eval.significance", "paired t-test and bootstrap between two runs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one task. Returns 0, or 1 after a message about the input; argparse exits with 2 on wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    module = None
+    for name, (path, summary) in TASKS.items():
+        task = tasks.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if arguments[:1] == [name]:  # the others' dependencies are not needed
+            try:
+                module = importlib.import_module(path)
+            except ModuleNotFoundError as error:
+                print(
+                    f"error: {name} needs the package {error.name}: pip install -e '.[eval]'", file=sys.stderr
+                )
+                return 1
+            task.description = module.__doc__
+            module.add_arguments(task)
+    args = parser.parse_args(arguments)
+    assert module is not None  # argparse has left otherwise
+    try:
+        module.main(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""BEIR: retrieval with a bi-encoder or BM25, and re-ranking with a cross-encoder.
+
+The first stage is the bi-encoder (--model), a run file (--first-stage), or, when neither is given, BM25. With
+--cross-encoder its best documents are re-ranked. For every data set the folder OUT gets NAME.json (metrics, and what
+is needed to repeat them) and NAME.trec (the run). A data set whose result is there already is not computed again.
+CQADupStack's twelve forums are averaged into cqadupstack.json; where all the sets of one of the SGPT paper's averages
+are there, averages.json holds it.
+
+  python -m eval beir scifact nfcorpus --model MODEL --output OUT
+  python -m eval beir DATA/scifact --output OUT                                  BM25 alone
+  python -m eval beir DATA/scifact --cross-encoder MODEL --rerank-depth 100 --output OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from eval.data import AVERAGES, DataSet, default_split, forums_of, obtain
+from eval.models import (
+    add_bi_encoder_arguments,
+    add_common_arguments,
+    add_cross_encoder_arguments,
+    bi_encoder,
+    cross_encoder,
+    encode_options,
+)
+from eval.results import Result, mean_metrics, read_result, write_result
+from eval.stages import Stages, measure
+from sgpt_jax.io import InputError, write_json_run, write_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_data_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="compute again what is in OUT already")
+    add_bi_encoder_arguments(parser, required=False)
+    add_cross_encoder_arguments(parser)
+    parser.add_argument(
+        "--first-stage", metavar="RUN", help="a run (TREC or JSON), or a folder with NAME.trec files"
+    )
+    add_common_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Data sets, where results go, and how files are read."""
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA", help="a BEIR folder, or the name of a set that BEIR publishes"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="OUT", help="folder for the results")
+    parser.add_argument("--split", help="judgements to use (default: test; dev for msmarco)")
+    parser.add_argument(
+        "--ignore-identical-ids",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="drop a document that has the query's id (default: for arguana and quora)",
+    )
+    parser.add_argument(
+        "--encoding-errors", choices=("strict", "replace"), default="strict", help="invalid UTF-8"
+    )
+    parser.add_argument("--skip-bad-lines", action="store_true", help="skip and count lines of broken JSON")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/sgpt-jax/beir").expanduser(),
+        metavar="FOLDER",
+        help="where published sets are downloaded to (default: %(default)s)",
+    )
+
+
+def data_sets(args: argparse.Namespace) -> Iterator[tuple[str, list[DataSet]]]:
+    """The data sets asked for, by the name of their result; CQADupStack is twelve under one name.
+
+    Raises:
+        InputError: a set cannot be had, or two have the same name and would share a file.
+    """
+    seen: dict[str, str] = {}
+    for source in args.data:
+        folder = obtain(source, args.cache)
+        name = folder.resolve().name
+        if seen.setdefault(name, source) != source:
+            raise InputError(f"{source}: has the name of {seen[name]}; give it an --output of its own")
+        parts = [(f"{name}-{forum.name}", forum) for forum in forums_of(folder)] or [(name, folder)]
+        yield (
+            name,
+            [
+                DataSet(
+                    part, path, args.split or default_split(part), args.encoding_errors, args.skip_bad_lines
+                )
+                for part, path in parts
+            ],
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures every data set that is not in the output folder yet."""
+    if args.model and args.first_stage:
+        raise InputError("--model and --first-stage are both a first stage: give one of them")
+    stages = Stages(
+        bi_encoder(args) if args.model else None,
+        cross_encoder(args) if args.cross_encoder else None,
+        args.rerank_depth,
+        Path(args.first_stage) if args.first_stage else None,
+        encode_options(args),
+    )
+    for name, parts in data_sets(args):
+        results = [run_data_set(data, stages, args.output, args) for data in parts]
+        if len(parts) > 1:
+            result = _mean(name, results)
+            write_result(args.output / f"{name}.json", result)
+            print(_line(name, result["metrics"], f"mean of {len(parts)} forums"))
+    _write_averages(args.output)
+
+
+def run_data_set(data: DataSet, stages: Stages, output: Path, args: argparse.Namespace) -> Result:
+    """The result of one data set: read if it is in the output folder, else computed and written.
+
+    Raises:
+        InputError: the data or the run break a rule, or the folder holds a result of other settings.
+    """
+    ignore = data.ignores_identical_ids if args.ignore_identical_ids is None else args.ignore_identical_ids
+    settings = stages.settings(data) | {
+        "split": data.split,
+        "ignore_identical_ids": ignore,
+        "encoding_errors": data.encoding_errors,
+        "skip_bad_lines": data.skip_bad_lines,
+    }
+    path = output / f"{data.name}.json"
+    if path.exists() and not args.overwrite:
+        result = read_result(path)
+        if result.get("settings") != json.loads(json.dumps(settings)):
+            different = [key for key in settings if result.get("settings", {}).get(key) != settings[key]]
+            raise InputError(
+                f"{path}: was made with other settings ({', '.join(different) or 'more'}); "
+                "give another --output, or --overwrite"
+            )
+        print(_line(data.name, result["metrics"], "found in the output folder"))
+        return result
+    result, run = measure(data.load(), stages, ignore)
+    result["settings"] = settings
+    output.mkdir(parents=True, exist_ok=True)
+    _write_run(output, data.name, run)
+    write_result(path, result)
+    print(_line(data.name, result["metrics"], _notes(result["counts"])))
+    return result
+
+
+def _write_run(folder: Path, name: str, run: dict[str, dict[str, float]]) -> None:
+    """NAME.trec; as NAME.run.json where an id holds white space, which TREC's columns cannot."""
+    try:
+        write_run(folder / f"{name}.trec", run)
+    except InputError:
+        write_json_run(folder / f"{name}.run.json", run)
+
+
+def _mean(name: str, results: list[Result]) -> Result:
+    """The mean over CQADupStack's forums, every forum with the same weight."""
+    kept = ("model", "cross_encoder", "settings", "command", "created", "versions", "device")
+    return {
+        "kind": "beir",
+        "name": name,
+        "metrics": mean_metrics([result["metrics"] for result in results]),
+        **{key: results[0][key] for key in kept},
+        "first_stage": {key: value for key, value in results[0]["first_stage"].items() if key != "metrics"},
+        "forums": {result["name"]: result["metrics"]["ndcg@10"] for result in results},
+        "counts": {"queries": sum(result["counts"]["queries"] for result in results)},
+        "seconds": {"total": sum(result["seconds"]["total"] for result in results)},
+    }
+
+
+def _write_averages(folder: Path) -> None:
+    """averages.json, if all the sets of one of the paper's averages have been measured."""
+    names = {name for names in AVERAGES.values() for name in names}
+    metrics = {
+        name: read_result(folder / f"{name}.json")["metrics"]
+        for name in names
+        if (folder / f"{name}.json").exists()
+    }
+    averages = {
+        key: mean_metrics([metrics[name] for name in names])
+        for key, names in AVERAGES.items()
+        if all(name in metrics for name in names)
+    }
+    if averages:
+        write_result(folder / "averages.json", {"kind": "averages", "metrics": averages})
+        for key, values in averages.items():
+            print(_line(key, values, f"mean of {len(AVERAGES[key])} sets"))
+
+
+def _line(name: str, metrics: dict[str, float], note: str) -> str:
+    shown = "  ".join(f"{key} {metrics[key]:.4f}" for key in ("ndcg@10", "recall@100", "mrr@10"))
+    return f"{name}: {shown}  ({note})"
+
+
+def _notes(counts: dict[str, int]) -> str:
+    """The number of queries, and every other count that is not 0."""
+    notes = [f"{counts['queries']} queries"]
+    notes += [
+        f"{what.replace('_', ' ')}: {count}"
+        for what, count in counts.items()
+        if count and what not in ("queries", "documents")
+    ]
+    return ", ".join(notes)

@@ -1,0 +1,169 @@
+"""The models of an evaluation: their options, loaded only when something has to be computed, and their identity."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from eval.record import revision
+from sgpt_jax import hub
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cross_encoder import DEFAULT_PROMPT, CrossEncoder, Prompt
+from sgpt_jax.decoder import split
+from sgpt_jax.io import InputError
+from sgpt_jax.sharding import make_mesh
+
+# The zero-shot prompts of the SGPT paper's ablation, by the names of its repository's cross-encoder notebook. "G" is
+# the one that the paper's results were made with; the ones for Quora are for pairs of questions.
+PROMPTS = {
+    "A": "{} ",
+    "B": "{}\n",
+    "C": "Document:\n{}\n\nQuery:\n",
+    "D": "Body:{}\n\nTitle:\n",
+    "E": "selected document:\n{}\n\nrelevant query:\n",
+    "F": "The selected text is:\n{}\n\nThe relevant query is:\n",
+    "G": DEFAULT_PROMPT,
+    "H": (
+        "Documents are searched to find matches with the same content.\n"
+        'Document: "{}"\n\nThe above document is a good match for the query: "'
+    ),
+    "I": (
+        "# Get matching document and query with the same content\n"
+        'get_document()\n{}\nget_query_matching_document()\n"'
+    ),
+    "quoraA": (
+        "Questions are searched to find matches with the same content.\n"
+        'The question "{}" is a good search result for "'
+    ),
+    "quoraB": 'Below are two similar questions asking the same thing.\nThe question "{}" is similar to "',
+    "quoraC": "These two questions are the same: 1. {} 2.",
+    "quoraD": "Question Body: {} Question Title:",
+}
+
+
+def add_bi_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The options of a bi-encoder; what is not given comes from the model folder."""
+    group = parser.add_argument_group("bi-encoder")
+    group.add_argument("--model", required=required, help="model folder, hub id, or .gguf file")
+    group.add_argument("--pooling", choices=("weightedmean", "mean", "lasttoken", "cls"))
+    group.add_argument(
+        "--brackets",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put [ ] around queries and { } around documents",
+    )
+    group.add_argument("--max-seq-length", type=positive, metavar="N", help="tokens of a text that are read")
+    group.add_argument("--biases", metavar="FILE", help="trained biases to apply (biases.safetensors)")
+
+
+def add_cross_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a cross-encoder that re-ranks with one prompt."""
+    group = parser.add_argument_group("cross-encoder")
+    group.add_argument("--cross-encoder", metavar="MODEL", help="model folder, hub id, or .gguf file")
+    add_depth_argument(group)
+    group.add_argument(
+        "--prompt",
+        default="G",
+        help="a template with {} for the document, or a prompt of the SGPT paper by name: "
+        f"{', '.join(PROMPTS)} (default: %(default)s)",
+    )
+
+
+def add_depth_argument(group: Any) -> None:
+    """How many documents of a query are re-ranked."""
+    group.add_argument("--rerank-depth", type=positive, default=100, metavar="N", help="default: %(default)s")
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every model takes."""
+    group = parser.add_argument_group("computing")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    group.add_argument(
+        "--mesh", metavar="SPEC", help='devices to spread over, such as "data=2,fsdp=4,tensor=1"'
+    )
+    group.add_argument("--batch-tokens", type=positive, metavar="N", help="padded tokens computed at a time")
+
+
+class LazyModel:
+    """A model that is loaded when `model` is first asked for.
+
+    ``identity`` is known before: what tells its results from those of another model or other options.
+    """
+
+    def __init__(self, source: str, options: dict[str, Any], load: Callable[[], Any]) -> None:
+        self.source = source
+        self.identity = {"revision": revision(hub.resolve(source).path), **options}
+        self._load = functools.cache(load)
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self._load()
+
+    def describe(self) -> dict[str, Any]:
+        """Source, identity, and what the model says of itself, for a result's JSON."""
+        model = self.model
+        facts = {"source": self.source, **self.identity, "parameters": count_parameters(model)}
+        facts["max_seq_length"] = model.text.max_seq_length
+        if isinstance(model, BiEncoder):
+            facts |= {"pooling": model.pooling, "brackets": model.text.brackets}
+        return facts
+
+
+def bi_encoder(args: argparse.Namespace) -> LazyModel:
+    """The bi-encoder that `add_bi_encoder_arguments` and `add_common_arguments` describe."""
+    options = {
+        "pooling": args.pooling,
+        "brackets": args.brackets,
+        "max_seq_length": args.max_seq_length,
+        "dtype": args.dtype,
+    }
+    lazy = LazyModel(
+        args.model,
+        options,
+        lambda: BiEncoder.from_pretrained(args.model, biases=args.biases, mesh=_mesh(args), **options),
+    )
+    if args.biases:
+        if not Path(args.biases).is_file():
+            raise InputError(f"{args.biases}: no such file")
+        lazy.identity["biases"] = revision(Path(args.biases))
+    return lazy
+
+
+def cross_encoder(args: argparse.Namespace) -> LazyModel:
+    """The cross-encoder that `add_cross_encoder_arguments` and `add_common_arguments` describe."""
+    prompt = Prompt.parse(PROMPTS.get(args.prompt, args.prompt))
+    return LazyModel(
+        args.cross_encoder,
+        {"dtype": args.dtype, "prompt": dataclasses.asdict(prompt)},
+        lambda: CrossEncoder.from_pretrained(
+            args.cross_encoder, prompt=prompt, dtype=args.dtype, mesh=_mesh(args)
+        ),
+    )
+
+
+def encode_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What every call of a model gets; the evaluations have progress bars of their own."""
+    return {"batch_tokens": args.batch_tokens, "show_progress": False}
+
+
+def count_parameters(model: Any) -> int:
+    """The number of weights of a model's decoder, an untied language-model head included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(split(model.decoder)[1]))
+
+
+def _mesh(args: argparse.Namespace) -> Any:
+    return make_mesh(args.mesh) if args.mesh else None

@@ -1,0 +1,93 @@
+"""What a result needs besides its numbers to be repeated: command, versions, device, and the model's identity."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
+_MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".txt", ".model")
+
+
+def circumstances(*packages: str) -> dict[str, Any]:
+    """Command, time, versions and device of this process, ready for JSON.
+
+    Args:
+        packages: further packages whose version matters.
+    """
+    return {
+        "command": command(sys.argv[1:]),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(*packages),
+        "device": device(),
+    }
+
+
+def command(arguments: list[str]) -> str:
+    """The command line of this process, to be typed in the project's folder.
+
+    What lies in ``$SGPT_DATA`` is written with that name, so that the line also works elsewhere.
+    """
+    data = os.environ.get("SGPT_DATA")
+    parts = []
+    for argument in arguments:
+        if data and (argument == data or argument.startswith(data.rstrip("/") + "/")):
+            parts.append("$SGPT_DATA" + shlex.quote(argument[len(data.rstrip("/")) :] or "/").strip("'"))
+        else:
+            parts.append(shlex.quote(argument))
+    return " ".join(["python", "-m", "eval", *parts])
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Versions of Python, this project (with its git commit) and the packages that numbers depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("sgpt-jax", *_PACKAGES, *packages):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        found["commit"] = None
+    return found
+
+
+def device() -> dict[str, Any]:
+    """What the numbers were computed on."""
+    return {
+        "platform": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "count": jax.device_count(),
+    }
+
+
+def revision(path: Path) -> str:
+    """What tells this model from any other: the hub's commit, or a digest of the files.
+
+    Args:
+        path: a model folder or a .gguf file; a folder in the hub's cache is told by its commit.
+    """
+    commit = re.fullmatch("[0-9a-f]{40}", path.resolve().name)
+    if commit and path.resolve().parent.name == "snapshots":
+        return commit.group()
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _MODEL_FILES)
+    for file in files:
+        with file.open("rb") as stream:
+            part = hashlib.file_digest(stream, "sha256").digest()
+        name = "" if file == path else file.relative_to(path).as_posix()
+        digest.update(name.encode() + b"\0" + part)
+    return f"sha256:{digest.hexdigest()[:16]}"

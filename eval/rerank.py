@@ -1,0 +1,75 @@
+"""Re-ranking a first stage's documents with a cross-encoder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from eval.metrics import Run, cut
+from sgpt_jax.io import Document, InputError
+
+_PAIRS = 4_096  # pairs given to the model at a time, so that a long run shows progress
+
+
+class Scorer(Protocol):
+    """What is asked of a cross-encoder: `sgpt_jax.CrossEncoder` has it."""
+
+    def predict(self, pairs: list[tuple[str, str]], **options: Any) -> np.ndarray: ...
+
+
+def candidates(
+    run: Run, documents: Iterable[Document], depth: int
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """The first `depth` documents of every query, and the texts of all of them ({id: text}).
+
+    Raises:
+        InputError: the run names a document that the corpus does not hold.
+    """
+    shallow, _ = cut(run, depth)
+    wanted = {document: query for query, hits in shallow.items() for document in hits}
+    texts = {}
+    for document in documents:
+        if wanted.pop(document.id, None) is not None:
+            texts[document.id] = document.text
+    for document_id, query in wanted.items():
+        raise InputError(
+            f"the first stage ranks {document_id!r} for query {query!r}: no such document in the corpus"
+        )
+    return shallow, texts
+
+
+def rerank(
+    model: Scorer, queries: Mapping[str, str], run: Run, texts: Mapping[str, str], **options: Any
+) -> dict[str, dict[str, float]]:
+    """The same documents as in `run`, with the cross-encoder's scores.
+
+    Documents beyond the re-ranked depth are not part of the result, as in BEIR and the SGPT paper.
+
+    Args:
+        model: a cross-encoder.
+        queries: {id: text}, for every query of the run.
+        run: the documents to score.
+        texts: {document id: text}, for every document of the run.
+        options: passed on to ``predict``.
+    """
+    # By document, so that queries of the same document come together and can share its pass.
+    pairs = sorted(((document, query) for query, hits in run.items() for document in hits))
+    scored: dict[str, dict[str, float]] = {query: {} for query in run}
+    with tqdm(total=len(pairs), desc="pairs", unit="", disable=None, delay=1) as bar:
+        for start in range(0, len(pairs), _PAIRS):
+            part = pairs[start : start + _PAIRS]
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "of .* pairs"
+                )  # counted by ScoreReport, told once by the caller
+                scores = model.predict(
+                    [(queries[query], texts[document]) for document, query in part], **options
+                )
+            for (document, query), score in zip(part, scores.tolist(), strict=True):
+                scored[query][document] = score
+            bar.update(len(part))
+    return scored

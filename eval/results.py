@@ -1,0 +1,73 @@
+"""Result files: one JSON a measurement, written whole or not at all, and read back by the other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sgpt_jax.files import atomic_write
+from sgpt_jax.io import InputError
+
+Result = dict[str, Any]
+
+_ON_ONE_LINE = ("queries", "per_query")  # long lists of numbers
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Writes a result as JSON; its folder is made where it does not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for key, value in result.items():
+        text = json.dumps(
+            value, ensure_ascii=False, allow_nan=False, indent=None if key in _ON_ONE_LINE else 2
+        )
+        entries.append(f"  {json.dumps(key)}: " + text.replace("\n", "\n  "))
+    with atomic_write(path) as stream:
+        stream.write(("{\n" + ",\n".join(entries) + "\n}\n").encode())
+
+
+def read_result(path: Path) -> Result:
+    """Reads a result of this package.
+
+    Raises:
+        InputError: the file cannot be read, or is something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a result: {error}") from error
+    if not isinstance(result, dict) or "kind" not in result or not isinstance(result.get("metrics"), dict):
+        raise InputError(f"{path}: is no result of python -m eval")
+    return result
+
+
+def find_results(sources: Iterable[Path]) -> list[tuple[Path, Result]]:
+    """Every result among files and folders (searched deeply), in the order given, then by path.
+
+    Raises:
+        InputError: a file is no result, or a folder holds none. JSON files of another kind in a folder are passed
+            over.
+    """
+    found = []
+    for source in sources:
+        if source.is_file():
+            found.append((source, read_result(source)))
+            continue
+        if not source.is_dir():
+            raise InputError(f"{source}: no such file or folder")
+        before = len(found)
+        for path in sorted(source.rglob("*.json")):
+            try:
+                found.append((path, read_result(path)))
+            except InputError:
+                continue
+        if len(found) == before:
+            raise InputError(f"{source}: holds no result of python -m eval")
+    return found
+
+
+def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of every metric over data sets, each with the same weight."""
+    return {key: sum(one[key] for one in metrics) / len(metrics) for key in metrics[0]}

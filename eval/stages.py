@@ -1,0 +1,147 @@
+"""The ranking of one data set: a first stage, and perhaps a cross-encoder over it; measured and described."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eval import bm25
+from eval.data import DataSet
+from eval.metrics import CUTS, Evaluation, cut, evaluate
+from eval.models import LazyModel
+from eval.record import circumstances, revision
+from eval.rerank import candidates, rerank
+from eval.results import Result, read_result
+from eval.search import search
+from sgpt_jax.cross_encoder import ScoreReport
+from sgpt_jax.io import Document, InputError, read_run
+
+# Values per query are kept for the metrics that papers test: `python -m eval significance` reads them.
+PER_QUERY = ("ndcg@10", "map@100", "recall@100", "precision@10", "mrr@10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What ranks the documents; the same for every data set of a command."""
+
+    model: LazyModel | None
+    cross_encoder: LazyModel | None
+    rerank_depth: int
+    runs: Path | None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def settings(self, data: DataSet) -> dict[str, Any]:
+        """All that a result depends on besides the data: two results with equal settings are the same."""
+        found: dict[str, Any] = {}
+        if self.model:
+            found["model"] = self.model.identity
+        elif self.runs:
+            found["first_stage"] = {"run": revision(self.run_file(data.name))}
+        else:
+            found["first_stage"] = {"bm25": dataclasses.asdict(bm25.DEFAULT)}
+        if self.cross_encoder:
+            found["cross_encoder"] = {**self.cross_encoder.identity, "rerank_depth": self.rerank_depth}
+        return found
+
+    def run_file(self, name: str) -> Path:
+        """The first stage's run for a data set."""
+        assert self.runs is not None
+        if self.runs.is_file():
+            return self.runs
+        names = (f"{name}.trec", f"{name}.trec.gz", f"{name}.run.json")
+        files = [self.runs / file for file in names if (self.runs / file).is_file()]
+        if not files:
+            raise InputError(f"{self.runs}: is no run, and no folder with {names[0]}")
+        return files[0]
+
+
+def measure(
+    data: DataSet, stages: Stages, ignore_identical_ids: bool
+) -> tuple[Result, dict[str, dict[str, float]]]:
+    """Ranks and evaluates one loaded data set: its result, and the run that it describes."""
+    start = time.perf_counter()
+    unknown = {document for query in data.queries for document in data.qrels[query]}
+    depth = max(CUTS) + ignore_identical_ids  # the query's own document is dropped before the cut
+    ranked, first = _first_stage(data, stages, depth, unknown)
+    seconds = {"first_stage": time.perf_counter() - start}
+    ranked, dropped = cut(ranked, max(CUTS), ignore_identical_ids=ignore_identical_ids)
+    evaluation = evaluate(data.qrels, ranked, queries=data.queries)
+    evaluation.counts["identical_ids_dropped"] = dropped
+    report = None
+    if stages.cross_encoder:
+        first["metrics"] = evaluation.metrics
+        shallow, texts = candidates(ranked, data.documents(), stages.rerank_depth)
+        report = ScoreReport()
+        model = stages.cross_encoder.model
+        ranked = rerank(model, data.queries, shallow, texts, report=report, **stages.options)
+        seconds["rerank"] = time.perf_counter() - start - seconds["first_stage"]
+        evaluation = evaluate(data.qrels, ranked, queries=data.queries)
+        evaluation.counts["identical_ids_dropped"] = dropped
+    result: Result = {
+        "kind": "beir",
+        "name": data.name,
+        "metrics": evaluation.metrics,
+        "first_stage": first,
+        "model": stages.model.describe() if stages.model else None,
+        "cross_encoder": stages.cross_encoder.describe() if stages.cross_encoder else None,
+        "counts": _counts(data, evaluation, unknown if "corpus" in data.reports else None, report),
+        "work": dataclasses.asdict(report) if report else None,
+        "seconds": seconds | {"total": time.perf_counter() - start},
+        **circumstances("bm25s", "PyStemmer", "pytrec_eval-terrier"),
+        "queries": evaluation.queries,
+        "per_query": {name: evaluation.per_query[name] for name in PER_QUERY},
+    }
+    return result, ranked
+
+
+def _first_stage(
+    data: DataSet, stages: Stages, depth: int, unknown: set[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """The first stage's run and its description. Takes the documents that it comes by out of `unknown`."""
+
+    def documents() -> Iterator[Document]:
+        for document in data.documents():
+            unknown.discard(document.id)
+            yield document
+
+    if stages.runs:
+        path = stages.run_file(data.name)
+        run = read_run(path, errors=data.encoding_errors)
+        if not any(query in run for query in data.queries):
+            raise InputError(f"{path}: ranks none of the judged queries of {data.name}")
+        return {query: run[query] for query in data.queries if query in run}, _origin(path)
+    if stages.model:
+        run = search(stages.model.model, data.queries, documents(), depth, **stages.options)
+        return run, {"name": "bi-encoder"}
+    run = bm25.search(data.queries, documents(), depth)
+    return run, {"name": "BM25", **dataclasses.asdict(bm25.DEFAULT)}
+
+
+def _origin(run: Path) -> dict[str, Any]:
+    """What a run file is: the first stage of the result that lies beside it, else just its name."""
+    name = run.name.removesuffix(".gz").removesuffix(".trec").removesuffix(".run.json")
+    beside = run.parent / f"{name}.json"
+    made = read_result(beside) if beside.exists() else {}
+    if made.get("kind") == "beir" and not made.get("cross_encoder"):
+        return {**made["first_stage"], "run": run.name, "model": made["model"]}
+    return {"name": "run", "run": run.name}
+
+
+def _counts(
+    data: DataSet, evaluation: Evaluation, unknown: set[str] | None, report: ScoreReport | None
+) -> dict[str, int]:
+    counts = dict(evaluation.counts)
+    if report:
+        counts |= {what: getattr(report, what) for what in ("documents_cut", "queries_cut", "queries_empty")}
+    counts["judged_queries_unknown"] = len(data.qrels) - len(data.queries)
+    if unknown is not None:
+        counts["documents"] = data.reports["corpus"].records
+        counts["judged_documents_unknown"] = len(unknown)
+    for part, lines in data.reports.items():
+        for what in ("skipped", "duplicates", "replaced"):
+            if count := getattr(lines, what):
+                counts[f"{part}_{what}"] = count
+    return counts

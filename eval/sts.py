@@ -1,0 +1,131 @@
+"""Semantic textual similarity: correlation of gold scores with vector similarities (STS-Benchmark files).
+
+A file has tab-separated lines (genre, file, year, id, score, sentence 1, sentence 2, and perhaps two licence columns),
+as STS-Benchmark is published; quotes are plain characters. Both sentences are encoded without brackets. The measures
+are those of sentence-transformers' EmbeddingSimilarityEvaluator, by which the SGPT paper chose its NLI checkpoints:
+Spearman and Pearson for cosine, Manhattan, Euclidean and dot product.
+
+  python -m eval sts sts-dev.csv sts-test.csv --model MODEL --output OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from scipy import stats
+
+from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
+from eval.record import circumstances
+from eval.results import write_result
+from sgpt_jax.files import line_error
+from sgpt_jax.io import InputError, read_lines
+
+Pair = tuple[float, str, str]
+
+
+class Encoder(Protocol):
+    """What is asked of a model: `sgpt_jax.BiEncoder` has it."""
+
+    def encode(self, texts: list[str], **options: Any) -> np.ndarray: ...
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="STS-Benchmark file, gzip or not")
+    parser.add_argument(
+        "--output", type=Path, metavar="OUT", help="folder for NAME.json (default: print only)"
+    )
+    add_bi_encoder_arguments(parser, required=True)
+    add_common_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures every file."""
+    data = {name_of(path): read_pairs(path) for path in args.files}
+    if len(data) < len(args.files):
+        raise InputError("two files have the same name: give each an --output of its own")
+    lazy = bi_encoder(args)
+    for name, pairs in data.items():
+        start = time.perf_counter()
+        metrics = evaluate(lazy.model, pairs, **encode_options(args))
+        result = {
+            "kind": "sts",
+            "name": name,
+            "metrics": metrics,
+            "model": lazy.describe(),
+            "counts": {"pairs": len(pairs)},
+            "seconds": {"total": time.perf_counter() - start},
+            **circumstances("scipy"),
+        }
+        if args.output:
+            write_result(args.output / f"{name}.json", result)
+        shown = "  ".join(
+            f"{key} {value:.4f}" for key, value in metrics.items() if key.startswith("spearman")
+        )
+        print(f"{name}: {shown}  ({len(pairs)} pairs)")
+
+
+def name_of(path: Path) -> str:
+    """A result's name: the file's, without its endings."""
+    return path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".tsv")
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Reads (gold score, sentence 1, sentence 2) from an STS-Benchmark file.
+
+    Raises:
+        InputError: a line with other than 7 to 9 columns or without a finite score, or fewer than two pairs.
+    """
+    pairs = []
+    for number, line in read_lines(path):
+        cells = line.split("\t")
+        if not 7 <= len(cells) <= 9:
+            raise line_error(path, number, f"7 to 9 columns are needed, not {len(cells)}")
+        try:
+            score = float(cells[4])
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise line_error(path, number, f"the score must be a number, not {cells[4]!r}")
+        pairs.append((score, cells[5], cells[6]))
+    if len(pairs) < 2:
+        raise InputError(f"{path}: holds {len(pairs)} pairs; a correlation needs two")
+    return pairs
+
+
+def evaluate(model: Encoder, pairs: list[Pair], **options: Any) -> dict[str, float]:
+    """Correlations with the gold scores: ``spearman_cosine``, ``pearson_cosine``, and so on.
+
+    ``spearman_max`` is the highest of the four Spearman correlations, which the SGPT repository goes by.
+
+    Raises:
+        InputError: all gold scores, or all similarities of a kind, are the same: no correlation exists.
+    """
+    texts = [text for _, first, second in pairs for text in (first, second)]
+    vectors = np.asarray(model.encode(texts, **options), np.float64)
+    gold = [score for score, _, _ in pairs]
+    metrics = {}
+    for name, values in similarities(vectors[0::2], vectors[1::2]).items():
+        if np.ptp(gold) == 0 or not np.ptp(values) > 0:
+            raise InputError(f"all gold scores or all {name} similarities are equal: no correlation exists")
+        metrics[f"spearman_{name}"] = float(stats.spearmanr(gold, values).statistic)
+        metrics[f"pearson_{name}"] = float(stats.pearsonr(gold, values).statistic)
+    metrics["spearman_max"] = max(value for key, value in metrics.items() if key.startswith("spearman"))
+    return metrics
+
+
+def similarities(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    """Pairwise similarities of vectors [n, E] and [n, E]: [n] each, higher is closer (distances are negated)."""
+    length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    dot = np.einsum("ij,ij->i", a, b)
+    return {
+        "cosine": dot / np.maximum(length, 1e-12),
+        "manhattan": -np.abs(a - b).sum(axis=1),
+        "euclidean": -np.linalg.norm(a - b, axis=1),
+        "dot": dot,
+    }
