@@ -1,0 +1,333 @@
+"""The cross-encoder: how probable a query is after a prompt that holds the document (SGPT-CE). No training needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sgpt_jax import hub, packing
+from sgpt_jax.bi_encoder import DEFAULT_BATCH_TOKENS, UNLIMITED_DEFAULT
+from sgpt_jax.decoder import Decoder, split
+from sgpt_jax.io import InputError, fix_surrogates
+from sgpt_jax.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
+from sgpt_jax.prompts import DEFAULT_PROMPT, Prompt, TokenPairs, query_room, tokenise_pairs
+from sgpt_jax.sharding import batch_sharding, batch_ways
+from sgpt_jax.tensor_files import open_checkpoint
+from sgpt_jax.text import TextEncoder, check_ids, load_tokenizer
+from sgpt_jax.weights import load_checkpoint
+
+Reduction = Literal["sum", "mean", "search-endpoint"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+
+
+class NaNScoreError(InputError):
+    """A score is NaN: the model's numbers overflow, or its weights are damaged. `index` is that of the pair."""
+
+    def __init__(self, message: str, index: int):
+        super().__init__(message)
+        self.index = index
+
+
+@dataclasses.dataclass
+class ScoreReport:
+    """What scoring did. Passed to several calls it adds up."""
+
+    pairs: int = 0
+    tokens: int = 0
+    """Tokens that went through the decoder, padding not counted."""
+    tokens_alone: int = 0
+    """Tokens that one pass for each pair would have taken."""
+    tokens_padded: int = 0
+    """Tokens that went through the decoder, with padding."""
+    documents_cut: int = 0
+    """Pairs whose document was too long."""
+    queries_cut: int = 0
+    """Pairs whose query was too long for the room that the prompt leaves."""
+    queries_empty: int = 0
+    """Pairs without a query; their score is 0."""
+
+    @property
+    def tokens_saved(self) -> int:
+        """Tokens that sharing documents between queries made unnecessary."""
+        return self.tokens_alone - self.tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CrossEncoder:
+    """Scores (query, document) pairs by the query's log-probability after a prompt with the document (SGPT paper).
+
+    Make one with `from_pretrained`. How pairs become tokens, and what is cut, is in `prompts.tokenise_pairs`.
+
+    Attributes:
+        decoder: the decoder, with a language-model head.
+        text: the tokenizer; its `max_seq_length` bounds the decoder's input for one pair.
+        prompt: the text around documents.
+        reduction: "sum" of the query's log-probabilities (SGPT paper), their "mean", or "search-endpoint": 100 times
+            (the mean minus the mean after the prompt with an empty document), the score of OpenAI's former search
+            endpoint (the SGPT repository has it), to be used with `prompts.SEARCH_ENDPOINT_PROMPT`.
+        name: the source's name, for reports.
+        mesh: the devices it runs on, or None for the first one.
+    """
+
+    decoder: Decoder
+    text: TextEncoder
+    prompt: Prompt
+    reduction: Reduction = "sum"
+    name: str = ""
+    mesh: Mesh | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Any,
+        *,
+        prompt: str | Prompt = DEFAULT_PROMPT,
+        reduction: Reduction = "sum",
+        max_seq_length: int | None = None,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+    ) -> CrossEncoder:
+        """Loads a model: a decoder of any supported family, as it was pre-trained.
+
+        Args:
+            source: a folder, a hub id, or a .gguf file.
+            prompt: a template with one `{}` for the document, or a `Prompt` (few-shot: `Prompt.with_examples`). The
+                default is for search. Symmetric pairs, such as duplicate questions, want another one: the SGPT
+                repository's best for Quora is "Question Body: {} Question Title:".
+            reduction: "sum", "mean" or "search-endpoint", see the class.
+            max_seq_length: tokens that the decoder reads for one pair at most; None is the model's own limit.
+            dtype: "float32" or "bfloat16", for weights and matrix products; log-probabilities are float32 always.
+            mesh: spread model and batches over it (`make_mesh`); None uses the first device.
+
+        Raises:
+            InputError: the source is missing, damaged, not supported or has no language-model head, or the options do
+                not fit it.
+        """
+        resolved = hub.resolve(source)
+        decoder = load_checkpoint(open_checkpoint(resolved.path), dtype, mesh)
+        length = max_seq_length or decoder.config.max_positions or UNLIMITED_DEFAULT
+        return cls(
+            decoder=decoder,
+            text=TextEncoder(load_tokenizer(resolved.path), length),
+            prompt=prompt if isinstance(prompt, Prompt) else Prompt.parse(prompt),
+            reduction=reduction,
+            name=resolved.name,
+            mesh=mesh,
+        )
+
+    def __post_init__(self) -> None:
+        limit, length = self.decoder.config.max_positions, self.text.max_seq_length
+        if self.decoder.config.head == "none":
+            raise InputError(
+                f"{self.name or 'the checkpoint'} has no language-model head, so it cannot score queries"
+            )
+        if limit is not None and length > limit:
+            raise InputError(f"max_seq_length {length}, but the model has {limit} positions")
+        if self.reduction not in REDUCTIONS:
+            raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {self.reduction!r}")
+        query_room(self.text, self.prompt)
+
+    def predict(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        share: bool = True,
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+        report: ScoreReport | None = None,
+    ) -> np.ndarray:
+        """Scores of (query, document) pairs.
+
+        Queries of one document are packed behind it and computed in one pass, and equal pairs once; scores do not
+        depend on that, nor on what else is in the call.
+
+        Args:
+            pairs: (query, document), any number, in any order.
+            share: False computes every pair in a row of its own, for comparison.
+            batch_tokens: padded tokens computed at a time; None picks by device.
+            show_progress: None shows a bar on a terminal after a second.
+            report: counts are added here.
+
+        Returns:
+            float32 [n]: by default the sum of the query's log-probabilities; 0 for an empty query.
+
+        Raises:
+            TypeError: for what is no pair of two str, naming its index.
+            InputError: for a score that is NaN, naming its index.
+        """
+        queries, documents = _check_pairs(pairs)
+        count = len(queries)
+        # What the scores are compared with: each query after an empty document.
+        alone = {query: count + i for i, query in enumerate(dict.fromkeys(queries))}
+        if self.reduction == "search-endpoint":
+            queries, documents = [*queries, *alone], documents + [""] * len(alone)
+        tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=show_progress)
+        for ids in (tokens.contexts, tokens.queries):
+            check_ids(ids, self.decoder.config.vocab_size)
+        report = ScoreReport() if report is None else report
+        _count(tokens, count, report)
+        # The extra place at the end is where those without query tokens point to.
+        sums = np.zeros(len(tokens.pairs) + 1)
+        sums[:-1] = self._sums(tokens, share, batch_tokens, show_progress, report)
+        scores = sums[tokens.places]
+        if self.reduction != "sum":
+            scores = scores / np.maximum(tokens.lengths, 1)
+        if self.reduction == "search-endpoint":
+            scores = 100 * (scores[:count] - scores[[alone[query] for query in queries[:count]]])
+        wrong = np.flatnonzero(np.isnan(scores))
+        if wrong.size:
+            raise NaNScoreError(f"the score of pair {wrong[0]} is NaN", int(wrong[0]))
+        return scores.astype(np.float32)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+        report: ScoreReport | None = None,
+    ) -> list[dict[str, Any]]:
+        """Documents by their score for a query, best first; equal scores in the order given, as sentence-transformers.
+
+        Args:
+            query: the query.
+            documents: the documents.
+            top_k: how many to return; None for all.
+            batch_tokens, show_progress, report: see `predict`.
+
+        Returns:
+            [{"corpus_id": index into documents, "score": float}].
+
+        Raises:
+            TypeError, InputError: as `predict`; the index is that of the document.
+        """
+        if isinstance(documents, str):
+            raise TypeError("expected a list of documents, not one str")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k must be positive, not {top_k}")
+        scores = self.predict(
+            [(query, document) for document in documents],
+            batch_tokens=batch_tokens,
+            show_progress=show_progress,
+            report=report,
+        )
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        return [{"corpus_id": int(index), "score": float(scores[index])} for index in order]
+
+    def _sums(
+        self,
+        tokens: TokenPairs,
+        share: bool,
+        batch_tokens: int | None,
+        show_progress: bool | None,
+        report: ScoreReport,
+    ) -> np.ndarray:
+        """The sum of log-probabilities of every pair, float64."""
+        sums = np.zeros(len(tokens.pairs))
+        with tqdm(
+            total=len(tokens.pairs),
+            unit="pair",
+            desc="scoring",
+            delay=1,
+            disable=None if show_progress is None else not show_progress,
+        ) as bar:
+            # One batch behind: the host fetches a result while the device works on the next.
+            waiting: tuple[packing.Pass, jax.Array] | None = None
+            for started in itertools.chain(self._run(tokens, share, batch_tokens, report), [None]):
+                if waiting is not None:
+                    done, result = waiting
+                    for numbers, scores in zip(done.pairs, np.asarray(result, np.float64), strict=True):
+                        ends = np.cumsum([len(tokens.queries[tokens.pairs[number][1]]) for number in numbers])
+                        if numbers:
+                            sums[numbers] = np.add.reduceat(scores[: ends[-1]], [0, *ends[:-1]])
+                        bar.update(len(numbers))
+                waiting = started
+        return sums
+
+    def _run(
+        self, tokens: TokenPairs, share: bool, batch_tokens: int | None, report: ScoreReport
+    ) -> Iterator[tuple[packing.Pass, jax.Array]]:
+        """Starts each batch and yields it with its log-probabilities, which may still be in the making."""
+        config = self.decoder.config
+        graphdef, params = split(self.decoder)
+        ways = batch_ways(self.mesh)
+        context_lengths, query_lengths = (list(map(len, ids)) for ids in (tokens.contexts, tokens.queries))
+        rows = packing.plan_rows(tokens.pairs, context_lengths, query_lengths, config, share=share)
+        budget = batch_tokens or DEFAULT_BATCH_TOKENS.get(jax.default_backend(), 32768)
+        place = jax.devices()[0] if self.mesh is None else batch_sharding(self.mesh)
+        # Blocks of a vocabulary that is spread over devices would be gathered one by one.
+        spread = self.mesh is not None and self.mesh.shape["tensor"] > 1
+        entries = config.vocab_size if spread else min(HEAD_ENTRIES, config.vocab_size)
+        report.tokens += sum(row.length for row in rows)
+        for batch in packing.plan_batches(rows, batch_tokens=budget, row_multiple=ways):
+            report.tokens_padded += batch.rows * batch.length
+            work = packing.make_pass(
+                batch,
+                rows,
+                tokens.pairs,
+                tokens.contexts,
+                tokens.queries,
+                pad_id=self.text.pad_id,
+                chunk=HEAD_POSITIONS,
+                ways=ways,
+            )
+            arrays = (work.input_ids, work.positions, work.segments, work.slots, work.targets)
+            chunks = np.int32(-(-max(work.counts) // HEAD_POSITIONS))
+            yield (
+                work,
+                score_tokens(
+                    graphdef, params, *jax.device_put(arrays, place), chunks, entries=entries, mesh=self.mesh
+                ),
+            )
+
+
+def _check_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Queries and documents, with lone surrogates replaced."""
+    queries, documents = [], []
+    for index, pair in enumerate(pairs):
+        if (
+            not isinstance(pair, tuple | list)
+            or len(pair) != 2
+            or not all(isinstance(text, str) for text in pair)
+        ):
+            raise TypeError(f"pair {index} must be (query, document), two str, not {pair!r:.80}")
+        queries.append(fix_surrogates(pair[0]))
+        documents.append(fix_surrogates(pair[1]))
+    return queries, documents
+
+
+def _count(tokens: TokenPairs, count: int, report: ScoreReport) -> None:
+    """Counts what the first `count` pairs were, and warns once about those that were changed."""
+    documents_cut, queries_cut = (
+        int(tokens.documents_cut[:count].sum()),
+        int(tokens.queries_cut[:count].sum()),
+    )
+    empty = int((tokens.lengths[:count] == 0).sum())
+    report.pairs += count
+    report.documents_cut += documents_cut
+    report.queries_cut += queries_cut
+    report.queries_empty += empty
+    for place, length in zip(tokens.places, tokens.lengths, strict=True):
+        if length:
+            report.tokens_alone += len(tokens.contexts[tokens.pairs[place][0]]) + int(length) - 1
+    notes = [
+        f"{number} {what}"
+        for number, what in (
+            (documents_cut, "with a document that is too long and lost its start"),
+            (queries_cut, "with a query that is too long and lost its end"),
+            (empty, "with an empty query, whose score is 0"),
+        )
+        if number
+    ]
+    if notes:
+        warnings.warn(f"of {count} pairs: " + ", ".join(notes), stacklevel=3)

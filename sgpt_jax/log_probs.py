@@ -1,0 +1,89 @@
+"""Log-probabilities of given tokens, without ever holding the logits of all of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sgpt_jax.decoder import Decoder, merge
+
+# The head's working set is [positions, vocabulary entries], float32: 16 MiB whatever text length and vocabulary are.
+HEAD_POSITIONS = 512
+HEAD_ENTRIES = 8192
+
+Carry = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "entries", "mesh"))
+def score_tokens(
+    graphdef: Any,
+    params: Any,
+    input_ids: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    slots: jax.Array,
+    targets: jax.Array,
+    chunks: jax.Array,
+    *,
+    entries: int,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """Log-probabilities of the targets of a `packing.Pass`.
+
+    The head runs at those places only, `HEAD_POSITIONS` at a time, over blocks of the vocabulary, so that neither
+    [B, T, V] nor [M, V] ever exists. The number of chunks is traced: shapes depend on [B, T] alone.
+
+    Args:
+        graphdef, params: from `decoder.split`.
+        input_ids, positions, segments: int32 [B, T].
+        slots, targets: int32 [W, M], M a multiple of `HEAD_POSITIONS`.
+        chunks: int32 [], how many chunks of the M are in use.
+        entries: vocabulary entries a block; at most V.
+        mesh: what the arrays lie on.
+
+    Returns:
+        float32 [W, M]; 0 beyond the chunks in use.
+    """
+    decoder = merge(graphdef, params)
+    hidden = decoder(input_ids, segments >= 0, positions=positions, segments=segments)
+    hidden = hidden.reshape(slots.shape[0], -1, hidden.shape[-1])  # [W, B / W * T, E]
+
+    def score_chunk(chunk: jax.Array, scores: jax.Array) -> jax.Array:
+        start = chunk * HEAD_POSITIONS
+        here = jax.lax.dynamic_slice_in_dim(slots, start, HEAD_POSITIONS, axis=1)
+        wanted = jax.lax.dynamic_slice_in_dim(targets, start, HEAD_POSITIONS, axis=1)
+        states = jnp.take_along_axis(hidden, here[:, :, None], axis=1)  # [W, HEAD_POSITIONS, E]
+        found = _target_log_probs(decoder, states, wanted, entries)
+        return jax.lax.dynamic_update_slice_in_dim(scores, found, start, axis=1)
+
+    scores = jax.lax.fori_loop(0, chunks, score_chunk, jnp.zeros(slots.shape, jnp.float32))
+    if mesh is not None:
+        scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
+    return scores
+
+
+def _target_log_probs(decoder: Decoder, states: jax.Array, targets: jax.Array, entries: int) -> jax.Array:
+    """Log-softmax of the head at one entry each: states [..., E], targets int32 [...] to float32 [...]."""
+    size = decoder.config.vocab_size
+
+    def add_block(carry: Carry, block: jax.Array) -> tuple[Carry, None]:
+        highest, total, target_logit = carry
+        # The last block reaches back, so that it is as wide as the others; what it repeats counts once.
+        start = jnp.minimum(block * entries, size - entries)
+        logits = decoder.head_block(states, start, entries)  # [..., entries]
+        logits = jnp.where(start + jnp.arange(entries) < block * entries, -jnp.inf, logits)
+        new_highest = jnp.maximum(highest, logits.max(axis=-1))
+        total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[..., None]).sum(axis=-1)
+        inside = (targets >= block * entries) & (targets < start + entries)
+        place = jnp.clip(targets - start, 0, entries - 1)
+        logit = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
+        return (new_highest, total, jnp.where(inside, logit, target_logit)), None
+
+    first = jnp.full(targets.shape, -jnp.inf, jnp.float32)
+    zero = jnp.zeros(targets.shape, jnp.float32)
+    (highest, total, logit), _ = jax.lax.scan(add_block, (first, zero, zero), jnp.arange(-(-size // entries)))
+    return logit - highest - jnp.log(total)
