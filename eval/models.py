@@ -14,9 +14,10 @@ import jax
 from eval.record import revision
 from sgpt_jax import hub
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.cross_encoder import DEFAULT_PROMPT, CrossEncoder, Prompt
+from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder import split
 from sgpt_jax.io import InputError
+from sgpt_jax.prompts import DEFAULT_PROMPT, Prompt
 from sgpt_jax.sharding import make_mesh
 
 # The zero-shot prompts of the SGPT paper's ablation, by the names of its repository's cross-encoder notebook. "G" is

@@ -55,6 +55,9 @@ def rerank(
         run: the documents to score.
         texts: {document id: text}, for every document of the run.
         options: passed on to ``predict``.
+
+    Raises:
+        InputError: a score that is NaN, with query and document id.
     """
     # By document, so that queries of the same document come together and can share its pass.
     pairs = sorted(((document, query) for query, hits in run.items() for document in hits))

@@ -65,7 +65,7 @@ def measure(
     start = time.perf_counter()
     unknown = {document for query in data.queries for document in data.qrels[query]}
     depth = max(CUTS) + ignore_identical_ids  # the query's own document is dropped before the cut
-    ranked, first = _first_stage(data, stages, depth, unknown)
+    ranked, first = first_stage(data, stages, depth, unknown)
     seconds = {"first_stage": time.perf_counter() - start}
     ranked, dropped = cut(ranked, max(CUTS), ignore_identical_ids=ignore_identical_ids)
     evaluation = evaluate(data.qrels, ranked, queries=data.queries)
@@ -97,7 +97,7 @@ def measure(
     return result, ranked
 
 
-def _first_stage(
+def first_stage(
     data: DataSet, stages: Stages, depth: int, unknown: set[str]
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """The first stage's run and its description. Takes the documents that it comes by out of `unknown`."""

@@ -1,0 +1,247 @@
+"""mteb's own evaluator over this project's models, on a BEIR folder of one's own (no network is used).
+
+`BiEncoderModel` and `CrossEncoderModel` satisfy mteb 2's EncoderProtocol and CrossEncoderProtocol, so they also go
+into any other call of ``mteb.evaluate``. This program runs them on a local folder, as an mteb retrieval task; with
+--cross-encoder as an mteb re-ranking of BM25's (or --first-stage's) best documents.
+
+  python -m eval mteb DATA/scifact --model MODEL --output OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import mteb
+import numpy as np
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import ModelMeta
+from mteb.types import PromptType
+
+from eval.beir import add_data_arguments, data_sets
+from eval.data import DataSet
+from eval.metrics import CUTS, Run, cut
+from eval.models import (
+    add_bi_encoder_arguments,
+    add_common_arguments,
+    add_cross_encoder_arguments,
+    bi_encoder,
+    cross_encoder,
+)
+from eval.record import circumstances
+from eval.results import write_result
+from eval.stages import Stages, first_stage
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cross_encoder import CrossEncoder
+from sgpt_jax.io import InputError
+
+_NAMES = {
+    "ndcg": "ndcg_cut",
+    "map": "map_cut",
+    "recall": "recall",
+    "precision": "P",
+}  # ours -> mteb's per query
+
+
+class BiEncoderModel:
+    """A `BiEncoder` as mteb's EncoderProtocol.
+
+    Args:
+        model_name: a loaded `BiEncoder`, or what `BiEncoder.from_pretrained` takes.
+        revision: the model's revision, for mteb's records; of a hub id, the one that is loaded.
+        device: not used; JAX decides.
+        options: for `BiEncoder.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model_name: str | BiEncoder,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.model = (
+            BiEncoder.from_pretrained(_at(model_name, revision), **options)
+            if isinstance(model_name, str)
+            else model_name
+        )
+        self.mteb_model_meta = _meta(self.model, revision, self.model.dimension)
+
+    def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **options: Any) -> np.ndarray:
+        """Vectors of a loader's texts, float32 [n, E]; queries and documents with the model's brackets, if any."""
+        encode = {
+            PromptType.query: self.model.encode_query,
+            PromptType.document: self.model.encode_document,
+            None: self.model.encode,
+        }[prompt_type]
+        return encode(_texts(inputs), show_progress=options.get("show_progress_bar"))
+
+    def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
+        """Cosine, [n, E] x [m, E] -> [n, m]."""
+        return self.model.similarity(np.asarray(embeddings1), np.asarray(embeddings2))
+
+    def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
+        """Cosine of row with row, [n, E] x [n, E] -> [n]."""
+        a, b = np.asarray(embeddings1), np.asarray(embeddings2)
+        return np.einsum("ij,ij->i", a, b) / np.maximum(
+            np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12
+        )
+
+
+class CrossEncoderModel:
+    """A `CrossEncoder` as mteb's CrossEncoderProtocol; arguments as `BiEncoderModel`."""
+
+    def __init__(
+        self,
+        model_name: str | CrossEncoder,
+        revision: str | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.model = (
+            CrossEncoder.from_pretrained(_at(model_name, revision), **options)
+            if isinstance(model_name, str)
+            else model_name
+        )
+        self.mteb_model_meta = _meta(self.model, revision, None)
+
+    def predict(self, inputs1: Any, inputs2: Any, **options: Any) -> np.ndarray:
+        """Scores of pairs, float32 [n]: queries from the first loader, documents from the second."""
+        pairs = list(zip(_texts(inputs1), _texts(inputs2), strict=True))
+        return self.model.predict(pairs, show_progress=options.get("show_progress_bar"))
+
+
+def local_task(
+    data: DataSet, *, top_ranked: Run | None = None, ignore_identical_ids: bool = False
+) -> AbsTaskRetrieval:
+    """A BEIR folder as an mteb retrieval task, without the network.
+
+    Besides mteb's scores, which are rounded to five digits, its result has the same means unrounded, under the names
+    that `eval.metrics` uses (``ndcg@10``).
+
+    Args:
+        data: a loaded data set.
+        top_ranked: the documents to re-rank, which makes it a task for cross-encoders.
+        ignore_identical_ids: drop documents that have the query's id.
+    """
+
+    class LocalRetrieval(AbsTaskRetrieval):
+        """The folder's corpus, queries and judgements."""
+
+        metadata = TaskMetadata(
+            name=f"Local-{data.name}",
+            description=f"The BEIR folder {data.name}.",
+            dataset={"path": str(data.folder), "revision": "local"},
+            type="Retrieval",
+            category="t2t",
+            eval_splits=[data.split],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+        k_values = CUTS
+
+        def load_data(self, num_proc: int | None = None, **options: Any) -> None:
+            """Fills in the data set, in mteb's form."""
+            corpus = [{"id": document.id, "text": document.text} for document in data.documents()]
+            queries = [{"id": query, "text": text} for query, text in data.queries.items()]
+            ranked = {query: list(hits) for query, hits in top_ranked.items()} if top_ranked else None
+            self.dataset = {
+                "default": {
+                    data.split: {
+                        "corpus": datasets.Dataset.from_list(corpus),
+                        "queries": datasets.Dataset.from_list(queries),
+                        "relevant_docs": {query: data.qrels[query] for query in data.queries},
+                        "top_ranked": ranked,
+                    }
+                }
+            }
+            self.data_loaded = True
+
+        def task_specific_scores(self, scores: Any, *_: Any, **__: Any) -> dict[str, float]:
+            """The means of mteb's values per query, unrounded."""
+            return {
+                f"{name}@{k}": math.fsum(values[f"{column}_{k}"] for values in scores.values()) / len(scores)
+                for k in CUTS
+                for name, column in _NAMES.items()
+            }
+
+    task = LocalRetrieval()
+    task.ignore_identical_ids = ignore_identical_ids
+    return task
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_data_arguments(parser)
+    add_bi_encoder_arguments(parser, required=False)
+    add_cross_encoder_arguments(parser)
+    parser.add_argument("--first-stage", metavar="RUN", help="what to re-rank, as for beir (default: BM25)")
+    add_common_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs mteb on every data set."""
+    if bool(args.model) == bool(args.cross_encoder):
+        raise InputError("give one of --model and --cross-encoder")
+    lazy = bi_encoder(args) if args.model else cross_encoder(args)
+    stages = Stages(None, None, args.rerank_depth, Path(args.first_stage) if args.first_stage else None)
+    for _, parts in data_sets(args):
+        for data in parts:
+            start = time.perf_counter()
+            ignore = (
+                data.ignores_identical_ids if args.ignore_identical_ids is None else args.ignore_identical_ids
+            )
+            data.load()
+            top_ranked = None
+            if args.cross_encoder:
+                run, _ = first_stage(data, stages, max(CUTS) + ignore, set())
+                top_ranked, _ = cut(run, args.rerank_depth, ignore_identical_ids=ignore)
+            adapter = BiEncoderModel(lazy.model) if args.model else CrossEncoderModel(lazy.model)
+            task = local_task(data, top_ranked=top_ranked, ignore_identical_ids=ignore)
+            scores = evaluate(adapter, task)
+            result = {
+                "kind": "mteb",
+                "name": data.name,
+                "metrics": {key: value for key, value in scores.items() if "@" in key},
+                "mteb": {key: value for key, value in scores.items() if "_at_" in key},
+                "model" if args.model else "cross_encoder": lazy.describe(),
+                "seconds": {"total": time.perf_counter() - start},
+                **circumstances("mteb", "pytrec_eval-terrier"),
+            }
+            write_result(args.output / f"{data.name}.json", result)
+            print(f"{data.name}: ndcg@10 {scores['ndcg@10']:.6f} by mteb {mteb.__version__}")
+
+
+def evaluate(model: Any, task: AbsTaskRetrieval) -> dict[str, float]:
+    """mteb's scores for one local task. Nothing is read from or written to mteb's cache of results."""
+    found = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
+    (scores,) = found.task_results[0].scores[task.metadata.eval_splits[0]]
+    return dict(scores)
+
+
+def _texts(loader: Any) -> list[str]:
+    return [text for batch in loader for text in batch["text"]]
+
+
+def _at(source: str, revision: str | None) -> str:
+    """A source with the revision that mteb asks for; local files have none."""
+    return f"{source}@{revision}" if revision and not Path(source).exists() else source
+
+
+def _meta(model: Any, revision: str | None, dimension: int | None) -> ModelMeta:
+    name = model.name if "/" in model.name else f"local/{model.name or 'model'}"
+    facts = {
+        "name": name,
+        "revision": revision or "local",
+        "max_tokens": model.text.max_seq_length,
+        "embed_dim": dimension,
+        "similarity_fn_name": "cosine" if dimension else None,
+        "framework": ["JAX"],
+    }
+    return ModelMeta.create_empty(facts)

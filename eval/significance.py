@@ -1,0 +1,138 @@
+"""Is the difference between two systems chance? Paired t-test and bootstrap over queries, for every shared data set.
+
+A and B are results of ``python -m eval beir`` (files, or folders of them). The difference is B - A. The interval is
+the bootstrap's percentiles; the bootstrap's p-value is the share of resampled mean differences, moved to a mean of 0,
+that are at least as far from 0 as the one observed. Both tests are two-sided.
+
+  python -m eval significance OUT_A OUT_B --metric ndcg@10
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from eval.models import positive
+from eval.results import Result, find_results
+from sgpt_jax.files import atomic_write
+from sgpt_jax.io import InputError
+
+_BLOCK = 2**22  # resampled values that are held at a time
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Means of two systems over the same queries, and how sure the difference is."""
+
+    queries: int
+    a: float
+    b: float
+    low: float  # 95 % interval of the difference
+    high: float
+    p_t: float
+    p_bootstrap: float
+    wins: int  # queries on which B is better
+    losses: int
+
+    @property
+    def difference(self) -> float:
+        """B - A."""
+        return self.b - self.a
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("a", type=Path, metavar="A", help="result file, or folder of results")
+    parser.add_argument("b", type=Path, metavar="B", help="result file, or folder of results")
+    parser.add_argument("--metric", default="ndcg@10", help="default: %(default)s")
+    parser.add_argument("--samples", type=positive, default=10_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown file (default: print)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints or writes the table."""
+    a, b = _by_name(args.a), _by_name(args.b)
+    shared = [name for name in a if name in b]
+    if not shared:
+        raise InputError(f"{args.a} and {args.b} have no data set in common")
+    lines = [
+        f"{args.metric} of A ({args.a.name}) and B ({args.b.name}); {args.samples} bootstrap samples, seed {args.seed}",
+        "",
+        "| data set | queries | A | B | B - A | 95 % interval | p (t-test) | p (bootstrap) | B better / worse |",
+        "|--|--:|--:|--:|--:|--|--:|--:|--:|",
+    ]
+    for name in shared:
+        found = compare(*_paired(name, a[name], b[name], args.metric), samples=args.samples, seed=args.seed)
+        lines.append(
+            f"| {name} | {found.queries} | {found.a:.4f} | {found.b:.4f} | {found.difference:+.4f} "
+            f"| {found.low:+.4f} to {found.high:+.4f} | {found.p_t:.4f} | {found.p_bootstrap:.4f} "
+            f"| {found.wins} / {found.losses} |"
+        )
+    text = "\n".join(lines) + "\n"
+    if args.output:
+        with atomic_write(args.output) as stream:
+            stream.write(text.encode())
+    else:
+        print(text, end="")
+
+
+def compare(a: np.ndarray, b: np.ndarray, *, samples: int = 10_000, seed: int = 0) -> Comparison:
+    """Compares two systems on the same queries.
+
+    Args:
+        a, b: float [n], a metric's value for every query, in the same order.
+        samples: resampled sets of queries.
+        seed: of the resampling; the same seed gives the same numbers.
+    """
+    differences = b - a
+    mean = differences.mean()
+    generator = np.random.default_rng(seed)
+    means = np.empty(samples)
+    step = max(1, _BLOCK // len(differences))
+    for start in range(0, samples, step):
+        size = (min(step, samples - start), len(differences))
+        means[start : start + size[0]] = differences[generator.integers(0, size[1], size)].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    same = not np.ptp(differences)  # then there is no variance to test with
+    return Comparison(
+        queries=len(differences),
+        a=float(a.mean()),
+        b=float(b.mean()),
+        low=float(low),
+        high=float(high),
+        p_t=(1.0 if mean == 0 else 0.0) if same else float(stats.ttest_rel(b, a).pvalue),
+        p_bootstrap=float((1 + (np.abs(means - mean) >= abs(mean)).sum()) / (1 + samples)),
+        wins=int((differences > 0).sum()),
+        losses=int((differences < 0).sum()),
+    )
+
+
+def _by_name(source: Path) -> dict[str, Result]:
+    """The BEIR results that hold values per query, by data set."""
+    found: dict[str, tuple[Path, Result]] = {}
+    for path, result in find_results([source]):
+        if result["kind"] != "beir" or "per_query" not in result:
+            continue
+        if result["name"] in found:
+            other = found[result["name"]][0]
+            raise InputError(
+                f"{source}: holds {result['name']} twice, in {other} and {path}; give one of them"
+            )
+        found[result["name"]] = path, result
+    return {name: result for name, (_, result) in found.items()}
+
+
+def _paired(name: str, a: Result, b: Result, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    for result in (a, b):
+        if metric not in result["per_query"]:
+            known = ", ".join(result["per_query"])
+            raise InputError(f"{name}: {metric} is not kept for every query; these are: {known}")
+    values = dict(zip(b["queries"], b["per_query"][metric], strict=True))
+    if set(a["queries"]) != values.keys():
+        raise InputError(f"{name}: A and B were measured on different queries")
+    return np.array(a["per_query"][metric]), np.array([values[query] for query in a["queries"]])
