@@ -127,18 +127,17 @@ def _byte_level(path: Path, meta: dict[str, Any], tokens: list[str], pre: str | 
         )
     if "merges" not in meta:
         raise InputError(f"{path}: a 'gpt2' tokenizer needs tokenizer.ggml.merges")
+    vocab = {token: index for index, token in enumerate(tokens)}
     merges = []
     for merge in meta["merges"]:
         left, _, right = merge.partition(" ")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise InputError(
+                f"{path}: tokenizer.ggml.merges joins tokens that the file does not have: {merge!r}"
+            )
         merges.append((left, right))
     # Llama 3 takes a piece that is in the vocabulary whole, even where the merges do not lead to it.
-    model = BPE(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=merges,
-        fuse_unk=False,
-        ignore_merges=pre == "llama-bpe",
-    )
-    backend = Tokenizer(model)
+    backend = Tokenizer(BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()  # as the Qwen2 tokenizer itself
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre or "default"]()

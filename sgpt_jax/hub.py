@@ -301,12 +301,12 @@ def write_settings(folder: str | os.PathLike[str], settings: ModelSettings, embe
     """
     if settings.pooling not in _POOLING_MODES:
         raise InputError(f"pooling must be one of {', '.join(_POOLING_MODES)}, not {settings.pooling!r}")
-    folder = epath.Path(folder)
+    root = epath.Path(folder)
     paths = {"Transformer": "", "Pooling": "1_Pooling"} | (
         {"Normalize": "2_Normalize"} if settings.normalize else {}
     )
     for path in paths.values():
-        (folder / path).mkdir(parents=True, exist_ok=True)
+        (root / path).mkdir(parents=True, exist_ok=True)
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for index, (kind, path) in enumerate(paths.items())
@@ -314,12 +314,12 @@ def write_settings(folder: str | os.PathLike[str], settings: ModelSettings, embe
     pooling: dict[str, Any] = {"word_embedding_dimension": embed_dim}
     pooling |= {key: mode == settings.pooling for key, mode in _POOLING_KEYS.items()}
     prompts = dict(settings.prompts or {})
-    write_json(folder / "modules.json", modules)
-    write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(root / "modules.json", modules)
+    write_json(root / "1_Pooling" / "config.json", pooling)
     limit = {} if settings.max_seq_length is None else {"max_seq_length": settings.max_seq_length}
-    write_json(folder / "sentence_bert_config.json", limit | {"do_lower_case": False})
+    write_json(root / "sentence_bert_config.json", limit | {"do_lower_case": False})
     write_json(
-        folder / "config_sentence_transformers.json",
+        root / "config_sentence_transformers.json",
         {
             "__version__": {"sgpt_jax": metadata.version("sgpt-jax")},
             "model_type": "SentenceTransformer",

@@ -13,6 +13,7 @@ the one end-of-text token.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import warnings
@@ -33,6 +34,9 @@ Side = Literal["query", "document"]
 
 BRACKETS: dict[str, tuple[str, str]] = {"query": ("[", "]"), "document": ("{", "}")}
 
+# Any of these sets is a tokenizer.
+_TOKENIZER_FILES = [("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt")]
+
 # Texts given to the tokenizer at once: enough for its threads, few enough for a progress bar and little memory.
 _CHUNK = 4096
 
@@ -47,10 +51,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         return load_gguf_tokenizer(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such model folder")
+    if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        # transformers would make an empty tokenizer of the model's class and say nothing.
+        raise InputError(
+            f"{path}: no tokenizer in this folder (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(f"{path}: no tokenizer can be loaded from this folder: {error}") from error
+    except Exception as error:  # the tokenizers library raises nothing more special for a broken file
+        raise InputError(f"{path}: the tokenizer in this folder cannot be loaded: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(
             f"{path}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json is missing)"
@@ -275,13 +284,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
     """Saves the tokenizer so that AutoTokenizer loads it, in transformers 4 as well as 5.
 
     Version 5 writes the class name "TokenizersBackend", which version 4 does not know; both know its older name.
+    A tokenizer without a pad token is saved with its end-of-text token as one: sentence-transformers pads batches.
     """
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    root = epath.Path(folder)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
+        for path in sorted(p for p in Path(scratch).rglob("*") if p.is_file()):
             content = path.read_bytes()
             if path.name == "tokenizer_config.json":
                 content = content.replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"')
-            (folder / path.name).write_bytes(content)
+            target = root / path.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)

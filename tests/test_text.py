@@ -1,0 +1,469 @@
+"""Tokenizers from folders and GGUF files, the rules for ids, and batch plans."""
+
+import json
+import random
+import warnings
+
+import decoders
+import gguf
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from sgpt_jax.io import InputError
+from sgpt_jax.text import (
+    Batch,
+    TextEncoder,
+    check_ids,
+    length_buckets,
+    load_tokenizer,
+    pad_batch,
+    plan_batches,
+    save_tokenizer,
+)
+
+FIXTURES = decoders.FIXTURES / "text"
+ODD = json.loads((FIXTURES / "smollm2_ids.json").read_text("utf-8"))["texts"]
+SPECIAL = "<|endoftext|> x <|endoftext|>"
+
+
+def write_vocabulary(path, model, tokens, types, *, pre=None, merges=None, scores=None, fields=None):
+    """A GGUF file with a tokenizer and nothing else."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    if pre:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if merges is not None:
+        writer.add_token_merges(merges)
+    if scores is not None:
+        writer.add_token_scores(scores)
+    for name, value in (fields or {}).items():
+        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
+        add(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def small_gguf(path, pre="gpt-2", extra=(), **fields):
+    """The tests' byte-level BPE with `<|endoftext|>` (control), `<think>` (user-defined) and `extra` tokens."""
+    vocab, merges = decoders.bpe()
+    tokens = [*vocab, "<|endoftext|>", "<think>", *extra]
+    types = [1] * len(vocab) + [3, 4] + [1] * len(extra)
+    fields = {"bos_token_id": len(vocab), "eos_token_id": len(vocab)} | fields
+    return write_vocabulary(
+        path, "gpt2", tokens, types, pre=pre, merges=[" ".join(m) for m in merges], fields=fields
+    )
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    data = json.loads((FIXTURES / "smollm2_ids.json").read_text("utf-8"))
+    tokens = [data["tokens"].get(str(i), f"[other{i}]") for i in range(data["vocab_size"])]
+    types = [3 if i in set(data["control"]) else 1 for i in range(len(tokens))]
+    path = tmp_path_factory.mktemp("smollm2") / "model.gguf"
+    fields = data["special"] | {"add_bos_token": False}
+    return write_vocabulary(
+        path, "gpt2", tokens, types, pre="smollm", merges=data["merges"], fields=fields
+    ), data
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    data = json.loads((FIXTURES / "sentencepiece_ids.json").read_text("utf-8"))
+    rows = [data["tokens"].get(str(i), [f"[other{i}]", -1e9, 5]) for i in range(data["vocab_size"])]
+    tokens, scores, types = (list(column) for column in zip(*rows, strict=True))
+    path = tmp_path_factory.mktemp("sentencepiece") / "model.gguf"
+    fields = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    return write_vocabulary(path, "llama", tokens, types, scores=scores, fields=fields), data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return decoders.write_tokenizer(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tmp_path_factory):
+    return load_tokenizer(decoders.write_tokenizer(tmp_path_factory.mktemp("bos"), bos=True))
+
+
+# Tokenizers of GGUF files
+
+
+def test_smollm2_ids_equal_the_reference(smollm2):
+    path, data = smollm2
+    tokenizer = load_tokenizer(path)
+    assert tokenizer(data["texts"])["input_ids"] == data["ids"]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"]) == [1, 0]
+    # transformers' own GGUF loading differs only where its missing digit rule shows.
+    differing = [
+        t for t, a, b in zip(data["texts"], data["ids"], data["transformers_gguf_ids"], strict=True) if a != b
+    ]
+    assert len(differing) == 3
+    assert all(any(c.isnumeric() for c in text) for text in differing)
+
+
+def test_sentencepiece_ids_equal_the_library(sentencepiece):
+    path, data = sentencepiece
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer(data["texts"])["input_ids"]
+    for text, ours, theirs in zip(data["texts"], ids, data["ids"], strict=True):
+        assert ours == theirs, text
+    assert tokenizer.decode(ids[1], skip_special_tokens=True) == data["texts"][1]
+    assert tokenizer("<s>")["input_ids"] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "sentencepiece"])
+def test_a_saved_gguf_tokenizer_loads_with_the_same_ids(name, request, tmp_path):
+    path, data = request.getfixturevalue(name)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), "utf-8")
+    save_tokenizer(load_tokenizer(path), tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    for loaded in (AutoTokenizer.from_pretrained(str(tmp_path)), load_tokenizer(tmp_path)):
+        assert loaded(data["texts"])["input_ids"] == data["ids"]
+        assert loaded.eos_token_id == 2
+
+
+def test_a_saved_qwen2_tokenizer_loads_with_the_same_ids(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}), "utf-8")
+    tokenizer = load_tokenizer(small_gguf(tmp_path / "model.gguf", "qwen2"))
+    save_tokenizer(tokenizer, tmp_path)
+    texts = [*ODD, SPECIAL, "a<think>b"]
+    assert load_tokenizer(tmp_path)(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["ĠIT", "'", "S", "Ġ", "Ġ12345", "Ċ", "Ġx", '."', "Ċ", "Ċ", "y"]),
+        ("default", ["ĠIT", "'", "S", "Ġ", "Ġ12345", "Ċ", "Ġx", '."', "Ċ", "Ċ", "y"]),
+        ("smollm", ["ĠIT", "'", "S", "ĠĠ", "1", "2", "3", "4", "5", "Ċ", "Ġx", '."', "Ċ", "Ċ", "y"]),
+        ("qwen2", ["ĠIT", "'S", "Ġ", "Ġ", "1", "2", "3", "4", "5", "Ċ", "Ġx", '."ĊĊ', "y"]),
+        ("llama-bpe", ["ĠIT", "'S", "Ġ", "Ġ", "123", "45", "Ċ", "Ġx", '."ĊĊ', "y"]),
+    ],
+)
+def test_each_pre_tokenizer_has_its_own_rule(pre, pieces, tmp_path):
+    tokenizer = load_tokenizer(small_gguf(tmp_path / "model.gguf", pre))
+    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(" IT'S  12345\n x.\"\n\ny")
+    assert [piece for piece, _ in cut] == pieces
+
+
+def test_llama_bpe_takes_whole_pieces_and_adds_bos(tmp_path):
+    extra = ["Ġheronry"]  # no merges lead to it
+    whole = load_tokenizer(small_gguf(tmp_path / "llama.gguf", "llama-bpe", extra))
+    merged = load_tokenizer(small_gguf(tmp_path / "gpt2.gguf", "gpt-2", extra))
+    eos = whole.eos_token_id
+    assert whole(" heronry")["input_ids"] == [eos, eos + 2]
+    assert len(merged(" heronry")["input_ids"]) > 1
+    assert merged("a")["input_ids"][0] != eos
+    silent = load_tokenizer(
+        small_gguf(tmp_path / "no.gguf", "llama-bpe", add_bos_token=False, add_eos_token=True)
+    )
+    assert silent("a")["input_ids"] == [silent.convert_tokens_to_ids("a"), eos]
+
+
+def test_qwen2_composes_characters_and_the_others_do_not(tmp_path):
+    forms = ["caf\u00e9", "cafe\u0301"]
+    composed, apart = load_tokenizer(small_gguf(tmp_path / "q.gguf", "qwen2"))(forms)["input_ids"]
+    assert composed == apart
+    composed, apart = load_tokenizer(small_gguf(tmp_path / "g.gguf", "gpt-2"))(forms)["input_ids"]
+    assert composed != apart
+
+
+def test_special_tokens_of_a_gguf_file(tmp_path):
+    tokenizer = load_tokenizer(small_gguf(tmp_path / "model.gguf"))
+    eos, think = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<think>"])
+    assert tokenizer("a<think>a<|endoftext|>")["input_ids"][1::2] == [think, eos]
+    assert tokenizer.added_tokens_decoder[eos].special
+    assert not tokenizer.added_tokens_decoder[think].special
+    assert tokenizer.decode([eos, think], skip_special_tokens=True) == "<think>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre": "tekken"}, "pre 'tekken' is not supported"),
+        ({"model": "t5"}, "model 't5' is not supported"),
+        ({"model": "llama"}, "scores"),
+        ({"merges": None}, "merges"),
+        ({"merges": ["a b", "b c"]}, "joins tokens that the file does not have: 'b c'"),
+        ({"tokens": ["a", "a", "b"]}, "twice"),
+        ({"fields": {"eos_token_id": 9}}, "eos_token_id is 9"),
+    ],
+)
+def test_gguf_tokenizers_that_cannot_be_built(changes, message, tmp_path):
+    given = {
+        "model": "gpt2",
+        "tokens": ["a", "b", "ab"],
+        "types": [1, 1, 1],
+        "pre": "gpt-2",
+        "merges": ["a b"],
+    }
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(write_vocabulary(tmp_path / "model.gguf", **(given | changes)))
+
+
+def test_gguf_files_without_a_tokenizer(tmp_path):
+    (tmp_path / "not.gguf").write_bytes(b"no GGUF file at all, but long enough to be read as one")
+    with pytest.raises(InputError, match=r"not\.gguf"):
+        load_tokenizer(tmp_path / "not.gguf")
+    with pytest.raises(InputError, match=r"gone\.gguf"):
+        load_tokenizer(tmp_path / "gone.gguf")
+
+
+def test_folders_without_a_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neo"}', "utf-8")
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{", "utf-8")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="no such model folder"):
+        load_tokenizer(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("fast_file", [True, False])
+def test_released_folders_with_added_tokens_json(fast_file, tmp_path):
+    """The released bracket models list `[SOS]` and `{SOS}` there; they stay tokens of a text, no more."""
+    vocab, merges = decoders.bpe()
+    size = len(vocab)
+    added = {"[SOS]": size + 1, "{SOS}": size + 2}
+    if fast_file:
+        decoders.write_tokenizer(tmp_path, placeholders=True)
+        added = {name: load_tokenizer(tmp_path).convert_tokens_to_ids(name) for name in added}
+    files = {
+        "vocab.json": json.dumps(vocab | {"<|endoftext|>": size}),
+        "merges.txt": "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n",
+        "added_tokens.json": json.dumps(added),
+        "special_tokens_map.json": json.dumps(
+            {f"{n}_token": "<|endoftext|>" for n in ("bos", "eos", "unk", "pad")}
+        ),
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": 2048}),
+        "config.json": json.dumps({"model_type": "gpt_neo"}),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, "utf-8")
+    encoder = TextEncoder(load_tokenizer(tmp_path), 16, True)
+    (opening, closing), a = encoder.ids([""], "document")[0], vocab["a"]
+    assert (opening, closing) == (vocab["{"], vocab["}"])
+    assert encoder.ids(["[SOS]a{SOS}"], "document") == [[opening, added["[SOS]"], a, added["{SOS}"], closing]]
+    assert encoder.ids(["[SOS]a"], "query")[0][1:-1] == [added["[SOS]"], a]
+
+
+# Ids
+
+
+@pytest.mark.parametrize("limit", [5, 12, 500])
+@pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
+def test_ids_without_brackets_are_those_of_the_tokenizer(name, limit, request):
+    tokenizer = request.getfixturevalue(name)
+    texts = [t for t in [*ODD, SPECIAL, "  kept  "] if t.strip()]
+    expected = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert TextEncoder(tokenizer, limit).ids(texts) == expected
+        assert TextEncoder(tokenizer, limit).ids(texts, "query") == expected
+        assert TextEncoder(tokenizer, limit, True).ids(texts) == expected
+
+
+@pytest.mark.parametrize("limit", [6, 12, 500])
+@pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
+@pytest.mark.parametrize(("side", "pair"), [("query", "[]"), ("document", "{}")])
+def test_brackets_go_around_what_the_tokenizer_gives(side, pair, name, limit, request):
+    """The recipe of the SGPT README: the tokenizer's ids, one bracket id put in front and one after."""
+    tokenizer = request.getfixturevalue(name)
+    texts = [t for t in [*ODD, SPECIAL, "  x  ", "[", "]]", "{}", '"x', "[a] {b}"] if t.strip()]
+    opening, closing = (tokenizer.encode(bracket, add_special_tokens=False) for bracket in pair)
+    rows = tokenizer([t.strip() for t in texts], truncation=True, max_length=limit - 2)["input_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids = TextEncoder(tokenizer, limit, True).ids(texts, side)
+    assert ids == [opening + row + closing for row in rows]
+    assert max(map(len, ids)) <= limit
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t \u2003\u2028"])
+@pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
+def test_empty_texts(name, text, request):
+    tokenizer = request.getfixturevalue(name)
+    encoder = TextEncoder(tokenizer, 8, True)
+    brackets = [tokenizer.convert_tokens_to_ids(c) for c in "[]{}"]
+    assert encoder.ids([text]) == [[tokenizer.eos_token_id]]
+    assert encoder.ids([text], "query") == [brackets[:2]]
+    assert encoder.ids([text], "document") == [brackets[2:]]
+
+
+def test_cut_texts_are_counted_in_one_warning(tokenizer):
+    encoder = TextEncoder(tokenizer, 4, True)
+    with pytest.warns(UserWarning, match="2 of 3 texts are longer than 4 tokens") as caught:
+        encoder.ids(["q" * 40, "q", "z" * 50], "query")
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(encoder.ids(["qz"], "query")[0]) == 4  # fills the room exactly
+        encoder.plain_ids(["q" * 5000])  # and no warning of transformers' either
+
+
+def test_the_tokenizers_truncation_side_is_kept(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.truncation_side = "left"
+    with pytest.warns(UserWarning, match="1 of 1"):
+        (ids,) = TextEncoder(tokenizer, 3).ids(["qjz0123"])
+    assert ids == tokenizer("123")["input_ids"]
+
+
+def test_padding_and_truncation_inside_tokenizer_json_have_no_effect(tokenizer, folder):
+    other = load_tokenizer(folder)
+    other.backend_tokenizer.enable_truncation(3)
+    other.backend_tokenizer.enable_padding(length=9)
+    texts = ["a longer text than three tokens", "b"]
+    assert TextEncoder(other, 50).ids(texts) == TextEncoder(tokenizer, 50).ids(texts)
+    other.backend_tokenizer.enable_truncation(3)
+    assert TextEncoder(other, 50, True).plain_ids(texts) == TextEncoder(tokenizer, 50).plain_ids(texts)
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), b"x", {"text": "x"}, 3, ["x"]])
+def test_what_is_not_a_str_is_named_by_its_index(tokenizer, bad):
+    encoder = TextEncoder(tokenizer, 8)
+    for call in (encoder.ids, encoder.plain_ids):
+        with pytest.raises(TypeError, match="text 2 is"):
+            call(["a", "b", bad])
+        with pytest.raises(TypeError, match="list of texts"):
+            call("one text")
+
+
+def test_surrogates(tokenizer):
+    encoder = TextEncoder(tokenizer, 50)
+    assert encoder.ids(["a\ud83d b", "\ud83d\ude42"]) == encoder.ids(["a\ufffd b", "🙂"])
+    assert encoder.plain_ids(["\ude42"]) == encoder.plain_ids(["\ufffd"])
+
+
+def test_no_unicode_normalisation(tokenizer):
+    composed, apart = TextEncoder(tokenizer, 50).ids(["\u00e9", "e\u0301"])
+    assert composed != apart
+
+
+def test_plain_ids_are_neither_stripped_nor_cut_nor_given_special_tokens(bos_tokenizer):
+    texts = ["", "  two  ", "q" * 99, *ODD]
+    expected = bos_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert TextEncoder(bos_tokenizer, 8, True).plain_ids(texts) == expected
+
+
+def test_prompts_go_before_every_text_of_their_side(tokenizer):
+    encoder = TextEncoder(tokenizer, 50, prompts={"query": "query: ", "default": "text: "})
+    assert encoder.ids(["a", ""], "query") == encoder.plain_ids(["query: a", "query: "])
+    assert encoder.ids(["a"]) == encoder.plain_ids(["text: a"])
+    assert encoder.ids(["a"], "document") == encoder.plain_ids(["a"])
+
+
+def test_no_texts(tokenizer):
+    assert TextEncoder(tokenizer, 8).ids([]) == []
+    assert TextEncoder(tokenizer, 8).plain_ids([]) == []
+
+
+def test_many_texts_keep_their_order(tokenizer):
+    texts = [str(i) for i in range(10_000)]
+    assert TextEncoder(tokenizer, 50).ids(texts) == tokenizer(texts)["input_ids"]
+
+
+def test_pad_id(folder):
+    tokenizer = load_tokenizer(folder)
+    assert TextEncoder(tokenizer, 8).pad_id == tokenizer.eos_token_id
+    tokenizer.pad_token = "!"
+    assert TextEncoder(tokenizer, 8).pad_id == tokenizer.convert_tokens_to_ids("!")
+    tokenizer.pad_token = tokenizer.eos_token = None
+    encoder = TextEncoder(tokenizer, 8)
+    assert (encoder.pad_id, encoder.ids([""])) == (0, [[0]])
+
+
+def test_encoders_that_cannot_work(tokenizer, bos_tokenizer, sentencepiece, tmp_path):
+    assert TextEncoder(tokenizer, 3, True).ids(["q"], "query")[0][1:-1] == tokenizer("q")["input_ids"]
+    for bad, limit, brackets in ((tokenizer, 0, False), (tokenizer, 2, True), (bos_tokenizer, 3, True)):
+        with pytest.raises(InputError, match="leaves no room"):
+            TextEncoder(bad, limit, brackets)
+    tokens, types = ["a", "b", "ab", "[", "]", "{"], [1] * 6
+    path = write_vocabulary(tmp_path / "x.gguf", "gpt2", tokens, types, pre="gpt-2", merges=["a b"])
+    with pytest.raises(InputError, match="'}' as one token"):
+        TextEncoder(load_tokenizer(path), 8, True)
+    with pytest.raises(ValueError, match="side"):
+        TextEncoder(tokenizer, 8).ids(["a"], "passage")
+
+
+def test_check_ids():
+    check_ids([[0, 4], [], [3]], 5)
+    for bad in (5, -1):
+        with pytest.raises(InputError, match=f"text 1 has token id {bad}, outside the model's 5"):
+            check_ids([[0], [1, bad]], 5)
+
+
+# Batches
+
+
+def test_length_buckets():
+    assert length_buckets(300) == [16, 32, 64, 96, 128, 192, 256, 300]
+    assert length_buckets(75) == [16, 32, 64, 75]
+    assert length_buckets(2048) == [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert [length_buckets(n) for n in (1, 16, 17)] == [[1], [16], [16, 17]]
+    with pytest.raises(InputError):
+        length_buckets(0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_plans_hold_every_text_once_within_the_bounds(seed):
+    rng = random.Random(seed)
+    limit = rng.choice([1, 20, 75, 300, 1000, 2048])
+    lengths = [rng.randint(0, limit) for _ in range(rng.choice([0, 1, 2, 17, 400]))]
+    multiple = rng.choice([1, 2, 3, 8])
+    tokens = rng.choice([1, 100, 4096, 32768])
+    plan = plan_batches(lengths, batch_tokens=tokens, max_length=limit, row_multiple=multiple)
+    assert plan == plan_batches(lengths, batch_tokens=tokens, max_length=limit, row_multiple=multiple)
+    order = [index for batch in plan for index in batch.indices]
+    assert order == sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for batch in plan:
+        assert max(lengths[i] for i in batch.indices) <= batch.length <= limit
+        assert batch.length in length_buckets(limit)
+        assert batch.rows % multiple == 0
+        assert len(batch.indices) <= batch.rows
+        assert batch.rows == multiple or batch.rows * batch.length <= tokens
+    for batch in plan[:-1]:
+        assert len(batch.indices) == batch.rows
+        assert batch.rows == max(1, tokens // batch.length // multiple) * multiple
+    if plan:
+        assert plan[-1].rows < 2 * (len(plan[-1].indices) + multiple)
+
+
+@pytest.mark.parametrize("limit", [1000, 1024, 2048])
+@pytest.mark.parametrize("tokens", [1, 2048, 4096, 16384, 32768, 10**6])
+def test_a_thousand_lengths_need_at_most_twelve_shapes(tokens, limit):
+    plan = plan_batches(range(1, 1001), batch_tokens=tokens, max_length=limit)
+    assert len({(batch.rows, batch.length) for batch in plan}) <= 12
+
+
+def test_single_queries_use_a_small_batch():
+    assert plan_batches([7], batch_tokens=16384, max_length=300) == [Batch((0,), 1, 16)]
+    assert plan_batches([7], batch_tokens=16384, max_length=300, row_multiple=8) == [Batch((0,), 8, 16)]
+    assert plan_batches([7, 90, 8], batch_tokens=16384, max_length=300) == [Batch((1, 2, 0), 4, 96)]
+
+
+def test_a_text_over_the_limit_is_refused():
+    with pytest.raises(InputError, match="text 1 has 301 tokens"):
+        plan_batches([3, 301], batch_tokens=4096, max_length=300)
+
+
+def test_pad_batch():
+    ids, mask = pad_batch([[1, 2, 3], [4], [5, 6]], Batch((2, 0), 4, 4), pad_id=9)
+    assert ids.dtype == mask.dtype == np.int32
+    assert ids.tolist() == [[5, 6, 9, 9], [1, 2, 3, 9], [9] * 4, [9] * 4]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0] * 4, [0] * 4]
