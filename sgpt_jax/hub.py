@@ -87,7 +87,7 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return Source(path, path.resolve().name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":

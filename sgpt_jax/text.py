@@ -13,7 +13,7 @@ the one end-of-text token.
 
 from __future__ import annotations
 
-import copy
+import json
 import os
 import tempfile
 import warnings
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sgpt_jax.gguf_tokenizer import load_gguf_tokenizer
-from sgpt_jax.io import InputError, fix_surrogates
+from sgpt_jax.io import InputError, fix_surrogates, write_json
 
 Side = Literal["query", "document"]
 
@@ -283,19 +283,21 @@ def pad_batch(ids: Sequence[Sequence[int]], batch: Batch, pad_id: int) -> tuple[
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike[str]) -> None:
     """Saves the tokenizer so that AutoTokenizer loads it, in transformers 4 as well as 5.
 
-    Version 5 writes the class name "TokenizersBackend", which version 4 does not know; both know its older name.
-    A tokenizer without a pad token is saved with its end-of-text token as one: sentence-transformers pads batches.
+    Version 5 writes the class name "TokenizersBackend", which version 4 does not know; both know its older name. A
+    tokenizer without a pad token gets the end-of-text token for it, as in the released SGPT folders:
+    sentence-transformers cannot batch texts without one.
     """
     root = epath.Path(folder)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
+        settings = Path(scratch) / "tokenizer_config.json"
+        config = json.loads(settings.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            config["pad_token"] = tokenizer.eos_token
+        write_json(settings, config)
         for path in sorted(p for p in Path(scratch).rglob("*") if p.is_file()):
-            content = path.read_bytes()
-            if path.name == "tokenizer_config.json":
-                content = content.replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"')
             target = root / path.relative_to(scratch)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+            target.write_bytes(path.read_bytes())

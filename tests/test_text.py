@@ -136,6 +136,13 @@ def test_a_saved_gguf_tokenizer_loads_with_the_same_ids(name, request, tmp_path)
         assert loaded.eos_token_id == 2
 
 
+def test_a_saved_tokenizer_always_has_a_pad_token(tokenizer, tmp_path):
+    assert tokenizer.pad_token is None
+    save_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == tokenizer.eos_token
+    assert tokenizer.pad_token is None
+
+
 def test_a_saved_qwen2_tokenizer_loads_with_the_same_ids(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}), "utf-8")
     tokenizer = load_tokenizer(small_gguf(tmp_path / "model.gguf", "qwen2"))
