@@ -134,19 +134,20 @@ def _pytrec(qrels: Qrels, hits: Run, cuts: Sequence[int]) -> dict[str, dict[str,
     already, and C strings cannot hold every id that JSON can.
     """
     grades, ranked = {}, {}
-    for query, documents in hits.items():
+    for place, (query, documents) in enumerate(hits.items()):
         numbers: dict[str, str] = {}
-        grades[query] = {
+        grades[str(place)] = {
             numbers.setdefault(document, str(len(numbers))): max(grade, 0)
             for document, grade in qrels[query].items()
         }
-        ranked[query] = {
+        ranked[str(place)] = {
             numbers.setdefault(document, str(len(numbers))): float(-rank)
             for rank, document in enumerate(documents)
         }
     at = ",".join(str(k) for k in cuts)
     evaluator = pytrec_eval.RelevanceEvaluator(grades, {f"{measure}.{at}" for measure in _MEASURES.values()})
-    return evaluator.evaluate(ranked)
+    values = evaluator.evaluate(ranked)
+    return {query: values[str(place)] for place, query in enumerate(hits)}
 
 
 def _reciprocal_rank(grades: Mapping[str, int], documents: Iterable[str], k: int) -> float:

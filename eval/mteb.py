@@ -84,7 +84,8 @@ class BiEncoderModel:
 
     def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
         """Cosine, [n, E] x [m, E] -> [n, m]."""
-        return self.model.similarity(np.asarray(embeddings1), np.asarray(embeddings2))
+        # torch warns of arrays that it may not write to, and JAX's are such
+        return np.array(self.model.similarity(np.asarray(embeddings1), np.asarray(embeddings2)))
 
     def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
         """Cosine of row with row, [n, E] x [n, E] -> [n]."""
@@ -200,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
             data.load()
             top_ranked = None
             if args.cross_encoder:
-                run, _ = first_stage(data, stages, max(CUTS) + ignore, set())
+                run, _ = first_stage(data, stages, max(CUTS) + ignore, data.documents())
                 top_ranked, _ = cut(run, args.rerank_depth, ignore_identical_ids=ignore)
             adapter = BiEncoderModel(lazy.model) if args.model else CrossEncoderModel(lazy.model)
             task = local_task(data, top_ranked=top_ranked, ignore_identical_ids=ignore)
@@ -209,7 +210,9 @@ def main(args: argparse.Namespace) -> None:
                 "kind": "mteb",
                 "name": data.name,
                 "metrics": {key: value for key, value in scores.items() if "@" in key},
-                "mteb": {key: value for key, value in scores.items() if "_at_" in key},
+                "mteb": {
+                    key: value for key, value in scores.items() if "_at_" in key and math.isfinite(value)
+                },
                 "model" if args.model else "cross_encoder": lazy.describe(),
                 "seconds": {"total": time.perf_counter() - start},
                 **circumstances("mteb", "pytrec_eval-terrier"),

@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
         for name, study in studies.items():
             print(f"{name!r} on ", end="", flush=True)
             example = None if study.instruction is None else examples[study.shortest]
-            stages = Stages(None, Prompted(lazy, study, example), args.rerank_depth, runs, options)
+            stages = Stages(None, Prompted(lazy, name, study, example), args.rerank_depth, runs, options)
             table[name][data.name] = run_data_set(data, stages, folders[name], args)
     text = as_table(table, lazy.source, args.rerank_depth)
     with atomic_write(args.output / "prompts.md") as stream:
@@ -160,10 +160,11 @@ def main(args: argparse.Namespace) -> None:
 class Prompted(LazyModel):
     """The cross-encoder of another `LazyModel` with a study's prompt: the weights are the same ones."""
 
-    def __init__(self, lazy: LazyModel, study: Study, example: Example | None) -> None:
+    def __init__(self, lazy: LazyModel, name: str, study: Study, example: Example | None) -> None:
         prompt = study.prompt(example)
         self.source = lazy.source
         self.identity = lazy.identity | {
+            "study": name if name in STUDIES else None,
             "prompt": dataclasses.asdict(prompt),
             "example": example and {"document": example.document_id, "query": example.query_id},
             "answers": study.answers and list(study.answers),

@@ -123,10 +123,8 @@ def label(result: Result) -> str:
         return start
     depth = (result.get("settings", {}).get("cross_encoder") or {}).get("rerank_depth")
     prompt = encoder["prompt"]["prefix"] + "{}" + encoder["prompt"]["suffix"]
-    named = next((name for name, text in _prompts().items() if text == prompt), None)
+    named = encoder.get("study") or next((name for name, text in _prompts().items() if text == prompt), None)
     shown = f"prompt {named}" if named else f"prompt {json.dumps(prompt, ensure_ascii=False)}"
-    if encoder.get("example"):
-        shown += ", one example"
     return f"{_model_label(encoder)} on {start}, top {depth}, {shown}"
 
 
@@ -216,13 +214,13 @@ def plot(rows: list[Row], metric: str, x: str, path: Path) -> None:
     for row in placed:
         # What differs in x alone is one line: one model at several depths, or models of one kind of several sizes.
         system = row.name.replace(f", top {row.depth}", "") if x == "depth" else row.kind
-        for name in (name for name in row.values if name in _ORDER):
+        for name in (name for name in row.values if name not in AVERAGES and not name.endswith(")")):
             point = (getattr(row, x), row.values[name], row.published is not None)
             series = f"{row.kind}, published" if row.published else system
             lines.setdefault((name, series), []).append(point)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    names = sorted({name for name, _ in lines}, key=_ORDER.index)
+    names = sorted({name for name, _ in lines})
     for (name, series), points in sorted(
         lines.items(), key=lambda line: (names.index(line[0][0]), line[0][1])
     ):

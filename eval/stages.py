@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,13 @@ def measure(
     start = time.perf_counter()
     unknown = {document for query in data.queries for document in data.qrels[query]}
     depth = max(CUTS) + ignore_identical_ids  # the query's own document is dropped before the cut
-    ranked, first = first_stage(data, stages, depth, unknown)
+
+    def documents() -> Iterator[Document]:
+        for document in data.documents():
+            unknown.discard(document.id)
+            yield document
+
+    ranked, first = first_stage(data, stages, depth, documents())
     seconds = {"first_stage": time.perf_counter() - start}
     ranked, dropped = cut(ranked, max(CUTS), ignore_identical_ids=ignore_identical_ids)
     evaluation = evaluate(data.qrels, ranked, queries=data.queries)
@@ -73,7 +79,7 @@ def measure(
     report = None
     if stages.cross_encoder:
         first["metrics"] = evaluation.metrics
-        shallow, texts = candidates(ranked, data.documents(), stages.rerank_depth)
+        shallow, texts = candidates(ranked, documents(), stages.rerank_depth)
         report = ScoreReport()
         model = stages.cross_encoder.model
         ranked = rerank(model, data.queries, shallow, texts, report=report, **stages.options)
@@ -98,15 +104,9 @@ def measure(
 
 
 def first_stage(
-    data: DataSet, stages: Stages, depth: int, unknown: set[str]
+    data: DataSet, stages: Stages, depth: int, documents: Iterable[Document]
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """The first stage's run and its description. Takes the documents that it comes by out of `unknown`."""
-
-    def documents() -> Iterator[Document]:
-        for document in data.documents():
-            unknown.discard(document.id)
-            yield document
-
+    """The first stage's run and its description. A run that was given needs no documents."""
     if stages.runs:
         path = stages.run_file(data.name)
         run = read_run(path, errors=data.encoding_errors)
@@ -114,9 +114,9 @@ def first_stage(
             raise InputError(f"{path}: ranks none of the judged queries of {data.name}")
         return {query: run[query] for query in data.queries if query in run}, _origin(path)
     if stages.model:
-        run = search(stages.model.model, data.queries, documents(), depth, **stages.options)
+        run = search(stages.model.model, data.queries, documents, depth, **stages.options)
         return run, {"name": "bi-encoder"}
-    run = bm25.search(data.queries, documents(), depth)
+    run = bm25.search(data.queries, documents, depth)
     return run, {"name": "BM25", **dataclasses.asdict(bm25.DEFAULT)}
 
 
