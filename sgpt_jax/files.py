@@ -169,17 +169,18 @@ def atomic_write(path: PathLike) -> Iterator[BinaryIO]:
 def write_json(path: PathLike, value: Any, *, indent: int | None = 2) -> None:
     """Writes ``value`` as JSON, atomically. NumPy values are converted; NaN and infinities become null."""
     with atomic_write(path) as stream:
-        stream.write(_dumps(value, indent) + b"\n")
+        stream.write(dump_json(value, indent) + b"\n")
 
 
 def write_jsonl(path: PathLike, records: Iterable[Any]) -> None:
     """Writes one JSON value a line, atomically, in constant memory, with the conversions of `write_json`."""
     with atomic_write(path) as stream:
         for record in records:
-            stream.write(_dumps(record, None) + b"\n")
+            stream.write(dump_json(record, None) + b"\n")
 
 
-def _dumps(value: Any, indent: int | None) -> bytes:
+def dump_json(value: Any, indent: int | None) -> bytes:
+    """The bytes that `write_json` writes, without the final newline."""
     text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
     return fix_surrogates(text).encode("utf-8")
 

@@ -141,7 +141,9 @@ def _ranked(query: str, scores: Mapping[str, float]) -> list[tuple[str, float]]:
         if math.isnan(score):
             raise InputError(f"the score of query {query!r}, document {document!r} is NaN")
     with np.errstate(over="ignore"):  # beyond float32 means infinity there, as in trec_eval
-        return sorted(entries, key=lambda entry: (np.float32(entry[1]), entry[0]), reverse=True)
+        compared = np.array([score for _, score in entries]).astype(np.float32).tolist()
+    order = sorted(range(len(entries)), key=lambda i: (compared[i], entries[i][0]), reverse=True)
+    return [entries[i] for i in order]
 
 
 def _json_id(id: str) -> str:

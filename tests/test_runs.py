@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,14 @@ def test_run_round_trip(tmp_path, write):
 
 
 def test_trec_lines_are_in_trec_evals_order(tmp_path):
-    near = {"a": 0.1, "b": float(np.nextafter(0.1, 0)), "10": 2.0, "9": 2.0, "é": 0.1, "z": np.float32(0.5)}
+    near: dict[str, Any] = {
+        "a": 0.1,
+        "b": float(np.nextafter(0.1, 0)),
+        "10": 2.0,
+        "9": 2.0,
+        "é": 0.1,
+        "z": np.float32(0.5),
+    }
     write_run(tmp_path / "out", {"q": near}, tag="t")
     assert (tmp_path / "out").read_text().splitlines() == [
         "q Q0 9 1 2.0 t",
@@ -116,7 +124,8 @@ def test_nan_is_refused_and_nothing_is_written(tmp_path, write):
 
 @pytest.mark.parametrize("id", ["", "a b", "a\nb", "a\u2028b", "\ud83d"])
 def test_trec_run_refuses_ids_that_it_cannot_hold(tmp_path, id):
-    for run in ({"q": {id: 1.0}}, {id: {"d": 1.0}}):
+    runs: list[dict[str, dict[str, float]]] = [{"q": {id: 1.0}}, {id: {"d": 1.0}}]
+    for run in runs:
         with pytest.raises(InputError, match="cannot hold"):
             write_run(tmp_path / "out", run)
 
