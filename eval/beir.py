@@ -27,7 +27,7 @@ from eval.models import (
     cross_encoder,
     encode_options,
 )
-from eval.results import Result, mean_metrics, read_result, write_result
+from eval.results import Result, make_folder, mean_metrics, read_result, write_result
 from eval.stages import Stages, measure
 from sgpt_jax.io import InputError, write_json_run, write_run
 
@@ -140,7 +140,7 @@ def run_data_set(data: DataSet, stages: Stages, output: Path, args: argparse.Nam
         return result
     result, run = measure(data.load(), stages, ignore)
     result["settings"] = settings
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     _write_run(output, data.name, run)
     write_result(path, result)
     print(_line(data.name, result["metrics"], _notes(result["counts"])))

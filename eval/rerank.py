@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.metrics import Run, cut
+from sgpt_jax.cross_encoder import NaNScoreError
 from sgpt_jax.io import Document, InputError
 
 _PAIRS = 4_096  # pairs given to the model at a time, so that a long run shows progress
@@ -66,12 +67,15 @@ def rerank(
         for start in range(0, len(pairs), _PAIRS):
             part = pairs[start : start + _PAIRS]
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "of .* pairs"
-                )  # counted by ScoreReport, told once by the caller
-                scores = model.predict(
-                    [(queries[query], texts[document]) for document, query in part], **options
-                )
+                # ScoreReport counts what these warnings tell; the caller says it once.
+                warnings.filterwarnings("ignore", "of .* pairs")
+                try:
+                    scores = model.predict(
+                        [(queries[query], texts[document]) for document, query in part], **options
+                    )
+                except NaNScoreError as error:
+                    document, query = part[error.index]
+                    raise InputError(f"the score of query {query!r}, document {document!r} is NaN") from error
             for (document, query), score in zip(part, scores.tolist(), strict=True):
                 scored[query][document] = score
             bar.update(len(part))

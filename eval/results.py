@@ -16,8 +16,12 @@ _ON_ONE_LINE = ("queries", "per_query")  # long lists of numbers
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Writes a result as JSON; its folder is made where it does not exist yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a result as JSON; its folder is made where it does not exist yet.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    make_folder(path.parent)
     entries = []
     for key, value in result.items():
         text = json.dumps(
@@ -26,6 +30,18 @@ def write_result(path: Path, result: Result) -> None:
         entries.append(f"  {json.dumps(key)}: " + text.replace("\n", "\n  "))
     with atomic_write(path) as stream:
         stream.write(("{\n" + ",\n".join(entries) + "\n}\n").encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error.strerror}") from error
 
 
 def read_result(path: Path) -> Result:
