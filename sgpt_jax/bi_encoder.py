@@ -16,12 +16,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sgpt_jax import biases as bias_sets
-from sgpt_jax import hub, text
+from sgpt_jax import hub
 from sgpt_jax.decoder import Decoder, merge, split
 from sgpt_jax.io import InputError
+from sgpt_jax.model_card import read_license, write_model_card
 from sgpt_jax.pooling import POOLING_MODES, normalize, pool
 from sgpt_jax.sharding import batch_sharding, batch_ways
 from sgpt_jax.tensor_files import open_checkpoint
+from sgpt_jax.text import (
+    Batch,
+    Side,
+    TextEncoder,
+    check_ids,
+    load_tokenizer,
+    pad_batch,
+    plan_batches,
+    save_tokenizer,
+)
 from sgpt_jax.weights import export_folder, load_checkpoint
 
 # Tokens a batch: enough to keep matrix products large, and on accelerators to hide the launch of each program.
@@ -62,15 +73,17 @@ class BiEncoder:
         pooling: how hidden states become one vector, see `pool`.
         normalized: the model folder asks for vectors of length 1.
         name: the source's name, for model cards and reports.
+        license: what the source states, for model cards; None where it states nothing.
         mesh: the devices it runs on, or None for the first one.
     """
 
     decoder: Decoder
     hf_config: Mapping[str, Any]
-    text: text.TextEncoder
+    text: TextEncoder
     pooling: str
     normalized: bool = False
     name: str = ""
+    license: str | None = None
     mesh: Mesh | None = None
 
     @classmethod
@@ -104,7 +117,7 @@ class BiEncoder:
             InputError: the source is missing, damaged or not supported, or the options do not fit it.
         """
         resolved = hub.resolve(source)
-        settings = hub.read_settings(resolved.path)
+        settings = hub.read_settings(resolved.path, resolved.name)
         bias_set = None if biases is None else bias_sets.load_bias_set(biases)
         recorded = {} if bias_set is None else bias_set.header
         pooling = _first(pooling, recorded.get("pooling"), settings.pooling, "weightedmean")
@@ -122,8 +135,8 @@ class BiEncoder:
         return cls(
             decoder=decoder,
             hf_config=files.config,
-            text=text.TextEncoder(
-                text.load_tokenizer(resolved.path),
+            text=TextEncoder(
+                load_tokenizer(resolved.path),
                 length if limit is None else min(length, limit),
                 brackets,
                 settings.prompts,
@@ -131,6 +144,7 @@ class BiEncoder:
             pooling=pooling,
             normalized=bool(settings.normalize),
             name=resolved.name,
+            license=read_license(resolved.path),
             mesh=mesh,
         )
 
@@ -194,10 +208,21 @@ class BiEncoder:
             )
         )
 
-    def save_pretrained(self, folder: Any) -> None:
+    def save_pretrained(
+        self,
+        folder: Any,
+        *,
+        training: Mapping[str, object] | None = None,
+        results: Mapping[str, object] | None = None,
+    ) -> None:
         """Writes a folder that transformers, sentence-transformers and this project load.
 
         sentence-transformers adds no brackets by itself; the folder's model card says so where it matters.
+
+        Args:
+            folder: created where it is not there.
+            training: data and hyper-parameters for the model card.
+            results: measured scores for the model card.
 
         Raises:
             InputError: when transformers has no config for the decoder (biases added to some families). Nothing is
@@ -205,7 +230,7 @@ class BiEncoder:
         """
         folder = epath.Path(folder)
         export_folder(self.decoder, self.hf_config, folder)
-        text.save_tokenizer(self.text.tokenizer, folder)
+        save_tokenizer(self.text.tokenizer, folder)
         settings = hub.ModelSettings(
             pooling=self.pooling,
             brackets=self.text.brackets,
@@ -214,18 +239,27 @@ class BiEncoder:
             prompts=self.text.prompts,
         )
         hub.write_settings(folder, settings, self.dimension)
+        write_model_card(
+            folder,
+            settings,
+            self.dimension,
+            base_model=self.name,
+            license=self.license,
+            training=training,
+            results=results,
+        )
 
     def _encode(
         self,
         texts: str | Sequence[str],
-        side: text.Side | None,
+        side: Side | None,
         unit: bool,
         batch_tokens: int | None,
         show_progress: bool | None,
     ) -> np.ndarray:
         single = isinstance(texts, str)
         ids = self.text.ids([texts] if isinstance(texts, str) else texts, side, show_progress=show_progress)
-        text.check_ids(ids, self.decoder.config.vocab_size)
+        check_ids(ids, self.decoder.config.vocab_size)
         vectors = np.zeros((len(ids), self.dimension), np.float32)
         with tqdm(
             total=len(ids),
@@ -235,7 +269,7 @@ class BiEncoder:
             disable=None if show_progress is None else not show_progress,
         ) as bar:
             # One batch behind: the host fetches a result while the device works on the next.
-            waiting: tuple[text.Batch, jax.Array] | None = None
+            waiting: tuple[Batch, jax.Array] | None = None
             runs = self._run(ids, batch_tokens, unit or self.normalized)
             for started in itertools.chain(runs, [None]):
                 if waiting is not None:
@@ -247,10 +281,10 @@ class BiEncoder:
 
     def _run(
         self, ids: list[list[int]], batch_tokens: int | None, unit: bool
-    ) -> Iterator[tuple[text.Batch, jax.Array]]:
+    ) -> Iterator[tuple[Batch, jax.Array]]:
         """Starts each batch and yields it with its vectors, which may still be in the making."""
         graphdef, params = split(self.decoder)
-        plan = text.plan_batches(
+        plan = plan_batches(
             [len(row) for row in ids],
             batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS.get(jax.default_backend(), 32768),
             max_length=self.text.max_seq_length,
@@ -258,7 +292,7 @@ class BiEncoder:
         )
         place = jax.devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         for batch in plan:
-            input_ids, mask = jax.device_put(text.pad_batch(ids, batch, self.text.pad_id), place)
+            input_ids, mask = jax.device_put(pad_batch(ids, batch, self.text.pad_id), place)
             yield (
                 batch,
                 embed(graphdef, params, input_ids, mask, pooling=self.pooling, unit=unit, mesh=self.mesh),

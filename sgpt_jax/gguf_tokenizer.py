@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from sgpt_jax.gguf_file import open_gguf
 from sgpt_jax.io import InputError
 
 # Values of tokenizer.ggml.token_type.
@@ -103,13 +103,9 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     """All `tokenizer.ggml.*` fields by their last name, and the chat template."""
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{path}: cannot be read as a GGUF file: {error}") from error
     fields = {
         name.removeprefix("tokenizer.ggml."): field.contents()
-        for name, field in reader.fields.items()
+        for name, field in open_gguf(path).fields.items()
         if name.startswith("tokenizer.ggml.") or name == "tokenizer.chat_template"
     }
     if "tokenizer.chat_template" in fields:

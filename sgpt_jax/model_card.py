@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from etils import epath
-from gguf import GGUFReader
 
+from sgpt_jax.gguf_file import open_gguf
 from sgpt_jax.hub import ModelSettings
 from sgpt_jax.io import atomic_write
 
@@ -66,7 +66,7 @@ def read_license(path: str | os.PathLike[str]) -> str | None:
     """The license that a model states, in its README.md's front matter or its `.gguf` file; None without one."""
     path = Path(path)
     if path.is_file():
-        field = GGUFReader(path).get_field("general.license")
+        field = open_gguf(path).get_field("general.license")
         return field.contents() if field else None
     card = path / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

