@@ -174,3 +174,21 @@ def sts_pairs() -> list[tuple[float, str, str]]:
     sentences = [" ".join(random.choice(words, random.randint(3, 8))) for _ in range(60)]
     scores = random.choice([0.0, 1.2, 2.5, 3.8, 5.0], 30).tolist()
     return list(zip(scores, sentences[0::2], sentences[1::2], strict=True))
+
+
+class Ready:
+    """A loaded model in the place of `eval.models.LazyModel`; `loads` counts how often it is asked for."""
+
+    def __init__(self, model: Any, **identity: Any) -> None:
+        self.identity = {"revision": "made up", **identity}
+        self.source = "org/fake"
+        self.loads = 0
+        self._model = model
+
+    @property
+    def model(self) -> Any:
+        self.loads += 1
+        return self._model
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": self.source, **self.identity, "parameters": 1000}

@@ -7,10 +7,12 @@ import eval_cases
 import numpy as np
 import pytest
 
-pytrec_eval = pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
+pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
 
-from eval.metrics import CUTS, cut, evaluate, top  # noqa: E402
-from sgpt_jax.io import InputError  # noqa: E402
+import pytrec_eval
+
+from eval.metrics import CUTS, cut, evaluate, top
+from sgpt_jax.io import InputError
 
 MEASURES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
 
