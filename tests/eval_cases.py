@@ -128,7 +128,10 @@ def write_useb(folder: Path) -> Path:
             scores = " ".join(str(score) for score in random.choice([1.5, 3.25, 9.0], 20))
             lines.append(f"{question}\t{similar}\t{' '.join(found)}\t{scores}\n")
         (ask / f"{name}.txt").write_text("".join(lines))
-    corpus = {forum: {f"{forum}{number}": text() for number in range(130)} for forum in USEB_FORUMS}
+    # all different: USEB's top 100 takes any of equal ones
+    corpus = {
+        forum: {f"{forum}{number}": f"{text()} {number}" for number in range(130)} for forum in USEB_FORUMS
+    }
     split = {
         kind: {
             forum: {

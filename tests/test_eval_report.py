@@ -1,0 +1,213 @@
+"""Reports and significance tests."""
+
+import json
+
+import eval_cases
+import numpy as np
+import pytest
+
+pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
+pytest.importorskip("bm25s", reason="the eval extra is not installed")
+pytest.importorskip("scipy", reason="the eval extra is not installed")
+
+from scipy import stats
+
+from eval.__main__ import main
+from eval.data import AVERAGES
+from eval.report import collect, published
+from eval.significance import compare
+
+
+def beir(name="scifact", value=0.5, **more):
+    return {
+        "kind": "beir",
+        "name": name,
+        "metrics": {"ndcg@10": value, "recall@100": 0.9},
+        "first_stage": {"name": "BM25"},
+        "model": None,
+        "cross_encoder": None,
+        "command": f"python -m eval beir {name}",
+        "queries": ["a", "b", "c"],
+        "per_query": {"ndcg@10": [value - 0.1, value, value + 0.1]},
+    } | more
+
+
+def model(source="org/base", **options):
+    return {"source": source, "pooling": "weightedmean", "parameters": 135_000_000, **options}
+
+
+def cross(depth=10):
+    encoder = {
+        "source": "org/base",
+        "parameters": 135_000_000,
+        "prompt": {"prefix": "Text: ", "suffix": " Q: "},
+    }
+    return {"cross_encoder": encoder, "settings": {"cross_encoder": {"rerank_depth": depth}}}
+
+
+def write(folder, *results):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, result in enumerate(results):
+        (folder / f"{number}.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_systems_by_data_sets_with_published_rows_and_commands(tmp_path, capsys):
+    write(tmp_path / "bm25", beir(value=0.6713), beir("nfcorpus", 0.3173))
+    write(tmp_path / "model", beir(model=model(), first_stage={"name": "bi-encoder"}, value=0.4))
+    write(tmp_path / "ce", beir(value=0.7, **cross()), beir(value=0.71, **cross(100)))
+    sts = {
+        "kind": "sts",
+        "name": "sts-test",
+        "metrics": {"spearman_cosine": 0.8},
+        "model": model(),
+        "command": "c",
+    }
+    write(tmp_path / "sts", sts, {"other": "json"})
+    assert main(["report", *(str(tmp_path / part) for part in ("bm25", "model", "ce", "sts"))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| system | nfcorpus | scifact | sts-test (Spearman) |"
+    assert lines[4:8] == [
+        "| BM25 [1] | 0.3173 | 0.6713 |  |",
+        "| org/base (weightedmean) [2] |  | 0.4000 | 0.8000 |",
+        '| org/base on BM25, top 10, prompt "Text: {} Q: " [3] |  | 0.7000 |  |',
+        '| org/base on BM25, top 100, prompt "Text: {} Q: " [4] |  | 0.7100 |  |',
+    ]
+    assert "| BM25 (Elasticsearch) (published) [5] | 0.3060 | 0.6110 |  |" in lines
+    assert any(
+        line.startswith("| SGPT-BE-5.8B (batch 256) (published)") and "0.7470" in line for line in lines
+    )
+    assert "1. `python -m eval beir scifact`; `python -m eval beir nfcorpus`" in lines
+    assert any(line.startswith("5. published: SGPT paper") for line in lines)
+
+
+def test_no_published_rows_on_request_or_for_other_metrics(tmp_path, capsys):
+    folder = write(tmp_path / "r", beir())
+    for option in (["--no-published"], ["--metric", "recall@100"]):
+        assert main(["report", str(folder), *option]) == 0
+        assert "published" not in capsys.readouterr().out
+
+
+def test_the_same_system_twice_has_two_rows():
+    rows = collect([beir(value=0.1), beir(value=0.2), beir("nfcorpus", 0.3)])
+    assert [row.values for row in rows] == [{"scifact": 0.1, "nfcorpus": 0.3}, {"scifact": 0.2}]
+
+
+def test_options_that_change_numbers_are_in_the_name():
+    options = [
+        {},
+        {"brackets": True},
+        {"dtype": "bfloat16"},
+        {"biases": "sha256:0123456789"},
+        {"pooling": "mean"},
+    ]
+    names = [row.name for row in collect([beir(model=model(**option)) for option in options])]
+    assert len(set(names)) == 5 and names[1] == "org/base (weightedmean, brackets)"
+
+
+def test_averages_of_complete_rows():
+    names = AVERAGES["average_5"]
+    (row,) = collect([beir(name, 0.1 * number) for number, name in enumerate(names)])
+    assert row.values["average_5"] == pytest.approx(0.2) and "average_11" not in row.values
+    shown = {row.name: row.values for row in published({*names, "average_5"})}
+    assert shown["SGPT-BE-5.8B (batch 256)"]["average_5"] == pytest.approx(0.4384)
+
+
+def test_published_averages_are_the_papers():
+    """The values that the paper prints for its two averages come out of the table."""
+    rows = {row.name: row.values for row in published({"average_18", "average_11"})}
+    for name, eleven, eighteen in (
+        ("BM25 (Elasticsearch)", 0.477, 0.428),
+        ("SGPT-CE-6.1B@100", 0.499, 0.462),
+        ("SGPT-CE-125M@10", 0.485, 0.436),
+        ("SGPT-BE-5.8B (batch 256)", 0.550, 0.490),
+    ):
+        assert rows[name]["average_11"] == pytest.approx(eleven, abs=6e-4)
+        assert rows[name]["average_18"] == pytest.approx(eighteen, abs=6e-4)
+
+
+@pytest.mark.parametrize("x", ["depth", "parameters"])
+def test_plot(tmp_path, x):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    folder = write(
+        tmp_path / "r", beir(**cross(10)), beir(value=0.6, **cross(100)), beir("nfcorpus", 0.3, **cross(10))
+    )
+    arguments = [
+        "report",
+        str(folder),
+        "--output",
+        str(tmp_path / "t.md"),
+        "--plot",
+        str(tmp_path / "t.png"),
+        "--x",
+        x,
+    ]
+    assert main(arguments) == 0
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG") and "| system |" in (
+        tmp_path / "t.md"
+    ).read_text()
+
+
+def test_report_refuses(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd.json").write_text("{")
+    bare = write(tmp_path / "bare", beir())
+    for arguments, message in (
+        (["nowhere"], "no such file or folder"),
+        ([str(tmp_path / "empty")], "holds no result"),
+        ([str(tmp_path / "odd.json")], "cannot be read as a result"),
+        ([str(bare), "--metric", "ndcg@7"], "none of the results has ndcg@7"),
+        ([str(bare), "--no-published", "--plot", str(tmp_path / "x.png")], "for the x axis"),
+    ):
+        assert main(["report", *arguments]) == 1 and message in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_comparison_is_scipys_t_test_and_a_seeded_bootstrap():
+    random = np.random.RandomState(0)
+    a = random.rand(200)
+    b = np.clip(a + 0.02 + 0.1 * random.standard_normal(200), 0, 1)
+    found = compare(a, b)
+    assert found.p_t == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    assert found.difference == pytest.approx(np.mean(b - a)) and found.wins + found.losses <= 200
+    spread = stats.bootstrap((b - a,), np.mean, method="percentile", rng=np.random.default_rng(1))
+    assert found.low == pytest.approx(spread.confidence_interval.low, abs=2e-3)
+    assert found.high == pytest.approx(spread.confidence_interval.high, abs=2e-3)
+    assert found.p_bootstrap == pytest.approx(found.p_t, abs=0.02)  # the differences are close to normal
+    assert compare(a, b) == found and compare(a, b, seed=1) != found
+    back = compare(b, a)
+    assert back.difference == pytest.approx(-found.difference) and back.p_t == pytest.approx(found.p_t)
+
+
+def test_no_difference_is_no_significance():
+    values = np.array([0.5, 0.25, 1.0])
+    found = compare(values, values)
+    assert found.p_t == found.p_bootstrap == 1.0 and found.low == found.high == 0.0
+
+
+def test_significance_of_two_commands(tmp_path, capsys):
+    small = str(eval_cases.small_beir(tmp_path / "small"))
+    assert main(["beir", small, "--output", str(tmp_path / "a")]) == 0
+    (tmp_path / "run.trec").write_text("q2 Q0 d9 1 1.0 t\nq0 Q0 d1 1 1.0 t\n")
+    assert (
+        main(["beir", small, "--first-stage", str(tmp_path / "run.trec"), "--output", str(tmp_path / "b")])
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["significance", str(tmp_path / "a"), str(tmp_path / "b"), "--samples", "1000"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    a, b = (json.loads((tmp_path / part / "small.json").read_text())["metrics"]["ndcg@10"] for part in "ab")
+    assert row.startswith(f"| small | 3 | {a:.4f} | {b:.4f} | {b - a:+.4f} |")
+
+
+def test_significance_refuses(tmp_path, capsys):
+    a = write(tmp_path / "a", beir())
+    for other, options, message in (
+        (beir("nfcorpus"), [], "no data set in common"),
+        (beir(queries=["a", "b", "x"]), [], "different queries"),
+        (beir(), ["--metric", "ndcg@3"], "is not kept for every query; these are: ndcg@10"),
+    ):
+        b = write(tmp_path / "b", other)
+        assert main(["significance", str(a), str(b), *options]) == 1 and message in capsys.readouterr().err
+    twice = write(tmp_path / "twice", beir(), beir())
+    assert main(["significance", str(a), str(twice)]) == 1 and "twice" in capsys.readouterr().err
