@@ -268,7 +268,7 @@ class CrossEncoder:
         # Blocks of a vocabulary that is spread over devices would be gathered one by one.
         spread = self.mesh is not None and self.mesh.shape["tensor"] > 1
         entries = config.vocab_size if spread else min(HEAD_ENTRIES, config.vocab_size)
-        report.tokens += sum(row.length for row in rows)
+        positions = HEAD_POSITIONS.get(jax.default_backend(), 2048)
         for batch in packing.plan_batches(rows, batch_tokens=budget, row_multiple=ways):
             report.tokens_padded += batch.rows * batch.length
             work = packing.make_pass(
@@ -278,17 +278,22 @@ class CrossEncoder:
                 tokens.contexts,
                 tokens.queries,
                 pad_id=self.text.pad_id,
-                chunk=HEAD_POSITIONS,
+                block=positions,
                 ways=ways,
             )
             arrays = (work.input_ids, work.positions, work.segments, work.slots, work.targets)
-            chunks = np.int32(-(-max(work.counts) // HEAD_POSITIONS))
-            yield (
-                work,
-                score_tokens(
-                    graphdef, params, *jax.device_put(arrays, place), chunks, entries=entries, mesh=self.mesh
-                ),
+            blocks = np.int32(-(-max(work.counts) // positions))
+            report.tokens += int((work.segments >= 0).sum())
+            scores = score_tokens(
+                graphdef,
+                params,
+                *jax.device_put(arrays, place),
+                blocks,
+                positions_block=positions,
+                entries_block=entries,
+                mesh=self.mesh,
             )
+            yield work, scores
 
 
 def _check_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:

@@ -157,7 +157,7 @@ def make_pass(
     continuations: Sequence[Sequence[int]],
     *,
     pad_id: int,
-    chunk: int,
+    block: int,
     ways: int = 1,
 ) -> Pass:
     """The arrays of a batch.
@@ -169,7 +169,7 @@ def make_pass(
         prefixes: token ids of every prefix.
         continuations: token ids of every continuation.
         pad_id: a valid token id.
-        chunk: M is rounded up to a multiple of it.
+        block: M is rounded up to a multiple of it.
         ways: W, the devices that share the batch's rows; divides `batch.rows`.
 
     Raises:
@@ -182,7 +182,7 @@ def make_pass(
     positions = np.zeros(shape, np.int32)
     segments = np.full(shape, -1, np.int32)
     rows_each = batch.rows // ways
-    most = -(-rows_each * batch.length // chunk) * chunk
+    most = -(-rows_each * batch.length // block) * block
     slots = np.zeros((ways, most), np.int32)
     targets = np.zeros((ways, most), np.int32)
     counts = [0] * ways

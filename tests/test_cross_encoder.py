@@ -213,14 +213,15 @@ def test_memory_does_not_hold_all_logits():
         params,
         *[array] * 5,
         jax.ShapeDtypeStruct((), jnp.int32),
-        entries=log_probs.HEAD_ENTRIES,
+        positions_block=256,
+        entries_block=log_probs.HEAD_ENTRIES,
         mesh=None,
     )
     used = program.compile().memory_analysis().temp_size_in_bytes
     assert used < positions * vocabulary * 4 / 3
 
 
-def random_rows(share, room=None):
+def random_rows(share):
     """400 pairs of 40 prefixes and 90 continuations, as numbers."""
     draw = np.random.RandomState(3)
     pairs = list(
@@ -252,7 +253,7 @@ def test_plans_hold_every_pair_once_in_few_shapes(share, batch_tokens, ways):
     for batch in batches:
         assert batch.rows % ways == 0
         assert batch.rows * batch.length <= max(batch_tokens, ways * batch.length)
-        work = make_pass(batch, rows, pairs, prefixes, continuations, pad_id=0, chunk=64, ways=ways)
+        work = make_pass(batch, rows, pairs, prefixes, continuations, pad_id=0, block=64, ways=ways)
         assert work.slots.shape == work.targets.shape and work.slots.shape[1] % 64 == 0
         for way, numbers in enumerate(work.pairs):
             share_of_rows = slice(way * batch.rows // ways, (way + 1) * batch.rows // ways)
@@ -344,7 +345,7 @@ def test_nan_is_refused(tokenizer, decoder_of):
 
 def test_prompts(tokenizer, decoder_of):
     for template in ("no place", "{} twice {}", "{doc}"):
-        with pytest.raises(InputError, match="this one has [02]"):
+        with pytest.raises(InputError, match=r"this one has [02]"):
             Prompt.parse(template)
     assert Prompt.parse("{a} {{ {} }}") == Prompt("{a} {{ ", " }}")
     shown = Prompt.parse("Document:\n{}\nQuery:\n").with_examples(
