@@ -13,7 +13,9 @@ from etils import epath
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.biases import BiasSet, bias_leaves, save_bias_set, to_numpy
 from sgpt_jax.decoder import merge, split
-from sgpt_jax.io import InputError, atomic_write
+from sgpt_jax.hub import ModelSettings, resolve
+from sgpt_jax.io import InputError
+from sgpt_jax.model_card import read_license, write_model_card
 from train.recipes import TrainConfig
 
 BIASES = "biases.safetensors"
@@ -67,8 +69,22 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
         if not only_biases:
             raise
         return [*messages, f"no model folder: {error}"]
-    with atomic_write(folder / "README.md") as stream:
-        stream.write(model_card(model, record).encode())
+    settings = ModelSettings(
+        pooling=model.pooling,
+        brackets=model.text.brackets,
+        max_seq_length=model.text.max_seq_length,
+        normalize=model.normalized,
+        prompts=model.text.prompts,
+    )
+    write_model_card(
+        folder,
+        settings,
+        model.dimension,
+        base_model=model.name,
+        license=read_license(resolve(record.config.model).path),
+        training=_training_rows(record),
+        results=_result_rows(record),
+    )
     return [*messages, f"model: {folder}"]
 
 
@@ -107,52 +123,27 @@ def bias_header(model: BiEncoder, record: Record) -> Mapping[str, Any]:
     }
 
 
-def model_card(model: BiEncoder, record: Record) -> str:
-    """README.md of the model folder."""
+def _training_rows(record: Record) -> dict[str, object]:
     config = record.config
-    rows = {
-        "base model": model.name,
+    return {
         "data": f"{epath.Path(config.data).name}, {record.examples:,} examples",
-        "trained parameters": config.trainable + (", with biases added" if config.add_biases else ""),
+        "trained parameters": config.trainable + (", zero biases added first" if config.add_biases else ""),
         "loss": _describe_loss(config),
         "batch size": config.batch_size,
-        "steps": f"{record.steps:,}, warm-up {record.warmup_steps:,}; step {record.chosen_step:,} taken",
-        "learning rate": config.lr,
+        "steps": f"{record.steps:,}, of them {record.warmup_steps:,} warm-up; the model after {record.chosen_step:,}",
         "optimizer": "AdamW (0.9, 0.999, 1e-6), gradient norm clipped to 1, linear decay to 0",
-        "tokens a text": config.max_seq_length,
+        "learning rate": config.lr,
         "dtype": config.dtype,
         "seed": config.seed,
     }
-    if record.dev is not None:
-        rows[f"dev {record.dev_metric}"] = f"{record.dev:.4f} ({epath.Path(config.dev or '').name})"
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    kind = "symmetric" if config.symmetric else "search"
-    brackets = ""
-    if model.text.brackets:
-        brackets = (
-            "\nQueries stand in `[` `]` and documents in `{` `}`, added as single tokens. sgpt-jax does so by itself; "
-            "sentence-transformers does not, and gives other vectors.\n"
-        )
-    calls = ("encode", "encode") if config.symmetric else ("encode_query", "encode_document")
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, sgpt, sgpt-jax]
----
-# SGPT bi-encoder ({kind})
 
-{model.name} with {model.pooling} pooling, trained with sgpt-jax.
-{brackets}
-```python
-from sgpt_jax import BiEncoder
-model = BiEncoder.from_pretrained("path/to/this/folder")
-scores = model.similarity(model.{calls[0]}(["a query"]), model.{calls[1]}(["a document"]))
-```
 
-| training | |
-|---|---|
-{table}
-"""
+def _result_rows(record: Record) -> dict[str, object]:
+    if record.dev is None:
+        return {}
+    return {
+        f"{epath.Path(record.config.dev or '').name} (chose the checkpoint), {record.dev_metric}": f"{record.dev:.4f}"
+    }
 
 
 def _describe_loss(config: TrainConfig) -> str:

@@ -37,7 +37,7 @@ from train.optimizer import (
 )
 from train.recipes import FREE, TrainConfig, check, open_examples
 from train.report import RunLog
-from train.step import agree, has_dropout, init_state, jit_step, make_step, place_batch
+from train.step import agree, init_state, jit_step, make_step, place_batch
 
 RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what transformers has there
 
@@ -110,7 +110,7 @@ def train(config: TrainConfig) -> bool:
         optimizer=optimizer,
         dtype=dtype,
         chunk_rows=chunk_rows,
-        dropout=has_dropout(model.decoder.config),
+        dropout=config.dropout,
     )
     run_step = jit_step(step_function, state, mesh)
 
@@ -162,7 +162,12 @@ def train(config: TrainConfig) -> bool:
             # The step before is looked at while this one runs.
             _note(log, running)
             running = _Running(
-                step, loss, norm, float(rate(step)), batch["tokens"] * jax.process_count(), batch["examples"]
+                step,
+                loss,
+                norm,
+                float(f"{rate(step):.7g}"),
+                batch["tokens"] * jax.process_count(),
+                batch["examples"],
             )
             done = step + 1
             stop = bool(agree(stopping.is_set())[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import bm25s
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -54,6 +53,10 @@ def mine(data: str, output: str, split: str, negatives: int, depth: int, skip: i
     Raises:
         InputError: the data are not as they should be, or a query finds too few documents.
     """
+    try:
+        import bm25s
+    except ImportError:
+        raise InputError("mining needs bm25s: pip install bm25s") from None
     if not 0 < negatives <= depth - skip or skip < 0:
         raise InputError(f"--negatives {negatives} cannot be drawn from places {skip} to {depth}")
     root = epath.Path(data)

@@ -55,6 +55,9 @@ class TrainConfig:
     avoid_duplicates: bool = _option(
         False, "no text twice in a batch: such an example waits for the next batch"
     )
+    dropout: bool = _option(
+        False, "use the dropout rates of the model's config (0 for GPT-Neo, GPT-J and BLOOM)"
+    )
     dtype: str = _option("float32", "float32 or bfloat16, for frozen weights and matrix products")
 
     scale: float = _option(20.0, "factor on the cosine, the inverse temperature")

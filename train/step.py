@@ -13,7 +13,6 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgpt_jax.config import DecoderConfig
 from sgpt_jax.sharding import batch_sharding, batch_ways
 from train.grad_cache import encode_in_chunks
 from train.losses import LossConfig, total_loss
@@ -60,11 +59,6 @@ def init_state(
     return jax.tree.map(place, state)
 
 
-def has_dropout(config: DecoderConfig) -> bool:
-    """Whether the model was made to be trained with dropout."""
-    return any((config.embed_dropout, config.attn_dropout, config.residual_dropout))
-
-
 def make_step(
     graphdef: Any,
     *,
@@ -108,7 +102,7 @@ def make_step(
         value, gradient = jax.value_and_grad(loss_of)(state.trainable)
         updates, moments = optimizer.update(gradient, state.moments, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(trainable, moments, state.step + 1, state.key), value, optax.global_norm(gradient)
+        return TrainState(trainable, moments, state.step + 1, state.key), value, optax.tree.norm(gradient)
 
     return step
 
