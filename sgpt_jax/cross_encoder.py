@@ -59,6 +59,24 @@ class ScoreReport:
         """Tokens that sharing documents between queries made unnecessary."""
         return self.tokens_alone - self.tokens
 
+    def add(self, other: ScoreReport) -> None:
+        """Adds another report's counts."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def warning(self) -> str | None:
+        """What the user should know: how many pairs were not scored as they are; None if all were."""
+        notes = [
+            f"{number} {what}"
+            for number, what in (
+                (self.documents_cut, "with a document that is too long and lost its start"),
+                (self.queries_cut, "with a query that is too long and lost its end"),
+                (self.queries_empty, "with an empty query, whose score is 0"),
+            )
+            if number
+        ]
+        return f"of {self.pairs} pairs: {', '.join(notes)}" if notes else None
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CrossEncoder:
@@ -172,11 +190,14 @@ class CrossEncoder:
         tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=show_progress)
         for ids in (tokens.contexts, tokens.queries):
             check_ids(ids, self.decoder.config.vocab_size)
-        report = ScoreReport() if report is None else report
-        _count(tokens, count, report)
+        done = _count(tokens, count)
+        if (warning := done.warning()) is not None:
+            warnings.warn(warning, stacklevel=2)
         # The extra place at the end is where those without query tokens point to.
         sums = np.zeros(len(tokens.pairs) + 1)
-        sums[:-1] = self._sums(tokens, share, batch_tokens, show_progress, report)
+        sums[:-1] = self._sums(tokens, share, batch_tokens, show_progress, done)
+        if report is not None:
+            report.add(done)
         scores = sums[tokens.places]
         if self.reduction != "sum":
             scores = scores / np.maximum(tokens.lengths, 1)
@@ -311,28 +332,17 @@ def _check_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]
     return queries, documents
 
 
-def _count(tokens: TokenPairs, count: int, report: ScoreReport) -> None:
-    """Counts what the first `count` pairs were, and warns once about those that were changed."""
-    documents_cut, queries_cut = (
-        int(tokens.documents_cut[:count].sum()),
-        int(tokens.queries_cut[:count].sum()),
-    )
-    empty = int((tokens.lengths[:count] == 0).sum())
-    report.pairs += count
-    report.documents_cut += documents_cut
-    report.queries_cut += queries_cut
-    report.queries_empty += empty
-    for place, length in zip(tokens.places, tokens.lengths, strict=True):
-        if length:
-            report.tokens_alone += len(tokens.contexts[tokens.pairs[place][0]]) + int(length) - 1
-    notes = [
-        f"{number} {what}"
-        for number, what in (
-            (documents_cut, "with a document that is too long and lost its start"),
-            (queries_cut, "with a query that is too long and lost its end"),
-            (empty, "with an empty query, whose score is 0"),
-        )
-        if number
+def _count(tokens: TokenPairs, count: int) -> ScoreReport:
+    """What the first `count` pairs are; the tokens are those of all."""
+    used = [
+        (tokens.pairs[place], length)
+        for place, length in zip(tokens.places, tokens.lengths, strict=True)
+        if length
     ]
-    if notes:
-        warnings.warn(f"of {count} pairs: " + ", ".join(notes), stacklevel=3)
+    return ScoreReport(
+        pairs=count,
+        tokens_alone=sum(len(tokens.contexts[context]) + int(length) - 1 for (context, _), length in used),
+        documents_cut=int(tokens.documents_cut[:count].sum()),
+        queries_cut=int(tokens.queries_cut[:count].sum()),
+        queries_empty=int((tokens.lengths[:count] == 0).sum()),
+    )
