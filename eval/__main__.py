@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 module = importlib.import_module(path)
             except ModuleNotFoundError as error:
-                print(
-                    f"error: {name} needs the package {error.name}: pip install -e '.[eval]'", file=sys.stderr
-                )
+                if str(error.name).split(".")[0] in ("eval", "sgpt_jax"):
+                    raise
+                extra = "mteb" if name == "mteb" else "eval"
+                print(f"error: {name} needs {error.name}: pip install -e '.[{extra}]'", file=sys.stderr)
                 return 1
             task.description = module.__doc__
             module.add_arguments(task)

@@ -18,6 +18,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from eval.data import AVERAGES, DataSet, default_split, forums_of, obtain
 from eval.models import (
     add_bi_encoder_arguments,
@@ -49,7 +51,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", nargs="+", metavar="DATA", help="a BEIR folder, or the name of a set that BEIR publishes"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="OUT", help="folder for the results")
+    parser.add_argument(
+        "--output", required=True, type=epath.Path, metavar="OUT", help="folder for the results"
+    )
     parser.add_argument("--split", help="judgements to use (default: test; dev for msmarco)")
     parser.add_argument(
         "--ignore-identical-ids",
@@ -102,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
         bi_encoder(args) if args.model else None,
         cross_encoder(args) if args.cross_encoder else None,
         args.rerank_depth,
-        Path(args.first_stage) if args.first_stage else None,
+        epath.Path(args.first_stage) if args.first_stage else None,
         encode_options(args),
     )
     for name, parts in data_sets(args):
@@ -114,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     _write_averages(args.output)
 
 
-def run_data_set(data: DataSet, stages: Stages, output: Path, args: argparse.Namespace) -> Result:
+def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argparse.Namespace) -> Result:
     """The result of one data set: read if it is in the output folder, else computed and written.
 
     Raises:
@@ -147,7 +151,7 @@ def run_data_set(data: DataSet, stages: Stages, output: Path, args: argparse.Nam
     return result
 
 
-def _write_run(folder: Path, name: str, run: dict[str, dict[str, float]]) -> None:
+def _write_run(folder: epath.Path, name: str, run: dict[str, dict[str, float]]) -> None:
     """NAME.trec; as NAME.run.json where an id holds white space, which TREC's columns cannot."""
     try:
         write_run(folder / f"{name}.trec", run)
@@ -170,7 +174,7 @@ def _mean(name: str, results: list[Result]) -> Result:
     }
 
 
-def _write_averages(folder: Path) -> None:
+def _write_averages(folder: epath.Path) -> None:
     """averages.json, if all the sets of one of the paper's averages have been measured."""
     names = {name for names in AVERAGES.values() for name in names}
     metrics = {

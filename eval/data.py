@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from etils import epath
 from tqdm import tqdm
 
 from sgpt_jax.io import Document, InputError, ReadReport, read_corpus, read_qrels, read_queries
@@ -73,7 +74,7 @@ class DataSet:
     """One BEIR folder: where its files are, and its judged queries once `load` has read them."""
 
     name: str
-    folder: Path
+    folder: epath.Path
     split: str
     encoding_errors: str = "strict"
     skip_bad_lines: bool = False
@@ -124,7 +125,7 @@ class DataSet:
         return self.reports[part]
 
 
-def find(folder: Path, stem: str, endings: tuple[str, ...]) -> Path:
+def find(folder: epath.Path, stem: str, endings: tuple[str, ...]) -> epath.Path:
     """The file ``stem.ending`` or ``stem.ending.gz`` in a folder.
 
     Raises:
@@ -144,7 +145,7 @@ def default_split(name: str) -> str:
     return "dev" if name == "msmarco" else "test"
 
 
-def forums_of(folder: Path) -> list[Path]:
+def forums_of(folder: epath.Path) -> list[epath.Path]:
     """The folders of CQADupStack's twelve forums, if that is what the folder is, else an empty list.
 
     Raises:
@@ -159,7 +160,7 @@ def forums_of(folder: Path) -> list[Path]:
     return [folder / forum for forum in present]
 
 
-def obtain(source: str, cache: Path) -> Path:
+def obtain(source: str, cache: Path) -> epath.Path:
     """The folder of a data set: ``source`` itself, or BEIR's archive of that name, downloaded once.
 
     Args:
@@ -169,14 +170,14 @@ def obtain(source: str, cache: Path) -> Path:
     Raises:
         InputError: neither a folder nor a published name, no network, a wrong MD5, or an unsafe archive.
     """
-    if Path(source).is_dir():
-        return Path(source)
+    if epath.Path(source).is_dir():
+        return epath.Path(source)
     if source not in MD5:
         known = ", ".join(sorted(MD5))
         raise InputError(f"{source}: is no folder, and no data set that BEIR publishes ({known})")
     folder = cache / source
     if folder.is_dir():
-        return folder
+        return epath.Path(folder)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{source}.") as scratch:
         archive = Path(scratch) / f"{source}.zip"
@@ -188,7 +189,7 @@ def obtain(source: str, cache: Path) -> Path:
         if not unpacked.is_dir():
             raise InputError(f"{source}: the archive holds no folder {source}")
         unpacked.rename(folder)
-    return folder
+    return epath.Path(folder)
 
 
 def download(url: str, target: Path) -> str:

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from eval.record import revision
 from sgpt_jax import hub
@@ -106,7 +106,7 @@ class LazyModel:
 
     def __init__(self, source: str, options: dict[str, Any], load: Callable[[], Any]) -> None:
         self.source = source
-        self.identity = {"revision": revision(hub.resolve(source).path), **options}
+        self.identity = {"revision": revision(epath.Path(hub.resolve(source).path)), **options}
         self._load = functools.cache(load)
 
     @property
@@ -138,9 +138,9 @@ def bi_encoder(args: argparse.Namespace) -> LazyModel:
         lambda: BiEncoder.from_pretrained(args.model, biases=args.biases, mesh=_mesh(args), **options),
     )
     if args.biases:
-        if not Path(args.biases).is_file():
+        if not epath.Path(args.biases).is_file():
             raise InputError(f"{args.biases}: no such file")
-        lazy.identity["biases"] = revision(Path(args.biases))
+        lazy.identity["biases"] = revision(epath.Path(args.biases))
     return lazy
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import mteb
 import numpy as np
+from etils import epath
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
@@ -191,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
     if bool(args.model) == bool(args.cross_encoder):
         raise InputError("give one of --model and --cross-encoder")
     lazy = bi_encoder(args) if args.model else cross_encoder(args)
-    stages = Stages(None, None, args.rerank_depth, Path(args.first_stage) if args.first_stage else None)
+    stages = Stages(None, None, args.rerank_depth, epath.Path(args.first_stage) if args.first_stage else None)
     for _, parts in data_sets(args):
         for data in parts:
             start = time.perf_counter()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from eval.beir import add_data_arguments, data_sets, run_data_set
 from eval.data import DataSet
@@ -138,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     lazy = cross_encoder(args)
     options = encode_options(args)
     first = Stages(bi_encoder(args) if args.model else None, None, args.rerank_depth, None, options)
-    runs = Path(args.first_stage) if args.first_stage else args.output / "first-stage"
+    runs = epath.Path(args.first_stage) if args.first_stage else args.output / "first-stage"
     table: dict[str, dict[str, Result]] = {name: {} for name in studies}
     for data in (data for _, parts in data_sets(args) for data in parts):
         if not args.first_stage:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
+
+from eval.results import files_under
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
 _MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".txt", ".model")
@@ -74,7 +77,7 @@ def device() -> dict[str, Any]:
     }
 
 
-def revision(path: Path) -> str:
+def revision(path: epath.Path) -> str:
     """What tells this model from any other: the hub's commit, or a digest of the files.
 
     Args:
@@ -84,10 +87,12 @@ def revision(path: Path) -> str:
     if commit and path.resolve().parent.name == "snapshots":
         return commit.group()
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _MODEL_FILES)
+    files = [path] if path.is_file() else [f for f in files_under(path) if f.suffix in _MODEL_FILES]
     for file in files:
+        part = hashlib.sha256()
         with file.open("rb") as stream:
-            part = hashlib.file_digest(stream, "sha256").digest()
+            while block := stream.read(1 << 24):
+                part.update(block)
         name = "" if file == path else file.relative_to(path).as_posix()
-        digest.update(name.encode() + b"\0" + part)
+        digest.update(name.encode() + b"\0" + part.digest())
     return f"sha256:{digest.hexdigest()[:16]}"

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from eval.data import AVERAGES
+from eval.record import command
 from eval.results import Result, find_results, mean_metrics
 from sgpt_jax.files import atomic_write
 from sgpt_jax.io import InputError
 
-_PUBLISHED = Path(__file__).with_name("published.json")
+_PUBLISHED = epath.Path(__file__).parent / "published.json"
 _ORDER = ("msmarco", *AVERAGES["average_18"])
 
 
@@ -40,7 +43,7 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
-        "results", nargs="+", type=Path, metavar="RESULTS", help="result file, or folder of results"
+        "results", nargs="+", type=epath.Path, metavar="RESULTS", help="result file, or folder of results"
     )
     parser.add_argument("--metric", default="ndcg@10", help="for BEIR (default: %(default)s)")
     parser.add_argument(
@@ -49,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="add the published rows (nDCG@10)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown file (default: print)")
+    parser.add_argument("--output", type=epath.Path, metavar="FILE", help="Markdown file (default: print)")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="PNG of the metric, one line for each data set"
+        "--plot", type=epath.Path, metavar="FILE", help="PNG of the metric, one line for each data set"
     )
     parser.add_argument(
         "--x",
@@ -66,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     rows = collect([result for _, result in find_results(args.results)], args.metric)
     if args.published and args.metric == "ndcg@10":
         rows += published({column for row in rows for column in row.values})
-    text = as_table(rows, args.metric)
+    text = as_table(rows, args.metric, command(sys.argv[1:]))
     if args.output:
         with atomic_write(args.output) as stream:
             stream.write(text.encode())
@@ -136,7 +139,7 @@ def _prompts() -> dict[str, str]:
 
 def _model_label(model: dict[str, Any]) -> str:
     source = str(model["source"])
-    name = Path(source).name if Path(source).exists() or source.count("/") != 1 else source
+    name = epath.Path(source).name if epath.Path(source).exists() or source.count("/") != 1 else source
     options = [str(model["pooling"])] if model.get("pooling") else []
     options += ["brackets"] * bool(model.get("brackets"))
     options += [f"biases {model['biases'][-8:]}"] if model.get("biases") else []
@@ -178,12 +181,19 @@ def published(columns: set[str]) -> list[Row]:
     return rows
 
 
-def as_table(rows: list[Row], metric: str) -> str:
-    """The Markdown table, and the rows' commands and sources below it."""
+def as_table(rows: list[Row], metric: str, made_by: str) -> str:
+    """The Markdown table, the rows' commands and sources below it, and the command that made it."""
     found = dict.fromkeys(column for row in rows for column in row.values)
     order = [*_ORDER, *[column for column in found if column not in (*_ORDER, *AVERAGES)], *AVERAGES]
     columns = [column for column in order if column in found]
-    lines = [f"{metric} on BEIR", "", f"| system | {' | '.join(columns)} |", f"|--|{'--:|' * len(columns)}"]
+    lines = [
+        "# Results",
+        "",
+        f"Columns without a measure of their own: {metric}.",
+        "",
+        f"| system | {' | '.join(columns)} |",
+        f"|--|{'--:|' * len(columns)}",
+    ]
     for number, row in enumerate(rows, 1):
         cells = [f"{row.values[column]:.4f}" if column in row.values else "" for column in columns]
         mark = " (published)" if row.published else ""
@@ -195,10 +205,11 @@ def as_table(rows: list[Row], metric: str) -> str:
             lines.append(f"{number}. published: {row.published}")
         else:
             lines.append(f"{number}. " + "; ".join(f"`{command}`" for command in row.commands))
+    lines += ["", f"Made by `{made_by}`"]
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[Row], metric: str, x: str, path: Path) -> None:
+def plot(rows: list[Row], metric: str, x: str, path: epath.Path) -> None:
     """A PNG: the metric over model size or re-rank depth, a colour for each data set; published points are hollow.
 
     Raises:

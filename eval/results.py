@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from sgpt_jax.files import atomic_write
 from sgpt_jax.io import InputError
@@ -15,7 +16,7 @@ Result = dict[str, Any]
 _ON_ONE_LINE = ("queries", "per_query")  # long lists of numbers
 
 
-def write_result(path: Path, result: Result) -> None:
+def write_result(path: epath.Path, result: Result) -> None:
     """Writes a result as JSON; its folder is made where it does not exist yet.
 
     Raises:
@@ -32,7 +33,7 @@ def write_result(path: Path, result: Result) -> None:
         stream.write(("{\n" + ",\n".join(entries) + "\n}\n").encode())
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: epath.Path) -> None:
     """Makes a folder and those above it.
 
     Raises:
@@ -44,7 +45,7 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"{folder}: cannot be made: {error.strerror}") from error
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: epath.Path) -> Result:
     """Reads a result of this package.
 
     Raises:
@@ -59,7 +60,7 @@ def read_result(path: Path) -> Result:
     return result
 
 
-def find_results(sources: Iterable[Path]) -> list[tuple[Path, Result]]:
+def find_results(sources: Iterable[epath.Path]) -> list[tuple[epath.Path, Result]]:
     """Every result among files and folders (searched deeply), in the order given, then by path.
 
     Raises:
@@ -74,13 +75,21 @@ def find_results(sources: Iterable[Path]) -> list[tuple[Path, Result]]:
         if not source.is_dir():
             raise InputError(f"{source}: no such file or folder")
         before = len(found)
-        for path in sorted(source.rglob("*.json")):
+        for path in (path for path in files_under(source) if path.name.endswith(".json")):
             try:
                 found.append((path, read_result(path)))
             except InputError:
                 continue
         if len(found) == before:
             raise InputError(f"{source}: holds no result of python -m eval")
+    return found
+
+
+def files_under(folder: epath.Path) -> list[epath.Path]:
+    """All files in a folder and in those below it, sorted (epath has no recursive glob)."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        found += files_under(path) if path.is_dir() else [path]
     return found
 
 

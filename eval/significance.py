@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from scipy import stats
 
 from eval.models import positive
@@ -46,12 +46,12 @@ class Comparison:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("a", type=Path, metavar="A", help="result file, or folder of results")
-    parser.add_argument("b", type=Path, metavar="B", help="result file, or folder of results")
+    parser.add_argument("a", type=epath.Path, metavar="A", help="result file, or folder of results")
+    parser.add_argument("b", type=epath.Path, metavar="B", help="result file, or folder of results")
     parser.add_argument("--metric", default="ndcg@10", help="default: %(default)s")
     parser.add_argument("--samples", type=positive, default=10_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown file (default: print)")
+    parser.add_argument("--output", type=epath.Path, metavar="FILE", help="Markdown file (default: print)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -112,9 +112,9 @@ def compare(a: np.ndarray, b: np.ndarray, *, samples: int = 10_000, seed: int = 
     )
 
 
-def _by_name(source: Path) -> dict[str, Result]:
+def _by_name(source: epath.Path) -> dict[str, Result]:
     """The BEIR results that hold values per query, by data set."""
-    found: dict[str, tuple[Path, Result]] = {}
+    found: dict[str, tuple[epath.Path, Result]] = {}
     for path, result in find_results([source]):
         if result["kind"] != "beir" or "per_query" not in result:
             continue

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from eval import bm25
 from eval.data import DataSet
@@ -30,7 +31,7 @@ class Stages:
     model: LazyModel | None
     cross_encoder: LazyModel | None
     rerank_depth: int
-    runs: Path | None
+    runs: epath.Path | None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def settings(self, data: DataSet) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class Stages:
             found["cross_encoder"] = {**self.cross_encoder.identity, "rerank_depth": self.rerank_depth}
         return found
 
-    def run_file(self, name: str) -> Path:
+    def run_file(self, name: str) -> epath.Path:
         """The first stage's run for a data set."""
         assert self.runs is not None
         if self.runs.is_file():
@@ -120,7 +121,7 @@ def first_stage(
     return run, {"name": "BM25", **dataclasses.asdict(bm25.DEFAULT)}
 
 
-def _origin(run: Path) -> dict[str, Any]:
+def _origin(run: epath.Path) -> dict[str, Any]:
     """What a run file is: the first stage of the result that lies beside it, else just its name."""
     name = run.name.removesuffix(".gz").removesuffix(".trec").removesuffix(".run.json")
     beside = run.parent / f"{name}.json"

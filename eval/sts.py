@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 from scipy import stats
 
 from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
@@ -36,9 +36,11 @@ class Encoder(Protocol):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="STS-Benchmark file, gzip or not")
     parser.add_argument(
-        "--output", type=Path, metavar="OUT", help="folder for NAME.json (default: print only)"
+        "files", nargs="+", type=epath.Path, metavar="FILE", help="STS-Benchmark file, gzip or not"
+    )
+    parser.add_argument(
+        "--output", type=epath.Path, metavar="OUT", help="folder for NAME.json (default: print only)"
     )
     add_bi_encoder_arguments(parser, required=True)
     add_common_arguments(parser)
@@ -70,12 +72,12 @@ def main(args: argparse.Namespace) -> None:
         print(f"{name}: {shown}  ({len(pairs)} pairs)")
 
 
-def name_of(path: Path) -> str:
+def name_of(path: epath.Path) -> str:
     """A result's name: the file's, without its endings."""
     return path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".tsv")
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: epath.Path) -> list[Pair]:
     """Reads (gold score, sentence 1, sentence 2) from an STS-Benchmark file.
 
     Raises:

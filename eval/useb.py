@@ -19,11 +19,11 @@ import argparse
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytrec_eval
+from etils import epath
 from scipy import stats
 
 from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
@@ -40,12 +40,12 @@ SCIDOCS = ("cite", "cocite", "coview", "coread")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="USEB's data-eval folder")
+    parser.add_argument("folder", type=epath.Path, metavar="FOLDER", help="USEB's data-eval folder")
     parser.add_argument(
         "--split", choices=("test", "valid"), default="test", help="TwitterPara has test only"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="OUT", help="folder for useb.json (default: print only)"
+        "--output", type=epath.Path, metavar="OUT", help="folder for useb.json (default: print only)"
     )
     add_bi_encoder_arguments(parser, required=True)
     add_common_arguments(parser)
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def evaluate(
-    model: Encoder, folder: Path, split: str = "test", **options: Any
+    model: Encoder, folder: epath.Path, split: str = "test", **options: Any
 ) -> dict[str, dict[str, float]]:
     """All measures of all four tasks: {task: {measure: value}}.
 
@@ -99,7 +99,7 @@ def evaluate(
 Encode = Callable[[Sequence[str]], np.ndarray]
 
 
-def ask_ubuntu(encode: Encode, folder: Path, split: str) -> dict[str, float]:
+def ask_ubuntu(encode: Encode, folder: epath.Path, split: str) -> dict[str, float]:
     """MAP, P@1, P@5 and MRR of the BM25 candidates ranked by the cosine of titles."""
     titles = {cells[0].strip(): cells[1].strip() for _, cells in _table(folder / "text_tokenized.txt", 2)}
     path = folder / ("test.txt" if split == "test" else "dev.txt")
@@ -132,7 +132,7 @@ def ask_ubuntu(encode: Encode, folder: Path, split: str) -> dict[str, float]:
     return dict(zip(("map", "p@1", "p@5", "mrr"), np.mean(rows, axis=0).tolist(), strict=True))
 
 
-def cqadupstack(encode: Encode, folder: Path, split: str) -> dict[str, float]:
+def cqadupstack(encode: Encode, folder: epath.Path, split: str) -> dict[str, float]:
     """MAP@100 and nDCG@10 of every forum, and their means."""
     path = folder / "retrieval_split.json"
     corpus, judged = _json(folder / "corpus.json"), _json(path, split)
@@ -164,7 +164,7 @@ def cqadupstack(encode: Encode, folder: Path, split: str) -> dict[str, float]:
     return results
 
 
-def twitter_para(encode: Encode, folder: Path, split: str) -> dict[str, float]:
+def twitter_para(encode: Encode, folder: epath.Path, split: str) -> dict[str, float]:
     """Average precision and Spearman of two sets of sentence pairs, and their means. There is only a test set."""
     results = {}
     for name, file in (("twitterurl", "Twitter_URL_Corpus_test.txt"), ("pit", "test.data")):
@@ -191,7 +191,7 @@ def twitter_para(encode: Encode, folder: Path, split: str) -> dict[str, float]:
     return results
 
 
-def scidocs(encode: Encode, folder: Path, split: str) -> dict[str, float]:
+def scidocs(encode: Encode, folder: epath.Path, split: str) -> dict[str, float]:
     """MAP and nDCG by cosine and by Euclidean distance of unit vectors, for each relation and on average."""
     path = folder / "data.json"
     corpus, judged = _json(path, "corpus"), _json(path, split)
@@ -259,7 +259,7 @@ class _Symmetric:
     encode_document = encode_query
 
 
-def _table(path: Path, columns: int) -> list[tuple[int, list[str]]]:
+def _table(path: epath.Path, columns: int) -> list[tuple[int, list[str]]]:
     """Line numbers and cells of a tab-separated file whose lines have at least so many columns."""
     rows = [(number, line.split("\t")) for number, line in read_lines(path)]
     for number, cells in rows:
@@ -268,7 +268,7 @@ def _table(path: Path, columns: int) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _json(path: Path, *keys: str) -> dict[str, Any]:
+def _json(path: epath.Path, *keys: str) -> dict[str, Any]:
     """The object under these keys in a JSON file."""
     try:
         value = parse_json("\n".join(line for _, line in read_lines(path)))
@@ -281,7 +281,7 @@ def _json(path: Path, *keys: str) -> dict[str, Any]:
     return _mapping(path, value, ".".join(keys) or "the file")
 
 
-def _mapping(path: Path, value: Any, name: str) -> dict[str, Any]:
+def _mapping(path: epath.Path, value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: not in USEB's layout: {name} must be an object")
     return value

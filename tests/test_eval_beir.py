@@ -218,3 +218,12 @@ def test_help_and_wrong_usage(capsys):
     for arguments in ([], ["nonsense"], ["beir"], ["beir", "x", "--output", "y", "--rerank-depth", "0"]):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    def missing(path):
+        raise ModuleNotFoundError("No module named 'bm25s'", name="bm25s")
+
+    monkeypatch.setattr("eval.__main__.importlib.import_module", missing)
+    assert main(["beir", "x", "--output", "y"]) == 1
+    assert capsys.readouterr().err == "error: beir needs bm25s: pip install -e '.[eval]'\n"
