@@ -78,7 +78,7 @@ def device() -> dict[str, Any]:
 
 
 def revision(path: epath.Path) -> str:
-    """What tells this model from any other: the hub's commit, or a digest of the files.
+    """What tells this model from any other: the hub's commit, or a digest of the files (a file's own sha256).
 
     Args:
         path: a model folder or a .gguf file; a folder in the hub's cache is told by its commit.
@@ -86,13 +86,19 @@ def revision(path: epath.Path) -> str:
     commit = re.fullmatch("[0-9a-f]{40}", path.resolve().name)
     if commit and path.resolve().parent.name == "snapshots":
         return commit.group()
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else [f for f in files_under(path) if f.suffix in _MODEL_FILES]
-    for file in files:
-        part = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                part.update(block)
-        name = "" if file == path else file.relative_to(path).as_posix()
-        digest.update(name.encode() + b"\0" + part.digest())
+    if path.is_file():
+        digest = _sha256(path)
+    else:
+        digest = hashlib.sha256()
+        for file in files_under(path):
+            if file.suffix in _MODEL_FILES:
+                digest.update(file.relative_to(path).as_posix().encode() + b"\0" + _sha256(file).digest())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _sha256(file: epath.Path) -> Any:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest

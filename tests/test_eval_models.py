@@ -1,5 +1,6 @@
 """Evaluation with real (tiny, random) decoders: BEIR, prompt studies, and mteb's own evaluator on the same data."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -276,6 +277,8 @@ def test_revision_is_the_hubs_commit_or_a_digest_of_the_files(tmp_path):
     assert revision(folder) == first and first.startswith("sha256:")
     (folder / "config.json").write_text("{ }")
     assert revision(folder) != first
+    (tmp_path / "a.gguf").write_bytes(b"abc")
+    assert revision(tmp_path / "a.gguf") == "sha256:" + hashlib.sha256(b"abc").hexdigest()[:16]
 
 
 def test_commands_name_no_data_folder(monkeypatch):
