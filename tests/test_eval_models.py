@@ -203,6 +203,7 @@ def test_answers_are_scored_against_each_other(tiny):
 
 
 def mteb_scores(folder, split, model, **task):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
     mteb = pytest.importorskip("eval.mteb", reason="mteb is not installed")
     data = DataSet(folder.name, folder, split).load()
     adapter = mteb.BiEncoderModel if isinstance(model, BiEncoder) else mteb.CrossEncoderModel
@@ -226,6 +227,7 @@ def test_mteb_gives_the_same_figures(tiny, small, tmp_path, brackets):
 
 @pytest.mark.filterwarnings("ignore")
 def test_mteb_reranks_alike(tiny, small, tmp_path):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
     pytest.importorskip("mteb", reason="mteb is not installed")
     options = ["--cross-encoder", tiny, "--rerank-depth", "5", "--output"]
     assert main(["beir", small, *options, str(tmp_path / "ours")]) == 0
@@ -238,6 +240,7 @@ def test_mteb_reranks_alike(tiny, small, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif("SGPT_DATA" not in os.environ, reason="SGPT_DATA is not set")
 def test_mteb_gives_the_same_figures_on_scifact(tiny, tmp_path):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
     pytest.importorskip("mteb", reason="mteb is not installed")
     folder = Path(os.environ["SGPT_DATA"]) / "scifact"
     options = ["--model", tiny, "--max-seq-length", "24", "--output"]
@@ -250,6 +253,7 @@ def test_mteb_gives_the_same_figures_on_scifact(tiny, tmp_path):
 
 
 def test_adapters_satisfy_mtebs_protocols(tiny):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
     mteb = pytest.importorskip("eval.mteb", reason="mteb is not installed")
     from mteb.models import CrossEncoderProtocol, EncoderProtocol, SearchProtocol
 
