@@ -16,7 +16,7 @@ def enable() -> None:
     another folder, or turns the cache off: "off".
     """
     folder = os.environ.get(VARIABLE) or os.path.join(user_cache(), "compiled")
-    if folder == "off" or jax.config.read("jax_compilation_cache_dir"):
+    if folder == "off" or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     # Most programs here compile in less than the second below which JAX would not keep them.

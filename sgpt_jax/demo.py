@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 import zipfile
 from importlib import resources
 from pathlib import Path
@@ -103,7 +104,9 @@ def run(model: str | None = None, queries: list[str] | None = None) -> None:
     encoder = BiEncoder.from_pretrained(source, max_seq_length=MAX_SEQ_LENGTH)
     loaded = time.perf_counter()
     print(f"{encoder.name}: loaded in {loaded - start:.1f} s", flush=True)
-    vectors = encoder.encode_document([f"{a['title']} {a['text']}" for a in abstracts], normalize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the abstracts are cut on purpose
+        vectors = encoder.encode_document([f"{a['title']} {a['text']}" for a in abstracts], normalize=True)
     embedded = time.perf_counter()
     rate = len(abstracts) / (embedded - loaded)
     print(
@@ -121,12 +124,13 @@ def run(model: str | None = None, queries: list[str] | None = None) -> None:
         best = abstracts[int(scores[number].argmax())]["title"]
         claim = textwrap.shorten(claims[number]["text"], 62, placeholder=" ...")
         print(f"  {ranks[number]:>4}  {claim:<62}  {textwrap.shorten(best, 60, placeholder=' ...')}")
-    print(
-        f"\nOver all {len(claims)} claims: the right abstract is first for {np.mean(ranks == 1):.0%}, among the first "
-        f"ten for {np.mean(ranks <= 10):.0%}; nDCG@10 {np.mean(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0)):.3f}."
-        f" Chance would be {10 / len(abstracts):.0%} among the first ten."
+    gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0)
+    summary = (
+        f"Over all {len(claims)} claims, the right one of {len(abstracts)} abstracts is first for "
+        f"{np.mean(ranks == 1):.0%} and among the first ten for {np.mean(ranks <= 10):.0%} (chance: "
+        f"{10 / len(abstracts):.0%}); nDCG@10 {np.mean(gains):.3f}. {_verdict()}"
     )
-    print(textwrap.fill(_verdict(), 110))
+    print(f"\n{textwrap.fill(summary, 110)}")
     for query in queries or []:
         _answer(encoder, query, vectors, abstracts)
     print(f"\n{ABOUT_DATA}\nTotal: {time.perf_counter() - start:.1f} s")
