@@ -18,9 +18,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgpt", description="Semantic search with GPT decoders.")
     subparsers = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def add(name: str, action: Any, text: str) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
+        command.set_defaults(action=action)
         return command
 
     command = add(
@@ -141,7 +141,7 @@ def _add_model(command: argparse.ArgumentParser, positional: bool = False) -> No
         "--pooling", choices=POOLING_MODES, help="default: what the model folder says, or weightedmean"
     )
     command.add_argument("--brackets", action=argparse.BooleanOptionalAction, default=None,
-                         help="put [ ] around queries and { } around documents (default: as the model folder says)")  # fmt: skip
+                         help="[ ] around queries and { } around documents (default: as the model says)")  # fmt: skip
     command.add_argument(
         "--max-seq-length", type=int, help="tokens of a text that are read (default: the model's limit)"
     )
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     compile_cache.enable()
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)  # type: ignore[assignment]
     try:
-        options.run(options)
+        options.action(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -119,7 +119,7 @@ class CrossEncoder:
             source: a folder, a hub id, or a .gguf file.
             prompt: a template with one `{}` for the document, or a `Prompt` (few-shot: `Prompt.with_examples`). The
                 default is for search. Symmetric pairs, such as duplicate questions, want another one: the SGPT
-                repository's best for Quora is "Question Body: {} Question Title:".
+                repository has "Question Body: {} Question Title:" for Quora.
             reduction: "sum", "mean" or "search-endpoint", see the class.
             max_seq_length: tokens that the decoder reads for one pair at most; None is the model's own limit.
             dtype: "float32" or "bfloat16", for weights and matrix products; log-probabilities are float32 always.
@@ -131,7 +131,9 @@ class CrossEncoder:
         """
         resolved = hub.resolve(source)
         decoder = load_checkpoint(open_checkpoint(resolved.path), dtype, mesh)
-        length = max_seq_length or decoder.config.max_positions or UNLIMITED_DEFAULT
+        length = decoder.config.max_positions or UNLIMITED_DEFAULT
+        if max_seq_length is not None:
+            length = max_seq_length
         return cls(
             decoder=decoder,
             text=TextEncoder(load_tokenizer(resolved.path), length),
