@@ -392,6 +392,8 @@ def test_from_pretrained(tmp_path):
     model = CrossEncoder.from_pretrained(str(tmp_path), max_seq_length=192)
     assert_close(predict(model, pairs_of(PLANS[plan])), TORCH["bloom"][PLANS[plan]])
     assert CrossEncoder.from_pretrained(tmp_path, prompt="{} ").text.max_seq_length == 2048
+    with pytest.raises(InputError, match="max_seq_length 0"):
+        CrossEncoder.from_pretrained(tmp_path, max_seq_length=0)
     half = CrossEncoder.from_pretrained(tmp_path, dtype="bfloat16", max_seq_length=192)
     close = predict(half, pairs_of(PLANS[plan]))
     np.testing.assert_allclose(close, TORCH["bloom"][PLANS[plan]], rtol=0.05)
