@@ -75,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             config = dataclasses.replace(RECIPES[command][0], **options)
             if config.distributed:
+                # Processes that start two programs with communication in them at once, as CPUs would, can wait for
+                # each other for ever. Accelerators run one program after the other anyway.
+                jax.config.update("jax_cpu_enable_async_dispatch", False)
                 jax.distributed.initialize()
             train(config)
     except (InputError, Diverged) as error:

@@ -50,12 +50,14 @@ class Checkpoints:
         """Saves the state after `step` steps and the data iterator's position, in the background."""
         if step in self.newest.all_steps():
             return
+        self.wait()  # one write at a time: the processes number their meeting points in the order of the writes
         leaves = ocp.args.StandardSave(_flatten(_own(state)))
         self.newest.save(step, args=ocp.args.Composite(state=leaves, data=ocp.args.JsonSave(data)))
 
     def save_best(self, step: int, trainable: Any, dev: float) -> None:
         """Saves trainable leaves with their dev metric, in the background, if they are among the best."""
         if step not in self.best.all_steps():
+            self.wait()
             leaves = ocp.args.StandardSave(_flatten(_own(trainable)))
             self.best.save(step, args=leaves, metrics={"dev": dev})
 

@@ -63,6 +63,8 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
     if only_biases:
         save_bias_set(folder / BIASES, BiasSet(biases, bias_header(model, record)))
         messages.append(f"biases: {folder / BIASES}")
+    for stale in folder.glob("model*.safetensors*"):
+        stale.unlink()  # of an earlier end of the same run: shards may have been more
     try:
         model.save_pretrained(folder)
     except InputError as error:
