@@ -17,6 +17,8 @@ from sgpt_jax.config import RotaryConfig
 from sgpt_jax.io import InputError
 from sgpt_jax.positions import rotary_frequencies
 
+DECODE_ROWS = 4096
+
 
 def open_gguf(path: str | os.PathLike[str]) -> gguf.GGUFReader:
     """Opens a GGUF file; parsing its metadata takes a second, so the last one opened is kept.
@@ -143,12 +145,20 @@ class GgufFile:
                 yield tensor.name, np.asarray(tensor.data)  # left for the table to report
                 continue
             layer, part, leaf = match.groups()
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            values = values.reshape([int(size) for size in reversed(tensor.shape)])
+            values = _decode(tensor)
             if self.architecture == "llama" and part in heads:
                 values = _unpermute(values, heads[part])
             name = f"{_GGUF_NAMES[part]}.{leaf}"
             yield (f"model.layers.{layer}.{name}" if layer else name), values
+
+
+def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """A tensor as float32, decoded some rows at a time: decoding takes several times the memory of its result."""
+    values = np.empty([int(size) for size in reversed(tensor.shape)], np.float32)
+    for start in range(0, len(values), DECODE_ROWS):
+        part = slice(start, start + DECODE_ROWS)
+        values[part] = gguf.dequantize(tensor.data[part], tensor.tensor_type)
+    return values
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

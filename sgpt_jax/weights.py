@@ -126,10 +126,9 @@ class _Loader:
 
     def _place(self, leaf: str, values: np.ndarray) -> jax.Array:
         if self.mesh is None:
-            # A copy, so that neither a view of the file nor of another leaf stays in memory.
-            return jax.device_put(np.array(values, self.dtype, order="C"), jax.devices()[0])
+            return jax.device_put(np.ascontiguousarray(values, self.dtype), jax.devices()[0])
         return jax.make_array_from_callback(
-            values.shape, self.shardings[leaf], lambda index: np.array(values[index], self.dtype, order="C")
+            values.shape, self.shardings[leaf], lambda index: np.ascontiguousarray(values[index], self.dtype)
         )
 
     def finish(self) -> Decoder:
