@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sgpt_jax import hub, packing
-from sgpt_jax.bi_encoder import DEFAULT_BATCH_TOKENS, UNLIMITED_DEFAULT
+from sgpt_jax.bi_encoder import UNLIMITED_DEFAULT
 from sgpt_jax.decoder import Decoder, split
 from sgpt_jax.io import InputError, fix_surrogates
 from sgpt_jax.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
@@ -26,6 +26,9 @@ from sgpt_jax.weights import load_checkpoint
 
 Reduction = Literal["sum", "mean", "search-endpoint"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+
+# Tokens a batch. On a CPU, small batches stay in the caches, and little of the last one is padding.
+BATCH_TOKENS = {"cpu": 1024, "gpu": 32768, "tpu": 32768}
 
 
 class NaNScoreError(InputError):
@@ -286,7 +289,7 @@ class CrossEncoder:
         ways = batch_ways(self.mesh)
         context_lengths, query_lengths = (list(map(len, ids)) for ids in (tokens.contexts, tokens.queries))
         rows = packing.plan_rows(tokens.pairs, context_lengths, query_lengths, config, share=share)
-        budget = batch_tokens or DEFAULT_BATCH_TOKENS.get(jax.default_backend(), 32768)
+        budget = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 32768)
         place = jax.devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         # Blocks of a vocabulary that is spread over devices would be gathered one by one.
         spread = self.mesh is not None and self.mesh.shape["tensor"] > 1
