@@ -15,11 +15,14 @@ import decoders
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_train_data import write_msmarco
 from test_train_parity import check_parameters, data, expected, write_model
 
+from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.biases import load_bias_set
 from sgpt_jax.io import write_jsonl
 from train.__main__ import main
+from train.dev import make_judge
 
 ROOT = Path(__file__).parents[1]
 WORDS = [
@@ -178,9 +181,6 @@ def test_the_best_by_dev_is_taken(base, pairs, sts, tmp_path):
     kept = [look["dev"] for look in looks if (out / f"best/{look['step'] + 1}").exists()]
     assert sorted(kept) == sorted(look["dev"] for look in looks)[-2:]
     # the model in the folder gives that number
-    from sgpt_jax.bi_encoder import BiEncoder
-    from train.dev import make_judge
-
     assert make_judge(sts, "")(BiEncoder.from_pretrained(out)) == pytest.approx(best, abs=1e-6)
 
 
@@ -308,6 +308,65 @@ def test_training_everything(base, pairs, tmp_path):
     before, after = load_file(f"{base}/model.safetensors"), load_file(out / "model.safetensors")
     changed = {name for name in before if not np.array_equal(before[name], after[name].astype(np.float32))}
     assert changed == set(before)
+
+
+def test_the_nli_recipe(base, tmp_path):
+    """From three plain files; symmetric, so a model with brackets in its name gets none here."""
+    draw = np.random.default_rng(2)
+    folder = tmp_path / "snli"
+    folder.mkdir()
+    premises = [" ".join(draw.choice(WORDS, 4)) + f" {n}" for n in range(12)]
+    rows = [(p, f"{p} yes", "entailment") for p in premises] + [
+        (p, f"no {p}", "contradiction") for p in premises
+    ]
+    for name, column in zip(("s1", "s2", "labels"), zip(*rows, strict=True), strict=True):
+        (folder / f"{name}.dev").write_text("\n".join(column))
+    out = tmp_path / "out"
+    common = ["--model", base, "--data", str(folder), "--output", str(out)]
+    assert main(["nli", *common, "--batch-size", "8", "--chunk-size", "4", "--steps", "3"]) == 0
+    header = load_bias_set(out / "biases.safetensors").header
+    assert header["brackets"] is False
+    assert header["max_seq_length"] == 75
+    assert header["training"]["examples"] == 24
+    config = json.loads((out / "config.json").read_text())["run"]
+    assert config["avoid_duplicates"] is True
+    assert config["lr"] == 3.2e-4
+    assert config["epochs"] == 8
+
+
+def test_the_msmarco_recipe(base, tmp_path):
+    """Brackets, rotating negatives, and the cross-encoder's scores for distillation."""
+    records = [{"qid": q, "pos": [q], "neg": {"bm25": [q + 10, q + 20], "dense": [q + 15]}} for q in range(8)]
+    scores = {q: {q: 9.0, q + 10: 1.0, q + 20: 2.5, q + 15: -3} for q in range(8)}
+    folder = write_msmarco(tmp_path / "msmarco", records, scores)
+    (tmp_path / "msmarco/queries.train.tsv").write_text("".join(f"{q}\tquery {WORDS[q]}\n" for q in range(8)))
+    out = tmp_path / "out"
+    options = {"batch-size": 4, "max-seq-length": 60, "steps": 4, "warmup-steps": 1, "negatives": 2}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    losses = {}
+    for kind in ("kl", "margin"):
+        assert (
+            main(
+                [
+                    "msmarco",
+                    "--model",
+                    base,
+                    "--data",
+                    folder,
+                    "--output",
+                    f"{out}-{kind}",
+                    *flags,
+                    "--distill",
+                    kind,
+                ]
+            )
+            == 0
+        )
+        losses[kind] = [line["loss"] for line in metrics(f"{out}-{kind}")]
+        assert load_bias_set(f"{out}-{kind}/biases.safetensors").header["brackets"] is True
+        assert BiEncoder.from_pretrained(f"{out}-{kind}").text.brackets
+    assert np.all(np.isfinite(list(losses.values())))
+    assert losses["kl"][0] != losses["margin"][0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from sgpt_jax.files import parse_json
-from sgpt_jax.io import write_jsonl
+from sgpt_jax.io import InputError, write_jsonl
 from train.recipes import TrainConfig
 
 METRICS, DEV, PLOT = "metrics.jsonl", "dev.jsonl", "curve.png"
@@ -45,8 +45,10 @@ class RunLog:
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
         self.wandb: Any = None
         if config.wandb:
-            import wandb
-
+            try:
+                import wandb
+            except ImportError:
+                raise InputError("--wandb needs the package wandb: pip install wandb") from None
             self.wandb = wandb
             wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=str(self.folder))
         hidden = not sys.stderr.isatty()
