@@ -1,4 +1,4 @@
-"""The command line: ``python -m train nli|msmarco|pairs|mine --help``."""
+"""The command line: ``python -m train nli|msmarco|pairs|mine|speed --help``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from sgpt_jax.io import InputError
 from train.loop import Diverged, train
 from train.mine import add_mine_parser, mine
 from train.recipes import ONLY, RECIPES, TrainConfig
+from train.speed import add_speed_parser, measure
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser: one subcommand a recipe, with an option for each field of `TrainConfig`, and `mine`."""
+    """The parser: one subcommand a recipe, with an option for each field of `TrainConfig`; `mine` and `speed`."""
     parser = argparse.ArgumentParser(prog="python -m train", description="Trains SGPT bi-encoders.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="nli|msmarco|pairs|mine")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="nli|msmarco|pairs|mine|speed")
     types = typing.get_type_hints(TrainConfig)
     for name, (recipe, description) in RECIPES.items():
         command = commands.add_parser(
@@ -30,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
             if "help" in field.metadata and field.name not in others:
                 _add_option(command, field, types[field.name], getattr(recipe, field.name))
     add_mine_parser(commands, _Formatter)
+    add_speed_parser(commands, _Formatter)
     return parser
 
 
@@ -72,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "mine":
             mine(**options)
+        elif command == "speed":
+            measure(**options)
         else:
             config = dataclasses.replace(RECIPES[command][0], **options)
             if config.distributed:

@@ -107,7 +107,7 @@ def make_step(
     return step
 
 
-def jit_step(step: Callable, state: TrainState, mesh: Mesh | None) -> Callable:
+def jit_step(step: Callable, state: TrainState, mesh: Mesh | None) -> jax.stages.Wrapped:
     """Compiles a step that updates its state in place; on a mesh the new state lies where the old one did."""
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
