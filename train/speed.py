@@ -152,6 +152,7 @@ def _make_ours(
     arrays = place_batch(batch, rows=rows, chunk_rows=chunk_size, pad_id=encoder.text.pad_id, mesh=None)
     compiled = jit_step(step, state, None).lower(state, frozen, arrays).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None  # every backend of XLA has it
     sizes = {
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
         "arguments_mb": memory.argument_size_in_bytes / 1e6,
