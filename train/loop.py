@@ -232,7 +232,9 @@ def check_output(config: TrainConfig) -> None:
             f"{output}: holds a run or a model already; go on with --resume, or name another folder"
         )
     if config.resume and theirs is not None:
-        other = [name for name, value in ours.items() if name not in FREE and theirs.get(name, value) != value]
+        other = [
+            name for name, value in ours.items() if name not in FREE and theirs.get(name, value) != value
+        ]
         if other:
             raise InputError(
                 f"{output}: this run was started with other options: "
