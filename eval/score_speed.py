@@ -91,7 +91,9 @@ def main(args: argparse.Namespace) -> None:
     print("compiled memory beyond weights, MiB:", result["memory"])
     if not args.memory_only:
         result["speed"] = speed(args)
-    write_json(args.output, result | circumstances("torch"))
+    made = circumstances("torch")
+    made["command"] = made["command"].replace("-m eval ", "-m eval.score_speed ", 1)
+    write_json(args.output, result | made)
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
