@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> bool:
     first = jax.process_index() == 0
     output = epath.Path(config.output)
     if first:
-        prepare_output(config)
+        check_output(config)
 
     # Model
     mesh = make_mesh(config.mesh) if config.mesh or jax.process_count() > 1 else None
@@ -132,10 +132,13 @@ def train(config: TrainConfig) -> bool:
         scores=config.distill is not None,
     )
     iterator = iterate(batches)
+    batches[0]  # examples that make no batch are refused before anything is written
     judge = make_judge(config.dev, config.dev_split) if config.dev else None
     eval_every = config.eval_every or max(1, total // 10)
 
     # Where to go on
+    if first:
+        write_config(config)
     checkpoints = Checkpoints(output, config.keep_best)
     start = 0
     if config.resume and (found := checkpoints.restore(state)) is not None:
@@ -204,15 +207,15 @@ def train(config: TrainConfig) -> bool:
         )
         messages = export(model_of(final), final, record, output, write=first)
         if first:
-            _add_to_config(output, config)
+            write_config(config)
             log.plot()
         for message in messages:
             log.say(message)
     return True
 
 
-def prepare_output(config: TrainConfig) -> None:
-    """Makes the folder of the run and writes the configuration, or checks it against that of the run to resume.
+def check_output(config: TrainConfig) -> None:
+    """Looks at what is in the folder of the run: nothing, or the run to resume, with the same options.
 
     Raises:
         InputError: there is a run already and `resume` is off, or it had other options.
@@ -229,7 +232,9 @@ def prepare_output(config: TrainConfig) -> None:
             f"{output}: holds a run or a model already; go on with --resume, or name another folder"
         )
     if config.resume and theirs is not None:
-        other = [name for name, value in ours.items() if name not in FREE and theirs.get(name) != value]
+        other = [
+            name for name, value in ours.items() if name not in FREE and theirs.get(name, value) != value
+        ]
         if other:
             raise InputError(
                 f"{output}: this run was started with other options: "
@@ -237,9 +242,6 @@ def prepare_output(config: TrainConfig) -> None:
                     f"{name.replace('_', '-')} {theirs.get(name)!r}, now {ours[name]!r}" for name in other
                 )
             )
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(path, {RUN: ours})
 
 
 def _check_export(model: BiEncoder, mask: Any) -> None:
@@ -253,10 +255,12 @@ def _check_export(model: BiEncoder, mask: Any) -> None:
         export_config(model.hf_config, model.decoder.config)
 
 
-def _add_to_config(output: epath.Path, config: TrainConfig) -> None:
-    """Puts the run's configuration beside the model's, which transformers keeps as it is."""
-    path = output / "config.json"
-    write_json(path, json.loads(path.read_text()) | {RUN: dataclasses.asdict(config)})
+def write_config(config: TrainConfig) -> None:
+    """Writes the run's configuration into config.json, beside what the model may have there (transformers keeps it)."""
+    path = epath.Path(config.output) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, model | {RUN: dataclasses.asdict(config)})
 
 
 def _describe_data(examples: int, negatives: int, total: int, warmup: int, start: int) -> str:
