@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sgpt_jax.config import matmul_precision
+from sgpt_jax.products import product
 
 # Far below any real score, and finite: a row without a key then gets equal weights instead of NaN.
 MASKED = -1e30
@@ -100,11 +100,10 @@ def _attend_block(
     which XLA is fastest on a CPU."""
     batch, length, heads, head_dim = q.shape
     groups = k.shape[2]
-    precision = matmul_precision(v.dtype)
     shape = (batch, groups, heads // groups, length)
     q = q.transpose(0, 2, 1, 3).reshape(batch, groups, -1, head_dim)  # [B, K, N/K * T, H]
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, S], [B, K, S, H]
-    scores = jnp.matmul(q, k, precision=precision, preferred_element_type=jnp.float32) * scale
+    scores = product(q, k) * scale
     scores = scores.reshape(*shape, -1)
     if bias is not None:
         scores += bias.reshape(batch, groups, heads // groups, 1, -1)
@@ -113,11 +112,6 @@ def _attend_block(
     total = weights.sum(axis=-1)
     if drop is not None:
         weights = drop(weights)
-    out = jnp.matmul(
-        weights.astype(v.dtype).reshape(batch, groups, shape[2] * length, -1),
-        v,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    out = product(weights.astype(v.dtype).reshape(batch, groups, shape[2] * length, -1), v)
     out = out / total.reshape(batch, groups, -1, 1)
     return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3).astype(v.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -124,8 +123,3 @@ def compute_dtype(name: str) -> jnp.dtype:
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {name!r}")
     return jnp.dtype(name)
-
-
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Float32 products stay float32 on TPU and GPU too, where XLA's default rounds their inputs."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sgpt_jax.attention import attend, attention_mask_matrix
-from sgpt_jax.config import DecoderConfig, matmul_precision
+from sgpt_jax.config import DecoderConfig
 from sgpt_jax.positions import alibi_slopes, positions_from_mask, rotary_angles, rotate
+from sgpt_jax.products import product, project
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -61,7 +62,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.matmul(x, self.kernel[...].astype(self.dtype), precision=matmul_precision(self.dtype))
+        y = project(x, self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -312,19 +313,11 @@ class Decoder(nnx.Module):
             kernel = jax.lax.dynamic_slice_in_dim(self.head.kernel[...], start, size, axis=1)
             if self.head.bias is not None:
                 bias = jax.lax.dynamic_slice_in_dim(self.head.bias[...], start, size)
-            form = "...e,ev->...v"
         elif self.config.head == "tied":
-            kernel = jax.lax.dynamic_slice_in_dim(self.embed.tokens.embedding[...], start, size, axis=0)
-            form = "...e,ve->...v"
+            kernel = jax.lax.dynamic_slice_in_dim(self.embed.tokens.embedding[...], start, size, axis=0).T
         else:
             raise ValueError("this checkpoint has no language-model head, so it gives vectors but no logits")
-        logits = jnp.einsum(
-            form,
-            hidden,
-            kernel.astype(self.dtype),
-            precision=matmul_precision(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = product(hidden, kernel.astype(self.dtype))
         return logits if bias is None else logits + bias.astype(jnp.float32)
 
 

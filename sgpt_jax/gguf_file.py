@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +19,23 @@ from sgpt_jax.config import RotaryConfig
 from sgpt_jax.io import InputError
 from sgpt_jax.positions import rotary_frequencies
 
-DECODE_ROWS = 4096
+DECODE_ROWS = 512
 
 
-def open_gguf(path: str | os.PathLike[str]) -> gguf.GGUFReader:
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """An opened GGUF file.
+
+    Attributes:
+        metadata: all its fields, by name.
+        tensors: its tensors, memory-mapped and as they are stored.
+    """
+
+    metadata: dict[str, Any]
+    tensors: list[gguf.ReaderTensor]
+
+
+def open_gguf(path: str | os.PathLike[str]) -> Gguf:
     """Opens a GGUF file; parsing its metadata takes a second, so the last one opened is kept.
 
     Raises:
@@ -36,8 +51,37 @@ def open_gguf(path: str | os.PathLike[str]) -> gguf.GGUFReader:
 
 
 @functools.lru_cache(maxsize=1)
-def _open_gguf(path: str, modified: int, size: int) -> gguf.GGUFReader:
-    return gguf.GGUFReader(path)
+def _open_gguf(path: str, modified: int, size: int) -> Gguf:
+    reader = _Reader(path)
+    return Gguf({name: _contents(field) for name, field in reader.fields.items()}, reader.tensors)
+
+
+class _Reader(gguf.GGUFReader):
+    """Reads lists at once: gguf keeps an array or two for every entry of a vocabulary, up to 1.5 kB together."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = gguf.GGUFValueType(self._get(orig_offs, np.uint32)[0])
+        count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+        if kind in self.gguf_scalar_to_np:
+            values = self._get(start, self.gguf_scalar_to_np[kind], count)
+            return 12 + values.nbytes, [values.tolist()], [], [raw_type, kind]
+        if kind != gguf.GGUFValueType.STRING:
+            return super()._get_field_parts(orig_offs, raw_type)
+        length = struct.Struct("=Q" if self.byte_order == "I" else ">Q")
+        data = self.data.data
+        strings = []
+        for _ in range(count):
+            end = start + 8 + length.unpack_from(data, start)[0]
+            strings.append(str(data[start + 8 : end], "utf-8"))
+            start = end
+        return start - orig_offs, [strings], [], [raw_type, kind]
+
+
+def _contents(field: gguf.ReaderField) -> Any:
+    last: Any = field.parts[-1]
+    return last if isinstance(last, list) else field.contents()
 
 
 _GGUF_NAMES = {
@@ -61,32 +105,28 @@ class GgufFile:
 
     def __init__(self, path: epath.Path):
         self.path = path
-        self.reader = open_gguf(path)
-        self.architecture = self._field("general.architecture")
+        self.file = open_gguf(path)
+        self.architecture = self.file.metadata.get("general.architecture")
         if self.architecture not in ("llama", "qwen2"):
             raise InputError(
                 f"{path}: GGUF architecture {self.architecture!r} is not supported; known: llama, qwen2"
             )
         self.config = self._config()
 
-    def _field(self, name: str, default: Any = None) -> Any:
-        field = self.reader.get_field(name)
-        return default if field is None else field.contents()
-
     def _config(self) -> dict[str, Any]:
         def of(name: str, default: Any = None) -> Any:
-            value = self._field(f"{self.architecture}.{name}", default)
+            value = self.file.metadata.get(f"{self.architecture}.{name}", default)
             if value is None:
                 raise InputError(f"{self.path}: GGUF metadata lacks {self.architecture}.{name}")
             return value
 
-        tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        tensors = {tensor.name: tensor for tensor in self.file.tensors}
         heads, embed_dim = of("attention.head_count"), of("embedding_length")
         head_dim = of("attention.key_length", embed_dim // heads)
         if of("rope.dimension_count", head_dim) != head_dim:
             raise InputError(f"{self.path}: partial rotation is not supported for GGUF files")
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": of("rope.freq_base", 10_000.0)}
-        scaling = self._field(f"{self.architecture}.rope.scaling.type", "none")
+        scaling = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
         if scaling == "linear":
             rope |= {"rope_type": "linear", "factor": of("rope.scaling.factor")}
         elif scaling != "none":
@@ -115,7 +155,7 @@ class GgufFile:
                 "mlp_bias": "blk.0.ffn_up.bias" in tensors,
             }
         for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-            if (value := self._field(f"tokenizer.ggml.{name}_token_id")) is not None:
+            if (value := self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
                 config[key] = int(value)
         return config
 
@@ -137,7 +177,7 @@ class GgufFile:
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         heads = {"attn_q": self.config["num_attention_heads"], "attn_k": self.config["num_key_value_heads"]}
-        for tensor in self.reader.tensors:
+        for tensor in self.file.tensors:
             if tensor.name == "rope_freqs.weight":
                 continue
             match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)

@@ -104,8 +104,8 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 def _read_metadata(path: Path) -> dict[str, Any]:
     """All `tokenizer.ggml.*` fields by their last name, and the chat template."""
     fields = {
-        name.removeprefix("tokenizer.ggml."): field.contents()
-        for name, field in open_gguf(path).fields.items()
+        name.removeprefix("tokenizer.ggml."): value
+        for name, value in open_gguf(path).metadata.items()
         if name.startswith("tokenizer.ggml.") or name == "tokenizer.chat_template"
     }
     if "tokenizer.chat_template" in fields:

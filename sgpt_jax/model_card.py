@@ -66,8 +66,7 @@ def read_license(path: str | os.PathLike[str]) -> str | None:
     """The license that a model states, in its README.md's front matter or its `.gguf` file; None without one."""
     path = Path(path)
     if path.is_file():
-        field = open_gguf(path).get_field("general.license")
-        return field.contents() if field else None
+        return open_gguf(path).metadata.get("general.license")
     card = path / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)

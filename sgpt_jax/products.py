@@ -1,0 +1,51 @@
+"""Matrix products in the compute dtype, by the instructions that the device has for them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [..., M, K] @ b [..., K, N], both of the compute dtype, to float32 [..., M, N].
+
+    Float32 products stay float32 on TPU and GPU too, where XLA's default rounds their inputs.
+    """
+    if a.dtype == jnp.float32:
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    if jax.default_backend() == "cpu":
+        return _narrow_product(a, b)
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] @ kernel [I, O], both of the compute dtype, to [..., O] of that dtype."""
+    if x.dtype == jnp.float32 or jax.default_backend() == "cpu":
+        return product(x, kernel).astype(x.dtype)
+    return jnp.matmul(x, kernel)
+
+
+@jax.custom_vjp
+def _narrow_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """XLA reaches a CPU's bfloat16 instructions (AMX, AVX-512) by products of bfloat16 to float32 only: a bfloat16
+    result, or one float32 factor as in the automatic derivative, makes it compute in float32 at a fifth of the speed.
+    """
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _forward(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _narrow_product(a, b), (a, b)
+
+
+def _backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a, b = factors
+    narrow = gradient.astype(a.dtype)
+    for_a = _narrow_product(narrow, b.mT)
+    if b.ndim == 2:  # one kernel for all rows
+        for_b = _narrow_product(a.reshape(-1, a.shape[-1]).T, narrow.reshape(-1, narrow.shape[-1]))
+    else:
+        for_b = _narrow_product(a.mT, narrow)
+    return for_a.astype(a.dtype), for_b.astype(b.dtype)
+
+
+_narrow_product.defvjp(_forward, _backward)
