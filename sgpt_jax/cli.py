@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--queries", help="a file of queries (JSONL, TSV or plain text), in place of one query"
     )
-    command.add_argument("-k", type=int, default=10, help="results a query (default: 10)")
+    command.add_argument("-k", type=int, help="results a query (default: 10, or what --rerank scores)")
     command.add_argument("-o", "--output", help="write a TREC run, in place of a listing")
     command.add_argument("--json", action="store_true", help="print JSON lines, in place of a listing")
     command.add_argument("--rerank", type=int, metavar="N", default=0,

@@ -136,6 +136,9 @@ def _absolute(source: str) -> str:
 def search(options: argparse.Namespace) -> None:
     if (options.query is None) == (options.queries is None):
         raise InputError("give either a query or --queries FILE")
+    k = options.k or min(10, options.rerank or 10)
+    if 0 < options.rerank < k:
+        raise InputError(f"-k {k} asks for more documents than --rerank {options.rerank} scores")
     index = Index.open(options.index)
     reading = _reading(options)
     queries = (
@@ -146,7 +149,7 @@ def search(options: argparse.Namespace) -> None:
     settings["dtype"] = options.dtype or settings["dtype"]
     model = _load(settings, options.mesh)
     vectors = model.encode_query(list(queries.values()))
-    scores, rows = index.search(vectors, max(options.k, options.rerank))
+    scores, rows = index.search(vectors, max(k, options.rerank))
     run = {
         query: dict(zip(index.ids(found), map(float, values), strict=True))
         for query, found, values in zip(queries, rows, scores, strict=True)
@@ -156,7 +159,7 @@ def search(options: argparse.Namespace) -> None:
     }
     if options.rerank:
         run = _reranked(options, index, settings, queries, run, places)
-    run = {query: dict(list(hits.items())[: options.k]) for query, hits in run.items()}
+    run = {query: dict(list(hits.items())[:k]) for query, hits in run.items()}
     if options.output:
         write_run(options.output, run)
         return

@@ -90,6 +90,12 @@ def test_search_of_a_file_of_queries_and_reranking(index, model, corpus, tmp_pat
         assert list(hits) == list(second[query])
     capsys.readouterr()
 
+    # Documents that are not scored are no results.
+    assert main(["search", index, "night market", "--rerank", "2", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["hits"]) == 2
+    assert main(["search", index, "night market", "--rerank", "2", "-k", "3"]) == 1
+    assert "-k 3 asks for more documents than --rerank 2 scores" in capsys.readouterr().err
+
 
 def test_embed_writes_the_vectors_in_order(model, corpus, tmp_path):
     output = tmp_path / "vectors.npy"
