@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +19,12 @@ from tqdm import tqdm
 
 from sgpt_jax import biases as bias_sets
 from sgpt_jax import hub
+from sgpt_jax.ahead import ahead
 from sgpt_jax.decoder import Decoder, merge, split
 from sgpt_jax.io import InputError
 from sgpt_jax.model_card import read_license, write_model_card
 from sgpt_jax.pooling import POOLING_MODES, normalize, pool
-from sgpt_jax.sharding import batch_sharding, batch_ways
+from sgpt_jax.sharding import batch_sharding, batch_ways, on_mesh
 from sgpt_jax.tensor_files import open_checkpoint
 from sgpt_jax.text import (
     Batch,
@@ -54,12 +57,34 @@ def embed(
     mesh: Mesh | None,
 ) -> jax.Array:
     """Token ids [B, T] to vectors, float32 [B, E], of length 1 if `unit`; whole on every device of the mesh."""
-    vectors = pool(merge(graphdef, params)(input_ids, attention_mask), attention_mask, pooling)
+    with on_mesh(mesh):
+        hidden = merge(graphdef, params)(input_ids, attention_mask)
+    vectors = pool(hidden, attention_mask, pooling)
     if unit:
         vectors = normalize(vectors)
     if mesh is not None:
         vectors = jax.lax.with_sharding_constraint(vectors, NamedSharding(mesh, PartitionSpec()))
     return vectors
+
+
+@dataclasses.dataclass
+class EncodeReport:
+    """What `BiEncoder.encode_chunks` did.
+
+    Attributes:
+        texts: texts that became vectors.
+        tokens: their tokens, padding not counted.
+        tokens_padded: tokens that went through the decoder, with padding.
+        seconds: how long it took, with what the caller did meanwhile.
+        waited: how much of that was spent waiting for texts to be read and tokenised. The device may have been busy
+            with one more batch during a part of it.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    tokens_padded: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,6 +224,50 @@ class BiEncoder:
         """Vectors of documents, in `{` `}` if the model has brackets; see `encode`."""
         return self._encode(texts, "document", normalize, batch_tokens, show_progress)
 
+    def encode_chunks(
+        self,
+        chunks: Iterable[Sequence[str]],
+        *,
+        side: Side | None = None,
+        normalize: bool = False,
+        batch_tokens: int | None = None,
+        report: EncodeReport | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Vectors of a stream of texts, in memory that does not grow with it.
+
+        A thread reads and tokenises up to two chunks ahead, so that the device need not wait for that; nor does it
+        between chunks. The vectors of a chunk do not depend on the others.
+
+        Args:
+            chunks: lists of texts, read in another thread.
+            side: "query" or "document" for models with brackets or prompts.
+            normalize, batch_tokens: see `encode`.
+            report: counts are added here.
+
+        Yields:
+            float32 [n, E] for each chunk.
+        """
+        report = EncodeReport() if report is None else report
+        begin = time.perf_counter()
+
+        def wait(seconds: float) -> None:
+            report.waited += seconds
+            report.seconds = time.perf_counter() - begin
+
+        def count(batch: Batch) -> None:
+            report.texts += len(batch.indices)
+            report.tokens_padded += batch.rows * batch.length
+            report.seconds = time.perf_counter() - begin
+
+        def tokenised() -> Iterator[list[list[int]]]:
+            for texts in chunks:
+                ids = self._tokenise(texts, side, False)
+                report.tokens += sum(map(len, ids))
+                yield ids
+
+        with contextlib.closing(ahead(tokenised(), 2, wait)) as ready:
+            yield from self._stream(ready, batch_tokens, normalize, count)
+
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cosine similarities: vectors [n, E] (or [E]) and [m, E] (or [E]) to float32 [n, m]."""
         a, b = np.atleast_2d(a), np.atleast_2d(b)
@@ -258,9 +327,7 @@ class BiEncoder:
         show_progress: bool | None,
     ) -> np.ndarray:
         single = isinstance(texts, str)
-        ids = self.text.ids([texts] if isinstance(texts, str) else texts, side, show_progress=show_progress)
-        check_ids(ids, self.decoder.config.vocab_size)
-        vectors = np.zeros((len(ids), self.dimension), np.float32)
+        ids = self._tokenise([texts] if isinstance(texts, str) else texts, side, show_progress)
         with tqdm(
             total=len(ids),
             unit="text",
@@ -268,16 +335,46 @@ class BiEncoder:
             delay=1,
             disable=None if show_progress is None else not show_progress,
         ) as bar:
-            # One batch behind: the host fetches a result while the device works on the next.
-            waiting: tuple[Batch, jax.Array] | None = None
-            runs = self._run(ids, batch_tokens, unit or self.normalized)
-            for started in itertools.chain(runs, [None]):
-                if waiting is not None:
-                    batch, result = waiting
-                    vectors[list(batch.indices)] = np.asarray(result)[: len(batch.indices)]
-                    bar.update(len(batch.indices))
-                waiting = started
+            (vectors,) = self._stream([ids], batch_tokens, unit, lambda batch: bar.update(len(batch.indices)))
         return vectors[0] if single else vectors
+
+    def _tokenise(
+        self, texts: Sequence[str], side: Side | None, show_progress: bool | None
+    ) -> list[list[int]]:
+        ids = self.text.ids(texts, side, show_progress=show_progress)
+        check_ids(ids, self.decoder.config.vocab_size)
+        return ids
+
+    def _stream(
+        self,
+        chunks: Iterable[list[list[int]]],
+        batch_tokens: int | None,
+        unit: bool,
+        on_batch: Callable[[Batch], object],
+    ) -> Iterator[np.ndarray]:
+        """The vectors of each chunk of token ids, [n, E] float32."""
+        # One batch behind, also from chunk to chunk: the host fetches a result while the device works on the next.
+        started: collections.deque[tuple[np.ndarray, Batch | None, Any]] = collections.deque()
+
+        def finished(left: int) -> Iterator[np.ndarray]:
+            while started and (started[0][1] is None or running() > left):
+                vectors, batch, result = started.popleft()
+                if batch is None:
+                    yield vectors
+                else:
+                    vectors[list(batch.indices)] = np.asarray(result)[: len(batch.indices)]
+                    on_batch(batch)
+
+        def running() -> int:
+            return sum(batch is not None for _, batch, _ in started)
+
+        for ids in chunks:
+            vectors = np.zeros((len(ids), self.dimension), np.float32)
+            for batch, result in self._run(ids, batch_tokens, unit or self.normalized):
+                started.append((vectors, batch, result))
+                yield from finished(1)
+            started.append((vectors, None, None))
+        yield from finished(0)
 
     def _run(
         self, ids: list[list[int]], batch_tokens: int | None, unit: bool
@@ -290,7 +387,7 @@ class BiEncoder:
             max_length=self.text.max_seq_length,
             row_multiple=batch_ways(self.mesh),
         )
-        place = jax.devices()[0] if self.mesh is None else batch_sharding(self.mesh)
+        place = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         for batch in plan:
             input_ids, mask = jax.device_put(pad_batch(ids, batch, self.text.pad_id), place)
             yield (

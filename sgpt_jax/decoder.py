@@ -15,6 +15,7 @@ from sgpt_jax.attention import attend, attention_mask_matrix
 from sgpt_jax.config import DecoderConfig
 from sgpt_jax.positions import alibi_slopes, positions_from_mask, rotary_angles, rotate
 from sgpt_jax.products import product, project
+from sgpt_jax.sharding import by_rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -23,7 +24,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
 }
 
-_weight_init = jax.nn.initializers.normal(0.02)
+
+def _random(rngs: nnx.Rngs | None, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    return jnp.zeros(shape, dtype) if rngs is None else 0.02 * jax.random.normal(rngs.params(), shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Context:
 class Linear(nnx.Module):
     """x @ kernel + bias, in the compute dtype."""
 
-    def __init__(self, size_in: int, size_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, size_in: int, size_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.dtype = dtype
-        self.kernel = nnx.Param(_weight_init(rngs.params(), (size_in, size_out), dtype))
+        self.kernel = nnx.Param(_random(rngs, (size_in, size_out), dtype))
         self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,9 +92,9 @@ class Norm(nnx.Module):
 class TokenTable(nnx.Module):
     """A table of vectors, looked up by row."""
 
-    def __init__(self, rows: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, rows: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.dtype = dtype
-        self.embedding = nnx.Param(_weight_init(rngs.params(), (rows, size), dtype))
+        self.embedding = nnx.Param(_random(rngs, (rows, size), dtype))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return self.embedding[...][ids].astype(self.dtype)
@@ -100,7 +103,7 @@ class TokenTable(nnx.Module):
 class Embed(nnx.Module):
     """Token ids to the first hidden states."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.offset = config.position_offset
         self.dropout_rate = config.embed_dropout
         self.tokens = TokenTable(config.vocab_size, config.hidden_dim, dtype=dtype, rngs=rngs)
@@ -131,7 +134,7 @@ class Embed(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention of one layer."""
 
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.config, self.layer = config, layer
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         make = functools.partial(Linear, dtype=dtype, rngs=rngs)
@@ -165,7 +168,7 @@ def _drop_at(dropout: Dropout, rate: float, site: tuple[int, ...], x: jax.Array)
 class MLP(nnx.Module):
     """Two linear layers with an activation, or three with a gate."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.activation = config.activation
         make = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate = make(config.embed_dim, config.mlp_dim) if config.gated else None
@@ -181,7 +184,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP with their norms and residual sums."""
 
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.config, self.layer = config, layer
         self.norm1 = Norm(config.embed_dim, config, dtype=dtype)
         self.attn = Attention(config, layer, dtype=dtype, rngs=rngs)
@@ -220,9 +223,11 @@ class Decoder(nnx.Module):
         config: its `DecoderConfig`.
         dtype: compute dtype of matrix products and hidden states; norms, softmax, rotary angles and logits are
             float32 whatever it is.
+
+    Made with `rngs`, its weights are random; with None they are zeros, for whoever wants the structure only.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         self.config, self.dtype = config, dtype
         self.embed = Embed(config, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
@@ -281,9 +286,9 @@ class Decoder(nnx.Module):
             alibi=alibi,
             dropout=None if dropout_keys is None else Dropout(dropout_keys),
         )
-        x = self.embed(input_ids, positions, context.dropout)
+        x = by_rows(self.embed(input_ids, positions, context.dropout))
         for block in self.blocks:
-            x = block(x, context)
+            x = by_rows(block(x, context))
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x if self.project_out is None else self.project_out(x)
@@ -323,7 +328,7 @@ class Decoder(nnx.Module):
 
 def abstract_decoder(config: DecoderConfig, dtype: jnp.dtype) -> tuple[Any, dict]:
     """The decoder's structure without any memory: (graphdef, params of `jax.ShapeDtypeStruct`)."""
-    return split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=None)))
 
 
 def split(decoder: Decoder) -> tuple[Any, dict]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgpt_jax.decoder import Decoder, merge
+from sgpt_jax.sharding import on_mesh
 
 # The head's working set is [positions, entries] of float32, whatever text length and vocabulary are: 8 MiB on a CPU,
 # where it should stay in the caches, and 64 MiB where every step of a loop costs the launch of its programs.
@@ -52,7 +53,8 @@ def score_tokens(
         float32 [W, M]; 0 beyond the blocks in use.
     """
     decoder = merge(graphdef, params)
-    hidden = decoder(input_ids, segments >= 0, positions=positions, segments=segments)
+    with on_mesh(mesh):
+        hidden = decoder(input_ids, segments >= 0, positions=positions, segments=segments)
     hidden = hidden.reshape(slots.shape[0], -1, hidden.shape[-1])  # [W, B / W * T, E]
 
     def score_block(block: jax.Array, scores: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -78,6 +79,21 @@ def make_mesh(spec: str | None = None, devices: list[Any] | None = None) -> Mesh
     )
 
 
+def device_mesh(spec: str | None = None) -> Mesh | None:
+    """The mesh of a command that encodes or scores, over the devices of this process; None for its first device.
+
+    Where there are several accelerators the default puts all of them on `data`: each holds the whole model and takes a
+    part of every batch. On CPUs the default is one device.
+
+    Raises:
+        InputError: see `make_mesh`.
+    """
+    devices = jax.local_devices()
+    if not spec and (len(devices) == 1 or devices[0].platform == "cpu"):
+        return None
+    return make_mesh(spec, devices)
+
+
 def leaf_path(path: tuple[Any, ...]) -> str:
     """A path of `jax.tree_util` as the name that the tables use, such as "blocks/0/attn/q/kernel"."""
     return "/".join(str(getattr(entry, "key", entry)) for entry in path)
@@ -127,3 +143,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_ways(mesh: Mesh | None) -> int:
     """By what the rows of a batch must divide."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """For what is traced inside, `by_rows` splits over this mesh; None changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations x [B, ...] split by rows, and whole along their other axes, on the mesh of `on_mesh`.
+
+    Left to itself, XLA brings the rows of all devices to the parts of fsdp-sharded weights, so that every device holds
+    the whole batch; weights are to come to the rows. Without a mesh, or where rows do not divide, x stays as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in RULES["batch"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["batch"]))

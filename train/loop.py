@@ -150,8 +150,6 @@ def train(config: TrainConfig) -> bool:
 
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
-        if mesh is not None:
-            stack.enter_context(jax.set_mesh(mesh))
         log = stack.enter_context(RunLog(config, total, start, active=first))
         stopping = stack.enter_context(_on_sigterm())
         stack.enter_context(_quiet_truncation())

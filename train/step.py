@@ -13,7 +13,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgpt_jax.sharding import batch_sharding, batch_ways
+from sgpt_jax.sharding import batch_sharding, batch_ways, on_mesh
 from train.grad_cache import encode_in_chunks
 from train.losses import LossConfig, total_loss
 from train.optimizer import join_params
@@ -113,7 +113,12 @@ def jit_step(step: Callable, state: TrainState, mesh: Mesh | None) -> jax.stages
         return jax.jit(step, donate_argnums=0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole, whole))
+
+    def step_on_mesh(state: TrainState, frozen: Any, batch: dict) -> tuple[TrainState, Array, Array]:
+        with on_mesh(mesh):
+            return step(state, frozen, batch)
+
+    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(shardings, whole, whole))
 
 
 def agree(*values: int) -> list[int]:
