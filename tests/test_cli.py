@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
+from pathlib import Path
 
 import decoders
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 
 import sgpt_jax as sgpt
 from sgpt_jax import demo
+from sgpt_jax.biases import load_bias_set
 from sgpt_jax.cli import main
 from sgpt_jax.io import read_run
 
@@ -184,6 +187,19 @@ def test_demo_with_another_model(model, capsys):
     text = capsys.readouterr().out
     assert "240 abstracts embedded" in text and "Over all 60 claims" in text and "\nvitamin D\n" in text
     assert "SciFact" in text
+
+
+def test_the_demo_has_trained_biases_for_its_model():
+    bias_set = load_bias_set(resources.files("sgpt_jax") / "data" / demo.BIASES)
+    header = bias_set.header
+    assert header["base_model"] == Path(demo.MEMBER).stem and "CC BY-SA 4.0" in header["license"]
+    # Attention and MLP of SmolLM2-135M: 30 layers, 576 wide, 3 of 9 heads for keys and values, MLP 1536.
+    sizes = {"attn/q": 576, "attn/k": 192, "attn/v": 192, "attn/o": 576, "mlp/gate": 1536, "mlp/up": 1536}
+    sizes["mlp/down"] = 576
+    assert {name: values.shape for name, values in bias_set.values.items()} == {
+        f"blocks/{layer}/{part}/bias": (size,) for layer in range(30) for part, size in sizes.items()
+    }
+    assert all(np.isfinite(values).all() and values.any() for values in bias_set.values.values())
 
 
 def test_every_claim_of_the_demo_has_its_answer():

@@ -13,9 +13,7 @@ from etils import epath
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.biases import BiasSet, bias_leaves, save_bias_set, to_numpy
 from sgpt_jax.decoder import merge, split
-from sgpt_jax.hub import ModelSettings, resolve
 from sgpt_jax.io import InputError
-from sgpt_jax.model_card import read_license, write_model_card
 from train.recipes import TrainConfig
 
 BIASES = "biases.safetensors"
@@ -66,27 +64,11 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
     for stale in folder.glob("model*.safetensors*"):
         stale.unlink()  # of an earlier end of the same run: shards may have been more
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, training=_training_rows(record), results=_result_rows(record))
     except InputError as error:
         if not only_biases:
             raise
         return [*messages, f"no model folder: {error}"]
-    settings = ModelSettings(
-        pooling=model.pooling,
-        brackets=model.text.brackets,
-        max_seq_length=model.text.max_seq_length,
-        normalize=model.normalized,
-        prompts=model.text.prompts,
-    )
-    write_model_card(
-        folder,
-        settings,
-        model.dimension,
-        base_model=model.name,
-        license=read_license(resolve(record.config.model).path),
-        training=_training_rows(record),
-        results=_result_rows(record),
-    )
     return [*messages, f"model: {folder}"]
 
 
