@@ -211,13 +211,27 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_eight_devices(tmp_path):
-    """Data, weights and heads spread over devices: the numbers of one device, which are torch's."""
-    base, runs, wanted = write_model("gpt_neo", tmp_path / "base"), [], expected("gpt_neo")
+def fixture_run(folder):
+    """A model, the options of the run of which torch's numbers are known, and these numbers."""
+    base = write_model("gpt_neo", folder / "base")
     options = (
         f"pairs --model {base} --data {data(1)} --batch-size 8 --max-seq-length 75 --lr 1e-2 --warmup-steps 1 "
         "--steps 3 --no-shuffle --save-every 2"
     ).split()
+    return load_file(f"{base}/model.safetensors"), options, expected("gpt_neo")
+
+
+def check_run(folder, before, wanted):
+    """Losses and parameters of a run are those of torch."""
+    losses = [line["loss"] for line in metrics(folder)]
+    np.testing.assert_allclose(losses, wanted["losses"], atol=1e-5)
+    check_parameters(load_file(folder / "model.safetensors"), before, wanted)
+
+
+def test_eight_devices(tmp_path):
+    """Data, weights and heads spread over devices: the numbers of one device, which are torch's."""
+    before, options, wanted = fixture_run(tmp_path)
+    runs = []
     meshes = {"data": "data=8", "mixed": "data=2,fsdp=2,tensor=2", "plain": "data=4,tensor=2"}
     for name, mesh in meshes.items():
         chunk = "0" if name == "plain" else "8"
@@ -225,11 +239,8 @@ def test_eight_devices(tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     code, output, errors = Process(tmp_path, [json.dumps(runs)], SEVERAL, **flags).wait()
     assert code == 0, output + errors
-    before = load_file(f"{base}/model.safetensors")
     for name in meshes:
-        losses = [line["loss"] for line in metrics(tmp_path / name)]
-        np.testing.assert_allclose(losses, wanted["losses"], atol=1e-5)
-        check_parameters(load_file(tmp_path / name / "model.safetensors"), before, wanted)
+        check_run(tmp_path / name, before, wanted)
     # A checkpoint of eight devices goes on on one.
     shutil.rmtree(tmp_path / "mixed/checkpoints/3")
     assert main([*options, "--output", str(tmp_path / "mixed"), "--chunk-size", "3", "--resume"]) == 0
@@ -238,8 +249,14 @@ def test_eight_devices(tmp_path):
 
 
 def test_two_processes(base, pairs, sts, tmp_path):
-    options = ("--steps", 12, "--dev", sts, "--eval-every", 4, "--chunk-size", 4)
-    more = arguments(base, pairs, tmp_path / "two", *options, "--mesh", "data=2,fsdp=2", "--distributed")
+    """The numbers of one process, which are torch's; over a longer run, as near as Adam keeps rounding."""
+    before, options, wanted = fixture_run(tmp_path)
+    mesh = ("--mesh", "data=2,fsdp=2")
+    longer = ("--steps", 12, "--dev", sts, "--eval-every", 4, "--chunk-size", 4)
+    runs = [
+        [*options, "--output", str(tmp_path / "short"), "--chunk-size", "4", *mesh, "--distributed"],
+        arguments(base, pairs, tmp_path / "two", *longer, *mesh),
+    ]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -253,12 +270,15 @@ def test_two_processes(base, pairs, sts, tmp_path):
     job |= {"JAX_COORDINATOR_PORT": str(port), "JAX_PLATFORMS": "cpu"}
     job |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
-        Process(tmp_path, more, **job, SLURM_PROCID=str(number), SLURM_LOCALID=str(number))
+        Process(
+            tmp_path, [json.dumps(runs)], SEVERAL, **job, SLURM_PROCID=str(number), SLURM_LOCALID=str(number)
+        )
         for number in range(2)
     ]
     results = [process.wait() for process in processes]
     assert [code for code, *_ in results] == [0, 0], results
-    assert main(arguments(base, pairs, tmp_path / "one", *options)) == 0
+    check_run(tmp_path / "short", before, wanted)
+    assert main(arguments(base, pairs, tmp_path / "one", *longer)) == 0
     ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], atol=1e-4)
     looks = [(tmp_path / name / "dev.jsonl").read_text() for name in ("two", "one")]
