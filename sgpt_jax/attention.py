@@ -13,7 +13,7 @@ from sgpt_jax.products import product
 MASKED = -1e30
 
 # Queries at a time: their scores then stay in a CPU's caches, and memory does not grow with the square of the length.
-QUERY_BLOCK = 256
+QUERY_BLOCK = 128
 
 
 def attention_mask_matrix(
