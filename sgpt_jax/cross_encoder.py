@@ -290,7 +290,7 @@ class CrossEncoder:
         context_lengths, query_lengths = (list(map(len, ids)) for ids in (tokens.contexts, tokens.queries))
         rows = packing.plan_rows(tokens.pairs, context_lengths, query_lengths, config, share=share)
         budget = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 32768)
-        place = jax.devices()[0] if self.mesh is None else batch_sharding(self.mesh)
+        place = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         # Blocks of a vocabulary that is spread over devices would be gathered one by one.
         spread = self.mesh is not None and self.mesh.shape["tensor"] > 1
         entries = config.vocab_size if spread else min(HEAD_ENTRIES, config.vocab_size)

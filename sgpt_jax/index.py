@@ -2,6 +2,7 @@
 corpus.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,8 @@ from typing import Any
 import numpy as np
 
 from sgpt_jax.files import InputError, PathLike
-from sgpt_jax.index_files import (
-    CALIBRATION,
-    Manifest,
-    Shard,
-    load_array,
-    local_folder,
-    normalized,
-    unpack_strings,
-)
+from sgpt_jax.index_columns import load_array, normalized, unpack_strings
+from sgpt_jax.index_files import CALIBRATION, Manifest, Shard, local_folder
 from sgpt_jax.topk import Block, exact_top_k
 
 # Numbers in a block of vectors. Float32 blocks are views of the file; the others are converted on the
@@ -26,18 +20,23 @@ from sgpt_jax.topk import Block, exact_top_k
 BLOCK_ELEMENTS = {"float32": 1 << 24, "float16": 1 << 22, "int8": 1 << 22}
 
 
+# Files that are mapped into memory at a time.
+MAX_MAPPED = 512
+
+
 class Index:
     """A finished index. Rows count from 0 in corpus order."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Maps the columns that ``manifest`` describes; `Index.open` is the way in for a finished index."""
+        """Looks at the columns that ``manifest`` describes; `Index.open` is the way in for a finished index."""
         self.folder = folder
         self.manifest = manifest
         self._starts = np.array([shard.start for shard in manifest.shards])
-        self._columns: dict[tuple[int, str], np.ndarray] = {}
+        # Mapped columns: each takes a file descriptor, of which a process has about a thousand.
+        self._columns: collections.OrderedDict[tuple[int, str], np.ndarray] = collections.OrderedDict()
         for shard in manifest.shards:
             for column in manifest.sizes(shard):
-                self._columns[shard.start, column] = manifest.read_column(folder, shard, column)
+                manifest.check_column(folder, shard, column)
         self._calibration: np.ndarray | None = None
         if manifest.dtype == "int8":
             self._calibration = load_array(folder / CALIBRATION)
@@ -186,7 +185,13 @@ class Index:
                 yield Block(block, factors, shard.start + start, wanted - start, end - start)
 
     def _column(self, shard: Shard, column: str) -> np.ndarray:
-        return self._columns[shard.start, column]
+        key = (shard.start, column)
+        if key not in self._columns:
+            if len(self._columns) >= MAX_MAPPED:
+                self._columns.popitem(last=False)  # whoever still uses it keeps it alive
+            self._columns[key] = self.manifest.read_column(self.folder, shard, column)
+        self._columns.move_to_end(key)
+        return self._columns[key]
 
     def _places(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
         """For each shard that holds some of the rows: the shard, which of the rows, and their places in

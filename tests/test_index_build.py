@@ -33,7 +33,9 @@ def files(folder):
 
 KILLER = """
 import json, os, random, signal, sys, time
+from pathlib import Path
 from sgpt_jax import index_build
+from sgpt_jax.index_files import Manifest
 from sgpt_jax.io import read_corpus
 sys.path.insert(0, {tests!r})
 from test_index_build import encode
@@ -57,8 +59,9 @@ def attempt(seconds):
     return os.waitpid(pid, 0)[1]
 
 def rows():
-    path = os.path.join(folder, "manifest.json")
-    return sum(s["rows"] for s in json.load(open(path))["shards"]) if os.path.exists(path) else 0
+    if not os.path.exists(os.path.join(folder, "manifest.json")):
+        return 0
+    return Manifest.load(Path(folder)).rows
 
 kills = []
 while len(kills) < 10:
