@@ -177,8 +177,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         activate = ACTIVATIONS[self.activation]
-        up = self.up(x)  # [B, T, F]
-        return self.down(activate(up) if self.gate is None else activate(self.gate(x)) * up)
+        # In float32 whatever the dtype: a CPU would round after every step of a bfloat16 activation.
+        up = self.up(x).astype(jnp.float32)  # [B, T, F]
+        out = activate(up) if self.gate is None else activate(self.gate(x).astype(jnp.float32)) * up
+        return self.down(out.astype(x.dtype))
 
 
 class Block(nnx.Module):
