@@ -105,6 +105,7 @@ class GgufFile:
 
     def __init__(self, path: epath.Path):
         self.path = path
+        self.encoded = [path]
         self.file = open_gguf(path)
         self.architecture = self.file.metadata.get("general.architecture")
         if self.architecture not in ("llama", "qwen2"):

@@ -9,14 +9,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from sgpt_jax.gguf_file import open_gguf
 from sgpt_jax.io import InputError
+
+if TYPE_CHECKING:  # transformers takes most of a second to import
+    from transformers import PreTrainedTokenizerFast
 
 # Values of tokenizer.ggml.token_type.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -61,6 +63,8 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
     Raises InputError when the file is no GGUF file, holds no tokenizer, or one of a kind not listed here.
     """
+    from transformers import PreTrainedTokenizerFast
+
     path = Path(path)
     meta = _read_metadata(path)
     tokens = meta.get("tokens")

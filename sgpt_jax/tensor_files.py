@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -14,14 +16,38 @@ from safetensors import SafetensorError, safe_open
 from sgpt_jax.gguf_file import GgufFile
 from sgpt_jax.io import InputError
 
+# NumPy's names of what a checkpoint's tensors may be, and those in safetensors files.
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_DTYPES = {
+    name: np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+    for kind, name in SAFETENSORS_DTYPES.items()
+}
+
 
 class TensorFiles(Protocol):
-    """A checkpoint: its config in Hugging Face terms, its tensors one by one."""
+    """A checkpoint: its config in Hugging Face terms, its tensors one by one.
+
+    Attributes:
+        config: as in config.json.
+        encoded: the files whose tensors take time to decode; none for safetensors.
+    """
 
     config: dict[str, Any]
+    encoded: list[epath.Path]
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and values of every tensor; each array is the caller's own and read when its turn comes."""
+        """Name and values of every tensor, read when its turn comes; the arrays may be views of the file."""
         ...
 
 
@@ -73,15 +99,38 @@ class SafetensorsFiles:
 
     def __init__(self, config: dict[str, Any], files: list[epath.Path]):
         self.config, self.files = config, files
+        self.encoded: list[epath.Path] = []
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         for file in self.files:
-            try:
-                with safe_open(str(file), "numpy") as opened:
-                    for name in opened.keys():  # noqa: SIM118  not a dict
-                        yield name, opened.get_tensor(name)
-            except SafetensorError as problem:
-                raise InputError(f"{file}: damaged safetensors file: {problem}") from None
+            yield from map_safetensors(file).items()
+
+
+def map_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, as read-only views of the memory-mapped file.
+
+    Raises:
+        InputError: the file is damaged, or holds numbers of a kind that NumPy does not have.
+    """
+    try:
+        with safe_open(os.fspath(path), "numpy"):  # checks that header and size are what they should be
+            pass
+    except SafetensorError as problem:
+        raise InputError(f"{path}: damaged safetensors file: {problem}") from None
+    with open(path, "rb") as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, facts in json.loads(data[8:start]).items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(facts["dtype"])
+        if dtype is None:
+            raise InputError(f"{path}: {name} is of the kind {facts['dtype']}, which is not supported")
+        first, end = facts["data_offsets"]
+        content = np.frombuffer(data, np.uint8)[start + first : start + end]
+        tensors[name] = content.view(dtype).reshape(facts["shape"])
+    return tensors
 
 
 class TorchFiles:
@@ -89,6 +138,7 @@ class TorchFiles:
 
     def __init__(self, config: dict[str, Any], files: list[epath.Path]):
         self.config, self.files = config, files
+        self.encoded = files
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         try:

@@ -20,15 +20,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from etils import epath
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sgpt_jax.gguf_tokenizer import load_gguf_tokenizer
 from sgpt_jax.io import InputError, fix_surrogates, write_json
+
+if TYPE_CHECKING:  # transformers takes most of a second to import
+    from transformers import PreTrainedTokenizerFast
 
 Side = Literal["query", "document"]
 
@@ -56,8 +58,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         raise InputError(
             f"{path}: no tokenizer in this folder (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)"
         )
+    from transformers import PreTrainedTokenizerFast
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = _tokenizer_class(path).from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing more special for a broken file
         raise InputError(f"{path}: the tokenizer in this folder cannot be loaded: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -65,6 +69,26 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             f"{path}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json is missing)"
         )
     return tokenizer
+
+
+def _tokenizer_class(path: Path) -> Any:
+    """AutoTokenizer, or where that is sure the class it chooses: AutoTokenizer imports torch if it is installed."""
+    import transformers
+
+    try:
+        settings, config = (
+            json.loads((path / name).read_text(encoding="utf-8"))
+            for name in ("tokenizer_config.json", "config.json")
+        )
+        plain = (
+            settings["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
+            and "auto_map" not in settings
+            and config["model_type"] != "qwen2"  # always gets a class of its own
+            and (path / "tokenizer.json").is_file()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        plain = False
+    return transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
 
 
 class TextEncoder:

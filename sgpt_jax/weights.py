@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from sgpt_jax import hub
+from sgpt_jax import converted, hub
 from sgpt_jax.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder import Decoder, abstract_decoder, merge, split
 from sgpt_jax.families import BUFFERS, FAMILIES, Family, export_config, family_of, read_config
@@ -47,15 +47,21 @@ def load_checkpoint(files: TensorFiles, dtype: str = "float32", mesh: Mesh | Non
     """The decoder of an opened checkpoint; see `load_decoder`."""
     config = read_config(files.config)
     loader = _Loader(config, family_of(files.config), dtype, mesh)
+    place = converted.place(files, loader.dtype)
+    if place is not None and loader.take_leaves(converted.load(place)):
+        return loader.finish()
     for name, tensor in files.tensors():
         loader.take(name, tensor)
-    return loader.finish()
+    decoder = loader.finish()
+    if place is not None and mesh is None:
+        converted.keep(place, loader.filled)
+    return decoder
 
 
-def active_rules(config: DecoderConfig, family: Family) -> dict[str, tuple[Rule, int]]:
+def active_rules(
+    config: DecoderConfig, family: Family, leaves: Collection[str]
+) -> dict[str, tuple[Rule, int]]:
     """The family's rules for the leaves that a decoder has: tensor name without prefix -> (rule, layer)."""
-    _, params = abstract_decoder(config, compute_dtype("float32"))
-    leaves = {leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     found = {}
     for rule in family.rules:
         layers = range(config.num_layers) if "{i}" in rule.tensor else range(1)
@@ -76,12 +82,12 @@ class _Loader:
     def __init__(self, config: DecoderConfig, family: Family, dtype: str, mesh: Mesh | None):
         self.config, self.family, self.mesh = config, family, mesh
         self.dtype = compute_dtype(dtype)
-        self.rules = active_rules(config, family)
-        _, abstract = abstract_decoder(config, self.dtype)
-        self.expected = {leaf_path(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        self.graphdef, self.abstract = abstract_decoder(config, self.dtype)
+        self.expected = {leaf_path(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(self.abstract)}
+        self.rules = active_rules(config, family, self.expected)
         self.shardings: dict[str, Any] = {}
         if mesh is not None:
-            shardings = param_shardings(abstract, config, mesh)
+            shardings = param_shardings(self.abstract, config, mesh)
             self.shardings = {leaf_path(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
         self.filled: dict[str, jax.Array] = {}
         self.origin: dict[str, str] = {}
@@ -114,6 +120,26 @@ class _Loader:
                 continue
             self.filled[leaf] = self._place(leaf, part)
 
+    def take_leaves(self, leaves: Mapping[str, np.ndarray]) -> bool:
+        """Takes all leaves of a decoder, as `converted` keeps them; False, and nothing taken, when they do not fit."""
+        missing = [leaf for leaf in self.expected if leaf not in leaves and not leaf.startswith("head/")]
+        wrong = [
+            leaf
+            for leaf, values in leaves.items()
+            if leaf not in self.expected
+            or (values.shape, values.dtype) != (self.expected[leaf].shape, self.expected[leaf].dtype)
+        ]
+        if missing or wrong:
+            return False
+        for leaf, values in leaves.items():
+            if (
+                self.mesh is None
+            ):  # nothing writes to such a file, so the arrays of a CPU may stay views of it
+                self.filled[leaf] = jax.device_put(values, jax.local_devices()[0])
+            else:
+                self.filled[leaf] = self._place(leaf, values)
+        return True
+
     def _key(self, name: str) -> str:
         for prefix in (self.family.base_prefix, *self.family.other_prefixes):
             if name.startswith(prefix):
@@ -126,9 +152,9 @@ class _Loader:
 
     def _place(self, leaf: str, values: np.ndarray) -> jax.Array:
         if self.mesh is None:
-            return jax.device_put(np.ascontiguousarray(values, self.dtype), jax.devices()[0])
+            return jax.device_put(_own(values, self.dtype), jax.local_devices()[0])
         return jax.make_array_from_callback(
-            values.shape, self.shardings[leaf], lambda index: np.ascontiguousarray(values[index], self.dtype)
+            values.shape, self.shardings[leaf], lambda index: _own(values[index], self.dtype)
         )
 
     def finish(self) -> Decoder:
@@ -136,6 +162,7 @@ class _Loader:
         if missing and all(leaf.startswith("head/") for leaf in missing):
             # Embedding checkpoints are saved without their head; vectors need none, and logits say so.
             self.config = _without_head(self.config)
+            self.graphdef, self.abstract = abstract_decoder(self.config, self.dtype)
             missing = []
         # A leaf whose tensor came with a wrong shape is reported once.
         seen = [self.rules[key] for key in self.origin]
@@ -146,9 +173,18 @@ class _Loader:
             raise InputError(
                 f"the checkpoint does not fit its {kind} config:\n  " + "\n  ".join(sorted(self.problems))
             )
-        graphdef, abstract = abstract_decoder(self.config, self.dtype)
-        params = jax.tree_util.tree_map_with_path(lambda path, _: self.filled[leaf_path(path)], abstract)
-        return merge(graphdef, params)
+        params = jax.tree_util.tree_map_with_path(lambda path, _: self.filled[leaf_path(path)], self.abstract)
+        return merge(self.graphdef, params)
+
+
+def _own(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """A copy in the dtype, where a CPU's arrays may begin: JAX takes it as it is, without a second copy."""
+    size = values.size * dtype.itemsize
+    memory = np.empty(size + converted.ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % converted.ALIGNMENT
+    copy = memory[start : start + size].view(dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
 
 
 def _without_head(config: DecoderConfig) -> DecoderConfig:
@@ -161,7 +197,7 @@ def export_tensors(decoder: Decoder, hf: Mapping[str, Any]) -> Iterator[tuple[st
     _, params = split(decoder)
     leaves = {leaf_path(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
     prefix = family.base_prefix if decoder.config.head != "none" else _model_prefix(family)
-    for name, (rule, layer) in active_rules(decoder.config, family).items():
+    for name, (rule, layer) in active_rules(decoder.config, family, leaves).items():
         parts = tuple(np.asarray(leaves[leaf_name(pattern, layer)]) for pattern in rule.leaves)
         values = np.ascontiguousarray(rule.layout.dump(parts, decoder.config))
         yield (name if rule.leaves[0].startswith("head/") else prefix + name), values

@@ -237,3 +237,15 @@ def test_loading_spreads_over_a_mesh(tmp_path):
     hidden = hidden_states(decoder, expected["input_ids"], expected["attention_mask"])
     valid = expected["attention_mask"].astype(bool)
     assert relative_error(hidden[valid], expected["hidden"][valid]) < 2e-5
+
+
+def test_loaded_weights_do_not_follow_the_file(tmp_path):
+    folder = decoders.write_checkpoint("llama_tied", tmp_path)
+    decoder = load(folder)
+    before = np.array(decoder.embed.tokens.embedding[...])
+    with open(folder / "model.safetensors", "r+b") as file:
+        size = file.seek(0, 2)
+        start = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+        file.seek(start)
+        file.write(b"\x01" * (size - start))
+    np.testing.assert_array_equal(decoder.embed.tokens.embedding[...], before)
