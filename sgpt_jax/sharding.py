@@ -59,21 +59,7 @@ def make_mesh(spec: str | None = None, devices: list[Any] | None = None) -> Mesh
         InputError: for an unknown axis, or sizes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict.fromkeys(AXES, 1)
-    if not spec:
-        sizes["data"] = len(devices)
-    for part in filter(None, (spec or "").split(",")):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
-        if match is None or match[1] not in AXES:
-            raise InputError(f"mesh {spec!r}: {part!r} is not one of data=N, fsdp=N, tensor=N")
-        sizes[match[1]] = int(match[2])
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise InputError(f"mesh {spec!r}: only one axis can be -1")
-    if free:
-        sizes[free[0]] = max(1, len(devices) // -math.prod(sizes.values()))
-    if math.prod(sizes.values()) != len(devices):
-        raise InputError(f"mesh {spec!r} has {math.prod(sizes.values())} places for {len(devices)} devices")
+    sizes = mesh_sizes(spec, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
@@ -92,6 +78,30 @@ def device_mesh(spec: str | None = None) -> Mesh | None:
     if not spec and (len(devices) == 1 or devices[0].platform == "cpu"):
         return None
     return make_mesh(spec, devices)
+
+
+def mesh_sizes(spec: str | None, count: int) -> dict[str, int]:
+    """The size of every axis of `make_mesh`'s mesh of `count` devices.
+
+    Raises:
+        InputError: see there.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    if not spec:
+        sizes["data"] = count
+    for part in filter(None, (spec or "").split(",")):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if match is None or match[1] not in AXES:
+            raise InputError(f"mesh {spec!r}: {part!r} is not one of data=N, fsdp=N, tensor=N")
+        sizes[match[1]] = int(match[2])
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise InputError(f"mesh {spec!r}: only one axis can be -1")
+    if free:
+        sizes[free[0]] = max(1, count // -math.prod(sizes.values()))
+    if math.prod(sizes.values()) != count:
+        raise InputError(f"mesh {spec!r} has {math.prod(sizes.values())} places for {count} devices")
+    return sizes
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
