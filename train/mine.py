@@ -59,6 +59,7 @@ def mine(data: str, output: str, split: str, negatives: int, depth: int, skip: i
         raise InputError("mining needs bm25s: pip install bm25s") from None
     if not 0 < negatives <= depth - skip or skip < 0:
         raise InputError(f"--negatives {negatives} cannot be drawn from places {skip} to {depth}")
+    epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     root = epath.Path(data)
     documents = list(read_corpus(find_file(root / "corpus.jsonl")))
     queries = read_queries(find_file(root / "queries.jsonl"))
