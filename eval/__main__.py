@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from sgpt_jax import processes
 from sgpt_jax.io import InputError
 
 # task -> (its module, with add_arguments(parser) and main(args); what it does)
@@ -16,6 +17,9 @@ TASKS = {
     "sts": ("eval.sts", "semantic textual similarity on STS-Benchmark files"),
     "useb": ("eval.useb", "the Unsupervised Sentence Embedding Benchmark"),
     "mteb": ("eval.mteb", "mteb's own evaluator on a local BEIR data set"),
+    "plan": ("eval.plan", "what a run would need, before a machine is rented"),
+    "large-index": ("eval.large_index", "memory and time of a large index of generated documents"),
+    "speed": ("eval.speed", "this project beside torch, sentence-transformers and FAISS"),
     "report": ("eval.report", "one Markdown table and one plot of many results"),
     "significance": ("eval.significance", "paired t-test and bootstrap between two runs"),
 }
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     assert module is not None  # argparse has left otherwise
     try:
-        module.main(args)
+        with processes.session(args):
+            module.main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,9 @@ are there, averages.json holds it.
   python -m eval beir scifact nfcorpus --model MODEL --output OUT
   python -m eval beir DATA/scifact --output OUT                                  BM25 alone
   python -m eval beir DATA/scifact --cross-encoder MODEL --rerank-depth 100 --output OUT
+
+Several processes (--distributed, or --coordinator) share the encoding and the re-ranking, each with a whole model on
+its own devices; the figures are those of one.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from eval.models import (
 )
 from eval.results import Result, make_folder, mean_metrics, read_result, write_result
 from eval.stages import Stages, measure
+from sgpt_jax import processes
 from sgpt_jax.io import InputError, write_json_run, write_run
 
 
@@ -44,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-stage", metavar="RUN", help="a run (TREC or JSON), or a folder with NAME.trec files"
     )
     add_common_arguments(parser)
+    processes.add_arguments(parser)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,17 +114,22 @@ def main(args: argparse.Namespace) -> None:
         epath.Path(args.first_stage) if args.first_stage else None,
         encode_options(args),
     )
-    for name, parts in data_sets(args):
+    with processes.first_goes_ahead():  # it may have to download
+        sets = list(data_sets(args))
+    for name, parts in sets:
         results = [run_data_set(data, stages, args.output, args) for data in parts]
-        if len(parts) > 1:
+        if len(parts) > 1 and processes.first():
             result = _mean(name, results)
             write_result(args.output / f"{name}.json", result)
             print(_line(name, result["metrics"], f"mean of {len(parts)} forums"))
-    _write_averages(args.output)
+    if processes.first():
+        _write_averages(args.output)
 
 
 def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argparse.Namespace) -> Result:
     """The result of one data set: read if it is in the output folder, else computed and written.
+
+    Of several processes the first one does both, and the others, which share the work, get an empty result.
 
     Raises:
         InputError: the data or the run break a rule, or the folder holds a result of other settings.
@@ -132,7 +142,8 @@ def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argpar
         "skip_bad_lines": data.skip_bad_lines,
     }
     path = output / f"{data.name}.json"
-    if path.exists() and not args.overwrite:
+    found = processes.from_first(path.exists() and not args.overwrite)
+    if found and processes.first():
         result = read_result(path)
         if result.get("settings") != json.loads(json.dumps(settings)):
             different = [key for key in settings if result.get("settings", {}).get(key) != settings[key]]
@@ -142,7 +153,11 @@ def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argpar
             )
         print(_line(data.name, result["metrics"], "found in the output folder"))
         return result
+    if found:
+        return {}
     result, run = measure(data.load(), stages, ignore)
+    if not processes.first():
+        return {}
     result["settings"] = settings
     make_folder(output)
     _write_run(output, data.name, run)

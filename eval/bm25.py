@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import bm25s
 import numpy as np
-import Stemmer
 from tqdm import tqdm
 
 from eval.metrics import top
-from sgpt_jax.io import Document
+from sgpt_jax.io import Document, InputError
+
+if TYPE_CHECKING:
+    import bm25s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,17 @@ def search(
         documents: the corpus, read once; its tokens (not its texts) are held in memory.
         k: documents to keep for a query.
         settings: tokenisation and parameters.
+
+    Raises:
+        InputError: bm25s or PyStemmer is not installed.
     """
+    # Not before it is needed: bm25s runs a program of JAX when it is imported, and several processes have to find each
+    # other before any does.
+    try:
+        import bm25s
+        import Stemmer
+    except ModuleNotFoundError as error:
+        raise InputError(f"BM25 needs {error.name}: pip install -e '.[eval]'") from error
     tokenizer = bm25s.tokenization.Tokenizer(
         lower=settings.lower_case,
         splitter=settings.token_pattern,

@@ -18,7 +18,7 @@ from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder import split
 from sgpt_jax.io import InputError
 from sgpt_jax.prompts import DEFAULT_PROMPT, Prompt
-from sgpt_jax.sharding import make_mesh
+from sgpt_jax.sharding import device_mesh
 
 # The zero-shot prompts of the SGPT paper's ablation, by the names of its repository's cross-encoder notebook. "G" is
 # the one that the paper's results were made with; the ones for Quora are for pairs of questions.
@@ -93,7 +93,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computing")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     group.add_argument(
-        "--mesh", metavar="SPEC", help='devices to spread over, such as "data=2,fsdp=4,tensor=1"'
+        "--mesh",
+        metavar="SPEC",
+        help="devices of this process, such as data=2,fsdp=4,tensor=1 "
+        "(default: all accelerators on data; of CPUs the first)",
     )
     group.add_argument("--batch-tokens", type=positive, metavar="N", help="padded tokens computed at a time")
 
@@ -135,7 +138,9 @@ def bi_encoder(args: argparse.Namespace) -> LazyModel:
     lazy = LazyModel(
         args.model,
         options,
-        lambda: BiEncoder.from_pretrained(args.model, biases=args.biases, mesh=_mesh(args), **options),
+        lambda: BiEncoder.from_pretrained(
+            args.model, biases=args.biases, mesh=device_mesh(args.mesh), **options
+        ),
     )
     if args.biases:
         if not epath.Path(args.biases).is_file():
@@ -151,7 +156,7 @@ def cross_encoder(args: argparse.Namespace) -> LazyModel:
         args.cross_encoder,
         {"dtype": args.dtype, "prompt": dataclasses.asdict(prompt)},
         lambda: CrossEncoder.from_pretrained(
-            args.cross_encoder, prompt=prompt, dtype=args.dtype, mesh=_mesh(args)
+            args.cross_encoder, prompt=prompt, dtype=args.dtype, mesh=device_mesh(args.mesh)
         ),
     )
 
@@ -164,7 +169,3 @@ def encode_options(args: argparse.Namespace) -> dict[str, Any]:
 def count_parameters(model: Any) -> int:
     """The number of weights of a model's decoder, an untied language-model head included."""
     return sum(leaf.size for leaf in jax.tree.leaves(split(model.decoder)[1]))
-
-
-def _mesh(args: argparse.Namespace) -> Any:
-    return make_mesh(args.mesh) if args.mesh else None

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.metrics import Run, cut
+from sgpt_jax import processes
 from sgpt_jax.cross_encoder import NaNScoreError
 from sgpt_jax.io import Document, InputError
 
@@ -48,7 +49,8 @@ def rerank(
 ) -> dict[str, dict[str, float]]:
     """The same documents as in `run`, with the cross-encoder's scores.
 
-    Documents beyond the re-ranked depth are not part of the result, as in BEIR and the SGPT paper.
+    In a `processes.session` the processes share the pairs, and all of them return all scores; each adds its own counts
+    to a report. Documents beyond the re-ranked depth are not part of the result, as in BEIR and the SGPT paper.
 
     Args:
         model: a cross-encoder.
@@ -64,7 +66,12 @@ def rerank(
     pairs = sorted(((document, query) for query, hits in run.items() for document in hits))
     scored: dict[str, dict[str, float]] = {query: {} for query in run}
     with tqdm(total=len(pairs), desc="pairs", unit="", disable=None, delay=1) as bar:
-        for start in range(0, len(pairs), _PAIRS):
+        shares: list[list[float]] = []
+        starts = range(0, len(pairs), _PAIRS)
+        for number, start in enumerate(starts):
+            if not processes.mine(number):
+                continue
+            processes.check()
             part = pairs[start : start + _PAIRS]
             with warnings.catch_warnings():
                 # ScoreReport counts what these warnings tell; the caller says it once.
@@ -76,7 +83,11 @@ def rerank(
                 except NaNScoreError as error:
                     document, query = part[error.index]
                     raise InputError(f"the score of query {query!r}, document {document!r} is NaN") from error
-            for (document, query), score in zip(part, scores.tolist(), strict=True):
-                scored[query][document] = score
+            shares.append(scores.tolist())
             bar.update(len(part))
+    given = [iter(lists) for lists in processes.gather(shares)]
+    for number, start in enumerate(starts):
+        values = next(given[number % len(given)])
+        for (document, query), score in zip(pairs[start : start + _PAIRS], values, strict=True):
+            scored[query][document] = score
     return scored

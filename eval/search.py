@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from sgpt_jax import processes
 from sgpt_jax.io import Document, InputError
 
 CHUNK = 16_384  # documents that are encoded and scored at a time
@@ -33,20 +34,21 @@ def search(
     documents: Iterable[Document],
     k: int,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     **options: Any,
 ) -> dict[str, dict[str, float]]:
     """The k documents of highest cosine for every query, as a run.
 
-    Only one chunk of the corpus is held at a time. Ties at the cut go to the higher document id, as they rank
-    in trec_eval, also across chunks.
+    Only one chunk of the corpus is held at a time. In a `processes.session` every process passes over the corpus and
+    takes its turn of the chunks; all of them return the run that one process would. Ties at the cut go to the higher
+    document id, as they rank in trec_eval, also across chunks.
 
     Args:
         model: a bi-encoder.
         queries: {id: text}.
         documents: the corpus, read once.
         k: documents to keep; all of them when the corpus is smaller.
-        chunk: documents that are encoded at a time.
+        chunk: documents that are encoded at a time; None for CHUNK.
         options: passed on to ``encode_query`` and ``encode_document``.
 
     Raises:
@@ -56,7 +58,10 @@ def search(
     vectors = _checked(model.encode_query(list(queries.values()), **options), "query", names)
     best: list[list[tuple[float, str]]] = [[] for _ in names]  # heaps: the worst kept entry comes first
     with tqdm(desc="documents", unit="", disable=None, delay=1) as bar:
-        for part in _chunks(documents, chunk):
+        for number, part in enumerate(_chunks(documents, chunk or CHUNK)):
+            if not processes.mine(number):
+                continue
+            processes.check()
             # Descending ids: of equal scores top_k keeps the earlier, which is then the one that ranks first.
             part.sort(key=lambda document: document.id, reverse=True)
             ids = [document.id for document in part]
@@ -68,6 +73,9 @@ def search(
                 heaps = best[start : start + _QUERIES]
                 _merge(heaps, ids, np.asarray(scores), np.asarray(places), k)
             bar.update(len(part))
+    if processes.count() > 1:
+        shares = zip(*processes.gather(best), strict=True)
+        best = [heapq.nlargest(k, map(tuple, itertools.chain(*heaps))) for heaps in shares]
     return {
         name: {id: score for score, id in sorted(heap, reverse=True)}
         for name, heap in zip(names, best, strict=True)

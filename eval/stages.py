@@ -17,6 +17,7 @@ from eval.record import circumstances, revision
 from eval.rerank import candidates, rerank
 from eval.results import Result, read_result
 from eval.search import search
+from sgpt_jax import processes
 from sgpt_jax.cross_encoder import ScoreReport
 from sgpt_jax.io import Document, InputError, read_run
 
@@ -84,6 +85,7 @@ def measure(
         report = ScoreReport()
         model = stages.cross_encoder.model
         ranked = rerank(model, data.queries, shallow, texts, report=report, **stages.options)
+        report = ScoreReport(*processes.add_up(dataclasses.astuple(report)))
         seconds["rerank"] = time.perf_counter() - start - seconds["first_stage"]
         evaluation = evaluate(data.qrels, ranked, queries=data.queries)
         evaluation.counts["identical_ids_dropped"] = dropped

@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any
 
-from sgpt_jax import commands, compile_cache
+from sgpt_jax import commands, compile_cache, processes
 from sgpt_jax.io import InputError
 from sgpt_jax.pooling import POOLING_MODES
 from sgpt_jax.prompts import DEFAULT_PROMPT
@@ -57,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
                          help="documents between two moments of safety (default: 1024)")  # fmt: skip
     _add_model(command)
     _add_reading(command)
+    processes.add_arguments(command)
 
     command = add("search", commands.search, "Search an index: exact, by cosine similarity.")
     command.add_argument("index", help="the index")
@@ -110,10 +111,14 @@ def make_parser() -> argparse.ArgumentParser:
     command = add(
         "export",
         commands.export,
-        "Write a model as a folder that transformers and sentence-transformers load.",
+        "Write a model as a folder that transformers and sentence-transformers load, or an index as a FAISS or "
+        "usearch file.",
     )
-    command.add_argument("-o", "--output", required=True, help="the folder")
-    _add_model(command, positional=True)
+    command.add_argument("source", help="a model (folder, hub id, .gguf file) or an index")
+    command.add_argument("-o", "--output", required=True,
+                         help="a folder; of an index: FILE.faiss (exact) or FILE.usearch (approximate), beside which "
+                         "FILE.*.ids.jsonl has the document ids")  # fmt: skip
+    _add_model(command, exporting=True)
     return parser
 
 
@@ -125,14 +130,14 @@ def _add_run(command: argparse.ArgumentParser, default: str | None) -> None:
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default=None if default else "float32",
                          help="of weights and matrix products (default: float32; of search, the index's)")  # fmt: skip
-    command.add_argument("--mesh", help="devices, such as data=2,fsdp=4,tensor=1 (default: the first device)")
+    command.add_argument("--mesh", help="devices of this process, such as data=2,fsdp=4,tensor=1 "
+                         "(default: all accelerators on data; of CPUs the first)")  # fmt: skip
 
 
-def _add_model(command: argparse.ArgumentParser, positional: bool = False) -> None:
-    if positional:
-        command.add_argument("model", help="folder, hub id, or .gguf file")
+def _add_model(command: argparse.ArgumentParser, exporting: bool = False) -> None:
+    if exporting:
         command.add_argument(
-            "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the files"
+            "--dtype", choices=("float32", "bfloat16"), default="float32", help="of a model's files"
         )
         command.add_argument("--mesh", help=argparse.SUPPRESS)
     else:
@@ -163,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     compile_cache.enable()
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)  # type: ignore[assignment]
     try:
-        options.action(options)
+        with processes.session(options):
+            options.action(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -13,17 +15,19 @@ import numpy as np
 from tqdm import tqdm
 
 from sgpt_jax import demo as demonstration
-from sgpt_jax import hub
+from sgpt_jax import hub, processes
 from sgpt_jax import rerank as reranking
-from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
 from sgpt_jax.config import compute_dtype
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder import abstract_decoder
 from sgpt_jax.families import read_config
 from sgpt_jax.index import Index
 from sgpt_jax.index_build import build_index
+from sgpt_jax.index_export import export_index
+from sgpt_jax.index_files import MANIFEST
 from sgpt_jax.io import InputError, ReadReport, read_corpus, read_queries, read_run, read_texts, write_run
-from sgpt_jax.sharding import make_mesh
+from sgpt_jax.sharding import device_mesh
 from sgpt_jax.tensor_files import open_checkpoint
 from sgpt_jax.weights import count_parameters
 
@@ -43,7 +47,7 @@ def _load(settings: dict[str, Any], mesh: str | None) -> BiEncoder:
     return BiEncoder.from_pretrained(
         settings["model"],
         **{name: settings[name] for name in ("pooling", "brackets", "max_seq_length", "dtype", "biases")},
-        mesh=make_mesh(mesh) if mesh else None,
+        mesh=device_mesh(mesh),
     )
 
 
@@ -109,6 +113,7 @@ def index(options: argparse.Namespace) -> None:
         "biases": options.biases and _absolute(options.biases),
     }
     reading = _reading(options)
+    report = EncodeReport()
     with _bar("indexing", "doc") as bar:
 
         def progress(rows: int) -> None:
@@ -117,16 +122,42 @@ def index(options: argparse.Namespace) -> None:
         index = build_index(
             options.output,
             read_corpus(options.corpus, **reading),
-            lambda texts: model.encode_document(texts, show_progress=False),
+            encode_chunks=lambda chunks: model.encode_chunks(chunks, side="document", report=report),
             dtype=options.store,
             chunk_size=options.chunk_size,
             store_texts=not options.no_texts,
             metadata=metadata,
             on_progress=progress,
         )
+    work = _work(report)
+    if not processes.first():
+        return
     print(
         f"{options.output}: {len(index)} documents, {index.info()['bytes'] / 1e6:.1f} MB ({reading['report']})"
     )
+    print(work)
+
+
+def _work(report: EncodeReport) -> str:
+    """What encoding took, of all processes together."""
+    numbers = [report.texts, report.tokens, report.seconds, report.waited, peak_memory()]
+    columns = list(zip(*processes.gather(numbers), strict=True))
+    texts, tokens, waited = sum(columns[0]), sum(columns[1]), sum(columns[3])
+    seconds = max(columns[2])
+    if not texts:
+        return "nothing was left to encode"
+    several = f", {processes.count()} processes" if processes.count() > 1 else ""
+    return (
+        f"{texts} encoded in {seconds:.1f} s{several}: {texts / seconds:,.0f} documents/s, "
+        f"{tokens / seconds:,.0f} tokens/s; {waited / sum(columns[2]):.1%} of the time "
+        f"spent waiting for the tokenizer; peak memory {max(columns[4]) / 1e6:,.0f} MB"
+    )
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _absolute(source: str) -> str:
@@ -186,7 +217,7 @@ def _reranked(
     places: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, float]]:
     """The run with its first documents in the order of the cross-encoder, best first, with its scores."""
-    mesh = make_mesh(options.mesh) if options.mesh else None
+    mesh = device_mesh(options.mesh)
     source = options.cross_encoder or settings["model"]
     model = CrossEncoder.from_pretrained(source, dtype=settings["dtype"], mesh=mesh)
     pairs = [(query, id) for query, hits in run.items() for id in list(hits)[: options.rerank]]
@@ -209,7 +240,7 @@ def rerank(options: argparse.Namespace) -> None:
         prompt=options.prompt,
         max_seq_length=options.max_seq_length,
         dtype=options.dtype,
-        mesh=make_mesh(options.mesh) if options.mesh else None,
+        mesh=device_mesh(options.mesh),
     )
     report = reranking.rerank(
         model,
@@ -229,7 +260,7 @@ def rerank(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    if os.path.exists(os.path.join(options.source, "manifest.json")):
+    if os.path.exists(os.path.join(options.source, MANIFEST)):
         _index_info(Index.open(options.source))
     else:
         _model_info(options.source)
@@ -271,6 +302,11 @@ def _model_info(source: str) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
+    if os.path.exists(os.path.join(options.source, MANIFEST)):
+        ids = export_index(Index.open(options.source), options.output)
+        print(f"{options.output}: row numbers are its keys; {ids} has the document of each row, one a line")
+        return
+    options.model = options.source
     model = _load(vars(options), None)
     model.save_pretrained(options.output)
     print(f"{options.output}: {model.name}, {model.decoder.dtype.name}")

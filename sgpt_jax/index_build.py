@@ -177,7 +177,8 @@ class _Build:
         self._on_progress = on_progress or (lambda rows: None)
         self._known = {shard.start: shard for shard in manifest.shards}
         self._safe = manifest.rows
-        self._begun: list[list[Document]] = []  # chunks that `prepare` has read
+        self._first: np.ndarray | None = None  # vectors of the first chunk, if `prepare` had to encode it
+        self._unread: list[list[Document]] = []
         self._probes: dict[int, recall.Probe] = {}
 
     def prepare(self, encode: _Encode) -> None:
@@ -196,9 +197,10 @@ class _Build:
         chunk = list(itertools.islice(self.stream, manifest.chunk_size))
         if not chunk:
             raise InputError("the corpus holds no document")
-        self._begun.append(chunk)
         _check_ids(chunk, 0)
         (vectors,) = encode(iter([_texts(chunk)]))
+        self._first = vectors
+        self._unread.append(chunk)
         vectors = checked_vectors(manifest, chunk, vectors)
         manifest.save(self.path)  # from here on the folder is known as an index, and a kill can be recovered
         if manifest.dtype == "int8":
@@ -209,10 +211,13 @@ class _Build:
     def run(self, encode: _Encode) -> None:
         """Writes this process's shards, from where they are."""
         self._on_progress(self._safe)
+        new = self._pieces()
+        if self._first is not None:
+            self._write(next(new), self._first)
         pieces: collections.deque[_Piece] = collections.deque()
 
         def texts() -> Iterator[list[str]]:
-            for piece in self._pieces():
+            for piece in new:
                 pieces.append(piece)
                 yield _texts(piece.documents)
 
@@ -259,8 +264,8 @@ class _Build:
                     return
 
     def _next_chunk(self) -> list[Document]:
-        if self._begun:
-            return self._begun.pop()
+        if self._unread:
+            return self._unread.pop()
         return list(itertools.islice(self.stream, self.manifest.chunk_size))
 
     def _end(self) -> int:

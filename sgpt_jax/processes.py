@@ -54,6 +54,9 @@ def session(options: argparse.Namespace) -> Iterator[None]:
         InputError: the options contradict each other, or the others cannot be found.
     """
     global _active
+    if not hasattr(options, "distributed"):  # a command that one process does
+        yield
+        return
     numbers = (options.processes, options.process)
     if options.coordinator is None and numbers != (None, None):
         raise InputError("--processes and --process need --coordinator HOST:PORT")
@@ -140,6 +143,16 @@ def gather(value: Any) -> list[Any]:
     if number:  # who gave something this time has read all of the last time
         client.key_value_delete(f"sgpt/{number - 1}/{index()}/")
     return values
+
+
+@contextlib.contextmanager
+def first_goes_ahead() -> Iterator[None]:
+    """What is inside, process 0 does first: it makes what the others then find there."""
+    if not first():
+        gather(None)
+    yield
+    if first():
+        gather(None)
 
 
 def from_first(value: Any) -> Any:

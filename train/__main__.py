@@ -1,4 +1,4 @@
-"""The command line: ``python -m train nli|msmarco|pairs|mine|speed --help``."""
+"""The command line: ``python -m train nli|msmarco|pairs|mine --help``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import jax
 
+from sgpt_jax import processes
 from sgpt_jax.io import InputError
 from train.loop import Diverged, train
 from train.mine import add_mine_parser, mine
 from train.recipes import ONLY, RECIPES, TrainConfig
-from train.speed import add_speed_parser, measure
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser: one subcommand a recipe, with an option for each field of `TrainConfig`; `mine` and `speed`."""
+    """The parser: one subcommand a recipe, with an option for each field of `TrainConfig`; `mine`."""
     parser = argparse.ArgumentParser(prog="python -m train", description="Trains SGPT bi-encoders.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="nli|msmarco|pairs|mine|speed")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="nli|msmarco|pairs|mine")
     types = typing.get_type_hints(TrainConfig)
     for name, (recipe, description) in RECIPES.items():
         command = commands.add_parser(
@@ -30,8 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
             others = {option for other, only in ONLY.items() if other != name for option in only}
             if "help" in field.metadata and field.name not in others:
                 _add_option(command, field, types[field.name], getattr(recipe, field.name))
+        processes.add_arguments(command)
     add_mine_parser(commands, _Formatter)
-    add_speed_parser(commands, _Formatter)
     return parser
 
 
@@ -74,16 +74,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "mine":
             mine(**options)
-        elif command == "speed":
-            measure(**options)
         else:
+            job = argparse.Namespace(**{name: options.pop(name) for name in processes.OPTIONS})
             config = dataclasses.replace(RECIPES[command][0], **options)
-            if config.distributed:
+            if job.distributed or job.coordinator:
                 # Processes that start two programs with communication in them at once, as CPUs would, can wait for
                 # each other for ever. Accelerators run one program after the other anyway.
                 jax.config.update("jax_cpu_enable_async_dispatch", False)
-                jax.distributed.initialize()
-            train(config)
+            with processes.session(job):
+                train(config)
     except (InputError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -22,7 +22,7 @@ from sgpt_jax.config import compute_dtype
 from sgpt_jax.decoder import merge, split
 from sgpt_jax.families import export_config
 from sgpt_jax.io import InputError, write_json
-from sgpt_jax.sharding import batch_ways, make_mesh
+from sgpt_jax.sharding import batch_ways, device_mesh, make_mesh
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.checkpoints import Checkpoints
 from train.dev import make_judge
@@ -67,10 +67,10 @@ def train(config: TrainConfig) -> bool:
         check_output(config)
 
     # Model
-    mesh = make_mesh(config.mesh) if config.mesh or jax.process_count() > 1 else None
+    mesh = make_mesh(config.mesh) if jax.process_count() > 1 else device_mesh(config.mesh)
     ways = batch_ways(mesh)
     if config.batch_size % ways or config.batch_size % jax.process_count():
-        raise InputError(f"--batch-size {config.batch_size} cannot be split over {ways} devices")
+        raise InputError(f"--batch-size {config.batch_size} cannot be split over {ways} devices (--mesh)")
     examples = open_examples(config)
     model = BiEncoder.from_pretrained(
         config.model,

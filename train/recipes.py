@@ -79,9 +79,10 @@ class TrainConfig:
     save_every: int = _option(100, "steps between checkpoints")
     keep_best: int = _option(1, "checkpoints kept by --dev")
 
-    mesh: str | None = _option(None, "devices, such as data=2,fsdp=4,tensor=1", "one device")
-    distributed: bool = _option(
-        False, "one of several processes (a TPU pod, Slurm): call jax.distributed.initialize"
+    mesh: str | None = _option(
+        None,
+        "devices of all processes together, such as data=2,fsdp=4,tensor=1",
+        "all accelerators on data; of CPUs the first of one process, all of several",
     )
     wandb: str | None = _option(None, "also log to this Weights & Biases project", "off")
     resume: bool = _option(False, "go on from the newest checkpoint in --output, if there is one")
@@ -121,7 +122,6 @@ FREE = (
     "dev",
     "dev_split",
     "wandb",
-    "distributed",
     "mesh",
     "chunk_size",
 )
