@@ -421,29 +421,8 @@ def test_another_run_is_not_resumed(base, pairs, tmp_path, capsys):
     assert len(metrics(out)) == 2
 
 
-def test_speed(base, pairs, tmp_path, capsys):
-    arguments = [
-        "--model",
-        base,
-        "--data",
-        pairs,
-        "--batch-size",
-        "8",
-        "--max-seq-length",
-        "40",
-        "--rounds",
-        "1",
-    ]
-    assert main(["speed", *arguments, "--output", str(tmp_path / "speed.json"), "--chunk-size", "3"]) == 0
-    results = json.loads((tmp_path / "speed.json").read_text())
-    assert results["bias"]["first_loss"] == pytest.approx(results["all"]["first_loss"], rel=1e-6)
-    assert results["bias"]["moments_mb"] < 0.05 * results["all"]["moments_mb"]
-    assert min(results[name]["seconds"] for name in ("bias", "all")) > 0
-    assert "tokens in" in capsys.readouterr().out
-
-
 def test_help_has_every_option(capsys):
-    for recipe in ("nli", "msmarco", "pairs", "mine", "speed"):
+    for recipe in ("nli", "msmarco", "pairs", "mine"):
         with pytest.raises(SystemExit) as stop:
             main([recipe, "--help"])
         assert stop.value.code == 0
