@@ -116,9 +116,9 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
     time = chosen.times
     mesh = mesh_spec(sizes)
     small = at_depth(config, 2 * compiler.depth_step(config))
-    count = dataclasses.replace(work, rows=max(1, work.rows // sizes[0] // sizes[1] // sizes[2]))
+    count = dataclasses.replace(work, rows=8)
     if work.task == "train":
-        count = dataclasses.replace(work, rows=8, chunk=4, examples=4)
+        count = dataclasses.replace(count, chunk=4 if chunks_of(work) > 1 else 0, examples=4)
     return {
         "model": name,
         "task": work.task,
@@ -146,7 +146,7 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
         "flops_check": {
             "layers": small.num_layers,
             "analytic": flops(small, count, loops_once=True),
-            "xla": None if args.no_compile else compiler.counted_flops(small, count),
+            "xla": compiler.counted_flops(small, count),
         },
         "seconds": dataclasses.asdict(time) | {"step": time.step},
         "tokens_per_second": work.rows * work.length / time.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -41,12 +42,14 @@ class Compiled:
         flops: as the compiler counts the compiled program: a loop's body once.
         seconds: that compiling took.
         layers: depths that were compiled; where it is not the model's own, the rest is extrapolated linearly.
+        by_depth: temporaries of each of these.
     """
 
     temporaries: float
     flops: float
     seconds: float
     layers: tuple[int, ...]
+    by_depth: tuple[float, ...]
 
 
 class DoesNotFit(Exception):
@@ -109,7 +112,7 @@ def compile_work(
     step = depth_step(config)
     if full or config.num_layers <= 2 * step:
         temporaries, flops, seconds = _compile(config, work, mesh)
-        return Compiled(temporaries, flops, seconds, (config.num_layers,))
+        return Compiled(temporaries, flops, seconds, (config.num_layers,), (temporaries,))
     one, two = (_compile(at_depth(config, layers), work, mesh) for layers in (step, 2 * step))
     times = config.num_layers / step - 1
     return Compiled(
@@ -117,9 +120,11 @@ def compile_work(
         one[1] + times * (two[1] - one[1]),
         one[2] + two[2],
         (step, 2 * step),
+        (one[0], two[0]),
     )
 
 
+@functools.lru_cache(maxsize=256)
 def counted_flops(config: DecoderConfig, work: Work) -> float | None:
     """FLOPs of the whole program on one device as XLA counts it before it is compiled, a loop's body once.
 

@@ -73,6 +73,7 @@ class EncodeReport:
 
     Attributes:
         texts: texts that became vectors.
+        cut: those of them that were too long, for which there is no warning.
         tokens: their tokens, padding not counted.
         tokens_padded: tokens that went through the decoder, with padding.
         seconds: how long it took, with what the caller did meanwhile.
@@ -81,6 +82,7 @@ class EncodeReport:
     """
 
     texts: int = 0
+    cut: int = 0
     tokens: int = 0
     tokens_padded: int = 0
     seconds: float = 0.0
@@ -259,9 +261,12 @@ class BiEncoder:
             report.tokens_padded += batch.rows * batch.length
             report.seconds = time.perf_counter() - begin
 
+        def cut(texts: int) -> None:
+            report.cut += texts
+
         def tokenised() -> Iterator[list[list[int]]]:
             for texts in chunks:
-                ids = self._tokenise(texts, side, False)
+                ids = self._tokenise(texts, side, False, cut)
                 report.tokens += sum(map(len, ids))
                 yield ids
 
@@ -339,9 +344,13 @@ class BiEncoder:
         return vectors[0] if single else vectors
 
     def _tokenise(
-        self, texts: Sequence[str], side: Side | None, show_progress: bool | None
+        self,
+        texts: Sequence[str],
+        side: Side | None,
+        show_progress: bool | None,
+        on_cut: Callable[[int], object] | None = None,
     ) -> list[list[int]]:
-        ids = self.text.ids(texts, side, show_progress=show_progress)
+        ids = self.text.ids(texts, side, show_progress=show_progress, on_cut=on_cut)
         check_ids(ids, self.decoder.config.vocab_size)
         return ids
 

@@ -140,15 +140,16 @@ def index(options: argparse.Namespace) -> None:
 
 def _work(report: EncodeReport) -> str:
     """What encoding took, of all processes together."""
-    numbers = [report.texts, report.tokens, report.seconds, report.waited, peak_memory()]
+    numbers = [report.texts, report.tokens, report.seconds, report.waited, peak_memory(), report.cut]
     columns = list(zip(*processes.gather(numbers), strict=True))
     texts, tokens, waited = sum(columns[0]), sum(columns[1]), sum(columns[3])
     seconds = max(columns[2])
     if not texts:
         return "nothing was left to encode"
+    cut = f", {sum(columns[5])} of them cut as they were too long" if sum(columns[5]) else ""
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
     return (
-        f"{texts} encoded in {seconds:.1f} s{several}: {texts / seconds:,.0f} documents/s, "
+        f"{texts} encoded{cut} in {seconds:.1f} s{several}: {texts / seconds:,.0f} documents/s, "
         f"{tokens / seconds:,.0f} tokens/s; {waited / sum(columns[2]):.1%} of the time "
         f"spent waiting for the tokenizer; peak memory {max(columns[4]) / 1e6:,.0f} MB"
     )

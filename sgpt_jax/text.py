@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,11 +133,17 @@ class TextEncoder:
             )
 
     def ids(
-        self, texts: Sequence[str], side: Side | None = None, *, show_progress: bool | None = None
+        self,
+        texts: Sequence[str],
+        side: Side | None = None,
+        *,
+        show_progress: bool | None = None,
+        on_cut: Callable[[int], object] | None = None,
     ) -> list[list[int]]:
         """Token ids of every text, at most `max_seq_length` each and never none.
 
-        One warning a call says how many texts were cut. `show_progress` None shows a bar on a terminal after a second.
+        One warning a call says how many texts were cut; with `on_cut` their number goes there instead. `show_progress`
+        None shows a bar on a terminal after a second.
 
         Raises TypeError, naming the index, for anything that is not a str.
         """
@@ -162,7 +168,9 @@ class TextEncoder:
                 continue
             cut += len(content) > room
             rows.append(before + content[keep] + after)
-        if cut:
+        if on_cut is not None:
+            on_cut(cut)
+        elif cut:
             warnings.warn(
                 f"{cut} of {len(rows)} texts are longer than {self.max_seq_length} tokens and were cut",
                 stacklevel=2,

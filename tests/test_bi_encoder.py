@@ -206,3 +206,32 @@ def test_a_bias_set_brings_its_settings(folder, tmp_path):
     changed.save_pretrained(tmp_path / "merged")
     merged = sgpt.BiEncoder.from_pretrained(tmp_path / "merged")
     np.testing.assert_array_equal(merged.encode_query(["a heron"]), changed.encode_query(["a heron"]))
+
+
+def test_a_stream_of_texts(model):
+    """Each chunk gets the vectors that it gets alone, empty ones too; the counts add up, and nothing is warned of."""
+    chunks = [TEXTS[:3], [], TEXTS[3:9], ["a"], TEXTS]
+    report = bi_encoder.EncodeReport()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = list(
+            model.encode_chunks(iter(chunks), side="document", normalize=True, batch_tokens=64, report=report)
+        )
+    assert [len(result) for result in results] == [len(chunk) for chunk in chunks]
+    for chunk, result in zip(chunks, results, strict=True):
+        alone = quiet(model.encode_document, chunk, normalize=True, batch_tokens=64)
+        np.testing.assert_array_equal(result, alone)
+    ids = [row for chunk in chunks for row in quiet(model.text.ids, chunk, "document")]
+    assert (report.texts, report.tokens) == (len(ids), sum(map(len, ids)))
+    assert 0 < report.cut <= sum(len(row) == LIMIT for row in ids)
+    assert report.tokens_padded >= report.tokens and report.seconds >= report.waited > 0
+
+
+def test_an_error_in_a_stream_of_texts(model):
+    def chunks():
+        yield ["a heron"]
+        yield ["a", 3]
+
+    results = model.encode_chunks(chunks())
+    with pytest.raises(TypeError, match="text 1"):
+        list(results)

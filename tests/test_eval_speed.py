@@ -124,6 +124,7 @@ def test_a_part_that_cannot_run_does_not_stop_the_others(data, tmp_path, capsys)
 
 
 def test_a_model_that_transformers_has_not(data, tmp_path):
+    pytest.importorskip("torch")
     folder = decoders.write_tokenizer(
         decoders.write_checkpoint("gptj", tmp_path / "gptj", model_class="base")
     )

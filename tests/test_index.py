@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from sgpt_jax import index as index_module
 from sgpt_jax import index_build
 from sgpt_jax.index import Index
 from sgpt_jax.index_build import build_index
@@ -335,3 +336,14 @@ def test_info(tmp_path):
         "metadata": {"model": "m", "n": 1},
     }
     assert (len(index), index.dimension, index.metadata["model"]) == (4, 3, "m")
+
+
+def test_more_files_than_are_mapped_at_a_time(tmp_path, small_shards, monkeypatch):
+    monkeypatch.setattr(index_module, "MAX_MAPPED", 3)
+    vectors = np.random.RandomState(0).randn(233, 8).astype(np.float32)
+    index = build_index(tmp_path / "i", documents(233), table(vectors), similarity="dot", chunk_size=10)
+    scores, rows = index.search(vectors[:4], 233)
+    np.testing.assert_allclose(scores, -np.sort(-(vectors[:4] @ vectors.T), axis=1), rtol=1e-5, atol=1e-5)
+    assert index.ids(rows[0]) == [f"d{row}" for row in rows[0]]
+    assert index.texts(rows[0]) == [documents(233)[row].text for row in rows[0]]
+    assert len(index._columns) <= 3

@@ -337,3 +337,16 @@ def test_write_into_a_pipe(tmp_path):
     write_json(path, 1)
     assert os.read(reader, 10) == b"1\n"
     os.close(reader)
+
+
+def test_many_ids_and_repeated_records(tmp_path):
+    """The table of ids grows several times, and still knows the first ones."""
+    path = tmp_path / "corpus.jsonl"
+    records = [{"_id": str(number), "text": f"text {number}"} for number in range(9000)]
+    write_jsonl(path, [*records, *records[::7]])
+    report = ReadReport()
+    assert [document.id for document in read_corpus(path, report=report)] == [r["_id"] for r in records]
+    assert report.duplicates == len(records[::7])
+    write_jsonl(path, [*records, {"_id": "4321", "text": "other"}])
+    with pytest.raises(InputError, match="line 9001: id '4321' is in line 4322 with different content"):
+        list(read_corpus(path))
