@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from typing import Any
@@ -166,6 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 1 for input that cannot be used, 130 when interrupted."""
     options = make_parser().parse_args(arguments)
     compile_cache.enable()
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # that there is no torch, which nothing here needs
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)  # type: ignore[assignment]
     try:
         with processes.session(options):

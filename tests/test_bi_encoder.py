@@ -1,6 +1,7 @@
 """The bi-encoder against the published recipe in torch, and every promise about inputs and batches."""
 
 import json
+import dataclasses
 import warnings
 
 import decoders
@@ -225,6 +226,9 @@ def test_a_stream_of_texts(model):
     assert (report.texts, report.tokens) == (len(ids), sum(map(len, ids)))
     assert 0 < report.cut <= sum(len(row) == LIMIT for row in ids)
     assert report.tokens_padded >= report.tokens and report.seconds >= report.waited > 0
+    before = dataclasses.replace(report)
+    assert list(model.encode_chunks(iter([]), report=report)) == []
+    assert before.texts == report.texts and before.seconds < report.seconds  # counts are added
 
 
 def test_an_error_in_a_stream_of_texts(model):
