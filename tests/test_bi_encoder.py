@@ -1,7 +1,7 @@
 """The bi-encoder against the published recipe in torch, and every promise about inputs and batches."""
 
-import json
 import dataclasses
+import json
 import warnings
 
 import decoders
