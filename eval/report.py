@@ -251,6 +251,6 @@ def plot(rows: list[Row], metric: str, x: str, path: epath.Path) -> None:
     axes.set_xlabel({"parameters": "parameters", "depth": "documents re-ranked"}[x])
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="x-small", frameon=False)
+    figure.legend(loc="outside lower center", ncols=1, fontsize="x-small", frameon=False)
     with atomic_write(path) as stream:
         figure.savefig(stream, format="png", dpi=150)
