@@ -29,23 +29,40 @@ def pool(hidden: jax.Array, attention_mask: jax.Array, mode: str = "weightedmean
     Raises:
         ValueError: for an unknown mode.
     """
-    valid = (attention_mask != 0).astype(jnp.int32)
-    place = jnp.cumsum(valid, axis=1) * valid  # 1, 2, ... at valid tokens, 0 at padding
+    return pool_texts(hidden, attention_mask[:, None], mode)[:, 0]
+
+
+def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str) -> jax.Array:
+    """`pool` for rows that hold several texts each.
+
+    Args:
+        hidden: [B, T, E], any float dtype.
+        masks: int or bool [B, S, T], non-zero at the tokens of each of a row's S texts.
+        mode: one of `POOLING_MODES`.
+
+    Returns:
+        float32 [B, S, E].
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    valid = (masks != 0).astype(jnp.int32)
+    place = jnp.cumsum(valid, axis=-1) * valid  # 1, 2, ... at valid tokens, 0 at padding
     if mode == "weightedmean":
         weights = place
     elif mode == "mean":
         weights = valid
     elif mode == "lasttoken":
-        weights = (place == jnp.max(place, axis=1, keepdims=True)) & (place > 0)
+        weights = (place == jnp.max(place, axis=-1, keepdims=True)) & (place > 0)
     elif mode == "cls":
         weights = place == 1
     else:
         raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, not {mode!r}")
     weights = weights.astype(jnp.float32)
-    weights /= jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+    weights /= jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-9)
     # Padding may hold anything, and 0 times infinity is not 0.
-    hidden = jnp.where(valid[..., None] != 0, hidden.astype(jnp.float32), 0.0)
-    return jnp.einsum("bt,bte->be", weights, hidden, precision=jax.lax.Precision.HIGHEST)
+    hidden = jnp.where(valid.any(axis=1)[..., None], hidden.astype(jnp.float32), 0.0)
+    return jnp.einsum("bst,bte->bse", weights, hidden, precision=jax.lax.Precision.HIGHEST)
 
 
 def normalize(vectors: jax.Array) -> jax.Array:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from sgpt_jax.decoder import merge
-from sgpt_jax.pooling import pool
+from sgpt_jax.pooling import pool_texts
 
 # Where a row ends up shorter than this, it is not worth a program of its own.
 _SHORTEST_MAX_ROW = 512
@@ -121,4 +120,4 @@ def encode_rows(graphdef: Any, params: Any, rows: dict[str, Array], pooling: str
         dropout_keys=rows.get("dropout_keys"),
     )
     numbers = jnp.arange(1, 1 + texts_per_row(segments.shape[1]))
-    return jax.vmap(lambda number: pool(hidden, segments == number, pooling), out_axes=1)(numbers)
+    return pool_texts(hidden, segments[:, None] == numbers[:, None], pooling)
