@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from sgpt_jax.products import product
+from sgpt_jax.sharding import RULES
+
+logger = logging.getLogger(__name__)
 
 # Far below any real score, and finite: a row without a key then gets equal weights instead of NaN.
 MASKED = -1e30
@@ -55,6 +62,9 @@ def attend(
 ) -> jax.Array:
     """Softmax attention with grouped key/value heads; scores and softmax in float32.
 
+    In half precision on an NVIDIA GPU this is cuDNN's flash attention, unless `why_not_cudnn` names a reason, which is
+    then said once. Everything else is XLA's.
+
     Args:
         q: [B, T, N, H].
         k: [B, S, K, H], N a multiple of K: query heads [g * N/K, (g + 1) * N/K) read key head g.
@@ -65,9 +75,17 @@ def attend(
         drop: dropout for the attention weights [B, K, N/K, T, S], or None.
 
     Returns:
-        [B, T, N, H] in the dtype of v.
+        [B, T, N, H] in the dtype of v. What a query that sees no key gets is finite, and has no meaning.
     """
     length = q.shape[1]
+    if v.dtype in (jnp.bfloat16, jnp.float16) and (major := _gpu_major()) is not None:
+        reason = why_not_cudnn(major, length, q.shape[-1], alibi=bias is not None, dropout=drop is not None)
+        if reason is None:
+            try:
+                return _attend_cudnn(q, k, v, mask, scale)
+            except (NotImplementedError, RuntimeError) as error:  # what JAX itself refuses, or no cuDNN
+                reason = str(error)
+        _say_why_not(reason)
     step = length if drop is not None else QUERY_BLOCK
     blocks = []
     for start in range(0, length, step):
@@ -85,6 +103,73 @@ def attend(
         )
         blocks.append(part)
     return jnp.concatenate(blocks, axis=1)
+
+
+def why_not_cudnn(major: int, length: int, head_dim: int, *, alibi: bool, dropout: bool) -> str | None:
+    """Why cuDNN's flash attention cannot compute `attend`, forward and backward; None where it can.
+
+    Limits: jax/_src/cudnn/fused_attention_stablehlo.py, and NVIDIA's sdpa_support_surface.h in cudnn-frontend, which
+    is narrower for gradients.
+
+    Args:
+        major: of the GPU's compute capability.
+        length: queries and keys, T.
+        head_dim: H.
+        alibi: whether a bias is added to the scores.
+        dropout: whether attention weights are dropped.
+    """
+    if dropout:
+        return "dropout of attention weights"
+    if alibi:
+        return "ALiBi"
+    if major < 8:
+        return f"the GPU has compute capability {major}.x, less than 8.0"
+    largest = 256 if major == 9 else 128
+    if head_dim % 8 or head_dim > largest:
+        return f"heads of {head_dim}, where this GPU takes multiples of 8 up to {largest}"
+    if length % 2:
+        return f"the odd length {length}"
+    if major == 9 and length % 128 == 64:
+        # Gradients of queries whose scores are all far below 0 become NaN: pytorch/pytorch issue 196678.
+        return f"at length {length} cuDNN's gradients are not to be trusted on this GPU"
+    return None
+
+
+def _gpu_major() -> int | None:
+    """The major compute capability of the NVIDIA GPU that is traced for; None where it is something else."""
+    device = jax.sharding.get_abstract_mesh().abstract_device  # of `on_mesh`: a plan's is not of this machine
+    if (jax.default_backend() if device is None else device.platform) != "gpu":
+        return None
+    major = str(jax.local_devices(backend="gpu")[0].compute_capability).partition(".")[0]
+    return int(major) if major.isdigit() else None  # AMD's are names
+
+
+@functools.cache  # once for each reason, not for each layer
+def _say_why_not(reason: str) -> None:
+    logger.warning("attention by XLA, not by cuDNN: %s", reason)
+
+
+def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    """`attend` by cuDNN."""
+    # Padding that sees nothing sees itself here: its scores would otherwise be so low that gradients can overflow.
+    alone = ~mask.any(axis=-1, keepdims=True) & jnp.eye(q.shape[1], dtype=bool)
+    mask = (mask | alone)[:, None]
+    keep, mesh = None, jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # JAX splits cuDNN's call by rows and heads, but refuses queries and keys that are not split alike: where key
+        # heads do not divide, query heads must stay whole too.
+        rows, heads = (
+            None if size % math.prod(mesh.shape[axis] for axis in RULES[name]) else RULES[name]
+            for name, size in (("batch", q.shape[0]), ("kv_heads", k.shape[2]))
+        )
+        keep = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(rows, None, heads))
+        q, k, v = keep(q), keep(k), keep(v)
+        mask = jax.lax.with_sharding_constraint(mask, PartitionSpec(rows))
+    # The mask is causal already; told so, cuDNN leaves out what lies above the diagonal.
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
+    )
+    return out if keep is None else keep(out)
 
 
 def _attend_block(
