@@ -17,8 +17,8 @@ from sgpt_jax.attention import QUERY_BLOCK
 from sgpt_jax.config import DecoderConfig, compute_dtype
 from sgpt_jax.flops import forward_flops, layer_weights
 from sgpt_jax.log_probs import HEAD_ENTRIES, HEAD_POSITIONS
+from sgpt_jax.rows import texts_per_row
 from sgpt_jax.sharding import AXES
-from train.packing import texts_per_row
 
 Sizes = tuple[int, int, int]
 """Sizes of the mesh axes data, fsdp and tensor."""

@@ -93,7 +93,9 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
     graphdef, params = abstract_params(config, work.dtype, mesh)
     tokens = _rows(mesh, work.rows, work.length)
     if work.task == "encode":
-        return embed.lower(graphdef, params, tokens, tokens, pooling="weightedmean", unit=True, mesh=mesh)
+        rows = {"input_ids": tokens, "segments": tokens, "positions": tokens}
+        options = {"pooling": "weightedmean", "slots": 1, "unit": True, "mesh": mesh}
+        return embed.lower(graphdef, params, rows, **options)
     if work.task == "score":
         platform = mesh.devices.flat[0].platform
         positions, ways = HEAD_POSITIONS[platform], batch_ways(mesh)

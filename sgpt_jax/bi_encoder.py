@@ -20,20 +20,18 @@ from tqdm import tqdm
 from sgpt_jax import biases as bias_sets
 from sgpt_jax import hub
 from sgpt_jax.ahead import ahead
-from sgpt_jax.decoder import Decoder, merge, split
+from sgpt_jax.decoder import Decoder, split
 from sgpt_jax.io import InputError
 from sgpt_jax.model_card import read_license, write_model_card
-from sgpt_jax.pooling import POOLING_MODES, normalize, pool
+from sgpt_jax.pooling import POOLING_MODES, normalize
+from sgpt_jax.rows import RowBatch, encode_rows, lay_out, plan_batches
 from sgpt_jax.sharding import batch_sharding, batch_ways, on_mesh
 from sgpt_jax.tensor_files import open_checkpoint
 from sgpt_jax.text import (
-    Batch,
     Side,
     TextEncoder,
     check_ids,
     load_tokenizer,
-    pad_batch,
-    plan_batches,
     save_tokenizer,
 )
 from sgpt_jax.weights import export_folder, load_checkpoint
@@ -45,21 +43,21 @@ DEFAULT_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
 UNLIMITED_DEFAULT = 2048
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "pooling", "unit", "mesh"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "pooling", "slots", "unit", "mesh"))
 def embed(
     graphdef: Any,
     params: Any,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
+    rows: dict[str, jax.Array],
     *,
     pooling: str,
+    slots: int,
     unit: bool,
     mesh: Mesh | None,
 ) -> jax.Array:
-    """Token ids [B, T] to vectors, float32 [B, E], of length 1 if `unit`; whole on every device of the mesh."""
+    """Packed rows (see `encode_rows`) to vectors, float32 [R, slots, E], of length 1 if `unit`; whole on every device
+    of the mesh."""
     with on_mesh(mesh):
-        hidden = merge(graphdef, params)(input_ids, attention_mask)
-    vectors = pool(hidden, attention_mask, pooling)
+        vectors = encode_rows(graphdef, params, rows, pooling, slots)
     if unit:
         vectors = normalize(vectors)
     if mesh is not None:
@@ -256,7 +254,7 @@ class BiEncoder:
             report.waited += seconds
             report.seconds = time.perf_counter() - begin
 
-        def count(batch: Batch) -> None:
+        def count(batch: RowBatch) -> None:
             report.texts += len(batch.indices)
             report.tokens_padded += batch.rows * batch.length
             report.seconds = time.perf_counter() - begin
@@ -359,36 +357,38 @@ class BiEncoder:
         chunks: Iterable[list[list[int]]],
         batch_tokens: int | None,
         unit: bool,
-        on_batch: Callable[[Batch], object],
+        on_batch: Callable[[RowBatch], object],
     ) -> Iterator[np.ndarray]:
         """The vectors of each chunk of token ids, [n, E] float32."""
         # One batch behind, also from chunk to chunk: the host fetches a result while the device works on the next.
-        started: collections.deque[tuple[np.ndarray, Batch | None, Any]] = collections.deque()
+        started: collections.deque[tuple[np.ndarray, tuple[RowBatch, np.ndarray] | None, Any]]
+        started = collections.deque()
 
         def finished(left: int) -> Iterator[np.ndarray]:
             while started and (started[0][1] is None or running() > left):
-                vectors, batch, result = started.popleft()
-                if batch is None:
+                vectors, placed, result = started.popleft()
+                if placed is None:
                     yield vectors
                 else:
-                    vectors[list(batch.indices)] = np.asarray(result)[: len(batch.indices)]
+                    batch, places = placed
+                    vectors[list(batch.indices)] = np.asarray(result).reshape(-1, self.dimension)[places]
                     on_batch(batch)
 
         def running() -> int:
-            return sum(batch is not None for _, batch, _ in started)
+            return sum(placed is not None for _, placed, _ in started)
 
         for ids in chunks:
             vectors = np.zeros((len(ids), self.dimension), np.float32)
-            for batch, result in self._run(ids, batch_tokens, unit or self.normalized):
-                started.append((vectors, batch, result))
+            for batch, places, result in self._run(ids, batch_tokens, unit or self.normalized):
+                started.append((vectors, (batch, places), result))
                 yield from finished(1)
             started.append((vectors, None, None))
         yield from finished(0)
 
     def _run(
         self, ids: list[list[int]], batch_tokens: int | None, unit: bool
-    ) -> Iterator[tuple[Batch, jax.Array]]:
-        """Starts each batch and yields it with its vectors, which may still be in the making."""
+    ) -> Iterator[tuple[RowBatch, np.ndarray, jax.Array]]:
+        """Starts each batch and yields it with its texts' places in its vectors, which may still be in the making."""
         graphdef, params = split(self.decoder)
         plan = plan_batches(
             [len(row) for row in ids],
@@ -398,11 +398,17 @@ class BiEncoder:
         )
         place = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         for batch in plan:
-            input_ids, mask = jax.device_put(pad_batch(ids, batch, self.text.pad_id), place)
-            yield (
-                batch,
-                embed(graphdef, params, input_ids, mask, pooling=self.pooling, unit=unit, mesh=self.mesh),
+            rows, places = lay_out(ids, batch, self.text.pad_id)
+            vectors = embed(
+                graphdef,
+                params,
+                jax.device_put(rows, place),
+                pooling=self.pooling,
+                slots=batch.slots,
+                unit=unit,
+                mesh=self.mesh,
             )
+            yield batch, places, vectors
 
 
 def _first(*values: Any) -> Any:

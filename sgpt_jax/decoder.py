@@ -14,7 +14,7 @@ from flax import nnx
 from sgpt_jax.attention import attend, attention_mask_matrix
 from sgpt_jax.config import DecoderConfig
 from sgpt_jax.positions import alibi_slopes, positions_from_mask, rotary_angles, rotate
-from sgpt_jax.products import product, project
+from sgpt_jax.products import add_bias, product, project
 from sgpt_jax.sharding import by_rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -66,7 +66,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = project(x, self.kernel[...].astype(self.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else add_bias(y, self.bias[...].astype(self.dtype))
 
 
 class Norm(nnx.Module):

@@ -20,7 +20,6 @@ import numpy as np
 
 from sgpt_jax.config import DecoderConfig
 from sgpt_jax.io import InputError
-from sgpt_jax.text import Batch
 
 # What attention scores of a shared row, float32 [N, T, T], may take at most; a single pair's row takes what it takes.
 _SCORE_BYTES = 512 * 2**20
@@ -35,6 +34,15 @@ class Row:
 
     prefix: int
     pairs: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that run together, as a [rows, length] array. What is beyond `len(indices)` is empty."""
+
+    indices: tuple[int, ...]
+    rows: int
     length: int
 
 

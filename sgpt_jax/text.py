@@ -18,11 +18,9 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -243,73 +241,6 @@ def check_ids(ids: Sequence[Sequence[int]], vocab_size: int) -> None:
                 f"text {index} has token id {bad}, outside the model's {vocab_size} embeddings: "
                 "the tokenizer does not belong to this model"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Texts that run together, as a [rows, length] array. Rows beyond `len(indices)` are empty."""
-
-    indices: tuple[int, ...]
-    rows: int
-    length: int
-
-
-def length_buckets(max_length: int) -> list[int]:
-    """The padded lengths: 16, 32, 64, then each power of two and the step halfway to the next, up to `max_length`.
-
-    Raises InputError when `max_length` is not positive.
-    """
-    if max_length < 1:
-        raise InputError(f"max_length must be positive, not {max_length}")
-    buckets = [16, 32]
-    power = 64
-    while power < max_length:
-        buckets += [power, power + power // 2]
-        power *= 2
-    return [length for length in buckets if length < max_length] + [max_length]
-
-
-def plan_batches(
-    lengths: Sequence[int], *, batch_tokens: int, max_length: int, row_multiple: int = 1
-) -> list[Batch]:
-    """Groups texts into batches of few shapes, longest texts first (so that what does not fit in memory shows at once).
-
-    Every batch has the length of its longest text's bucket L and `batch_tokens // L` rows, rounded down to
-    `row_multiple` (at least `row_multiple`). Only the last batch may have fewer rows: a power of two times
-    `row_multiple`. So there is at most one shape for each bucket, and one more. Texts of one length keep their order.
-
-    Raises InputError when a length exceeds `max_length`.
-    """
-    buckets = np.asarray(length_buckets(max_length))
-    sizes = np.asarray(lengths, dtype=np.int64)
-    if sizes.size and sizes.max() > max_length:
-        worst = int(sizes.argmax())
-        raise InputError(f"text {worst} has {sizes[worst]} tokens, more than the limit of {max_length}")
-    order = np.argsort(-sizes, kind="stable")
-    batches = []
-    start = 0
-    while start < order.size:
-        length = int(buckets[np.searchsorted(buckets, sizes[order[start]])])
-        rows = max(1, batch_tokens // (length * row_multiple)) * row_multiple
-        left = order.size - start
-        if left < rows:
-            groups = -(-left // row_multiple)
-            rows = min(rows, row_multiple << (groups - 1).bit_length())
-        indices = tuple(order[start : start + rows].tolist())
-        batches.append(Batch(indices, rows, length))
-        start += len(indices)
-    return batches
-
-
-def pad_batch(ids: Sequence[Sequence[int]], batch: Batch, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """The texts of a batch, padded on the right: (input_ids, attention_mask), int32 [rows, length] each."""
-    input_ids = np.full((batch.rows, batch.length), pad_id, np.int32)
-    mask = np.zeros((batch.rows, batch.length), np.int32)
-    for row, index in enumerate(batch.indices):
-        size = len(ids[index])
-        input_ids[row, :size] = ids[index]
-        mask[row, :size] = 1
-    return input_ids, mask
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike[str]) -> None:

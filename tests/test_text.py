@@ -1,22 +1,16 @@
 """Tokenizers of folders, the rules for ids, and batch plans."""
 
 import json
-import random
 import warnings
 
 import decoders
-import numpy as np
 import pytest
 
 from sgpt_jax.io import InputError
 from sgpt_jax.text import (
-    Batch,
     TextEncoder,
     check_ids,
-    length_buckets,
     load_tokenizer,
-    pad_batch,
-    plan_batches,
     save_tokenizer,
 )
 
@@ -228,64 +222,3 @@ def test_check_ids():
     for bad in (5, -1):
         with pytest.raises(InputError, match=f"text 1 has token id {bad}, outside the model's 5"):
             check_ids([[0], [1, bad]], 5)
-
-
-# Batches
-
-
-def test_length_buckets():
-    assert length_buckets(300) == [16, 32, 64, 96, 128, 192, 256, 300]
-    assert length_buckets(75) == [16, 32, 64, 75]
-    assert length_buckets(2048) == [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
-    assert [length_buckets(n) for n in (1, 16, 17)] == [[1], [16], [16, 17]]
-    with pytest.raises(InputError):
-        length_buckets(0)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_plans_hold_every_text_once_within_the_bounds(seed):
-    rng = random.Random(seed)
-    limit = rng.choice([1, 20, 75, 300, 1000, 2048])
-    lengths = [rng.randint(0, limit) for _ in range(rng.choice([0, 1, 2, 17, 400]))]
-    multiple = rng.choice([1, 2, 3, 8])
-    tokens = rng.choice([1, 100, 4096, 32768])
-    plan = plan_batches(lengths, batch_tokens=tokens, max_length=limit, row_multiple=multiple)
-    assert plan == plan_batches(lengths, batch_tokens=tokens, max_length=limit, row_multiple=multiple)
-    order = [index for batch in plan for index in batch.indices]
-    assert order == sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for batch in plan:
-        assert max(lengths[i] for i in batch.indices) <= batch.length <= limit
-        assert batch.length in length_buckets(limit)
-        assert batch.rows % multiple == 0
-        assert len(batch.indices) <= batch.rows
-        assert batch.rows == multiple or batch.rows * batch.length <= tokens
-    for batch in plan[:-1]:
-        assert len(batch.indices) == batch.rows
-        assert batch.rows == max(1, tokens // batch.length // multiple) * multiple
-    if plan:
-        assert plan[-1].rows < 2 * (len(plan[-1].indices) + multiple)
-
-
-@pytest.mark.parametrize("limit", [1000, 1024, 2048])
-@pytest.mark.parametrize("tokens", [1, 2048, 4096, 16384, 32768, 10**6])
-def test_a_thousand_lengths_need_at_most_twelve_shapes(tokens, limit):
-    plan = plan_batches(range(1, 1001), batch_tokens=tokens, max_length=limit)
-    assert len({(batch.rows, batch.length) for batch in plan}) <= 12
-
-
-def test_single_queries_use_a_small_batch():
-    assert plan_batches([7], batch_tokens=16384, max_length=300) == [Batch((0,), 1, 16)]
-    assert plan_batches([7], batch_tokens=16384, max_length=300, row_multiple=8) == [Batch((0,), 8, 16)]
-    assert plan_batches([7, 90, 8], batch_tokens=16384, max_length=300) == [Batch((1, 2, 0), 4, 96)]
-
-
-def test_a_text_over_the_limit_is_refused():
-    with pytest.raises(InputError, match="text 1 has 301 tokens"):
-        plan_batches([3, 301], batch_tokens=4096, max_length=300)
-
-
-def test_pad_batch():
-    ids, mask = pad_batch([[1, 2, 3], [4], [5, 6]], Batch((2, 0), 4, 4), pad_id=9)
-    assert ids.dtype == mask.dtype == np.int32
-    assert ids.tolist() == [[5, 6, 9, 9], [1, 2, 3, 9], [9] * 4, [9] * 4]
-    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0] * 4, [0] * 4]

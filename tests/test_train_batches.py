@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from sgpt_jax.io import InputError, write_jsonl
+from sgpt_jax.rows import texts_per_row
 from sgpt_jax.text import TextEncoder, load_tokenizer
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.data import Example, ListExamples, read_pairs
 from train.mine import mine
-from train.packing import texts_per_row
 
 DATA = os.environ.get("SGPT_DATA")
 

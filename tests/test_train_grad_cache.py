@@ -11,11 +11,12 @@ from sgpt_jax.biases import bias_leaves
 from sgpt_jax.config import DecoderConfig, RotaryConfig
 from sgpt_jax.decoder import Decoder, merge, split
 from sgpt_jax.pooling import POOLING_MODES, pool
+from sgpt_jax.rows import encode_rows, texts_per_row
 from sgpt_jax.weights import load_decoder
 from train.grad_cache import encode_in_chunks
 from train.losses import LossConfig
 from train.optimizer import linear_schedule, make_optimizer, split_params, trainable_mask
-from train.packing import encode_rows, pack, pad_rows, round_rows, row_length, texts_per_row
+from train.packing import pack, pad_rows, round_rows, row_length
 from train.step import init_state, make_step
 
 LENGTH = 24
@@ -151,7 +152,9 @@ def test_packed_texts_have_the_vectors_they_have_alone(variant, tmp_path):
         alone[row, : len(text)], mask[row, : len(text)] = text, 1
     hidden = jax.jit(lambda params: merge(graphdef, params)(alone, mask))(params)
     for mode in POOLING_MODES if variant == "gpt2" else ("weightedmean",):
-        packed = jax.jit(encode_rows, static_argnums=(0, 3))(graphdef, params, rows, mode)
+        packed = jax.jit(encode_rows, static_argnums=(0, 3, 4))(
+            graphdef, params, rows, mode, texts_per_row(LENGTH)
+        )
         packed = np.asarray(packed).reshape(-1, packed.shape[-1])[places]
         expected = np.asarray(pool(hidden, mask, mode))
         np.testing.assert_allclose(packed[:8], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())

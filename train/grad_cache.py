@@ -2,9 +2,8 @@
 
 Encoding runs as a scan over chunks of rows, and nothing of a chunk is kept for the backward pass but its
 input: XLA encodes every chunk once more when it goes backwards. The loss between the two passes sees all
-    vectors, so loss and
-gradient are those of the unchunked step (the idea is GradCache of Gao et al. 2021, the form that of
-luyug/GradCache's `cachex`).
+vectors, so loss and gradient are those of the unchunked step (the idea is GradCache of Gao et al. 2021, the
+form that of luyug/GradCache's `cachex`).
 """
 
 from __future__ import annotations

@@ -1,25 +1,15 @@
-"""Several texts in one row: no padding to compute, and the same array shape in nearly every step.
-
-Each text of a row has its own segment number and its own positions from 0, and the decoder lets a token see
-its own segment alone, so a text gets the vector that it has when it stands by itself.
-"""
+"""The rows of a training batch: the same array shape in nearly every step, on every process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from sgpt_jax.decoder import merge
-from sgpt_jax.pooling import pool_texts
+from sgpt_jax.rows import RowBatch, fill_rows, lay_out, texts_per_row
 
 # Where a row ends up shorter than this, it is not worth a program of its own.
 _SHORTEST_MAX_ROW = 512
-# Tokens that a text has at the least, on the average of a row: rows have room for length / _FEW texts.
-_FEW = 6
 
 
 def row_length(longest: int, max_seq_length: int) -> int:
@@ -28,11 +18,6 @@ def row_length(longest: int, max_seq_length: int) -> int:
     while length < longest:
         length *= 2
     return min(length, max_seq_length)
-
-
-def texts_per_row(length: int) -> int:
-    """How many texts a row of `length` tokens can hold at the most."""
-    return max(1, length // _FEW)
 
 
 def round_rows(rows: int, multiple: int) -> int:
@@ -46,7 +31,7 @@ def round_rows(rows: int, multiple: int) -> int:
 
 
 def pack(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Packs texts into few rows: longest first, each into the row with the least room that it fits in.
+    """Packs texts into few rows of one length.
 
     Args:
         ids: the texts' token ids, none longer than `length`.
@@ -54,40 +39,15 @@ def pack(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[dict[s
         pad_id: what stands where no text is.
 
     Returns:
-        The rows, int32 `[R, T]` each: `input_ids`, `segments` (1, 2, ... in a row; 0 is padding) and
-        `positions`. And the texts' places, int32 `[n]`: row times `texts_per_row(length)`, plus segment minus
-        1.
+        The rows, see `sgpt_jax.rows.lay_out`. And the texts' places, int32 `[n]`: row times
+        `texts_per_row(length)`, plus segment minus 1.
     """
-    slots = texts_per_row(length)
-    room: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the tokens that still fit
-    contents: list[list[int]] = []  # texts by row
-    for text in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
-        size = len(ids[text])
-        left = next((left for left in range(size, length + 1) if room[left]), length)
-        if room[left]:
-            row = room[left].pop()
-        else:
-            row = len(contents)
-            contents.append([])
-        contents[row].append(text)
-        if len(contents[row]) < slots:
-            room[left - size].append(row)
-    rows = {
-        "input_ids": np.full((len(contents), length), pad_id, np.int32),
-        "segments": np.zeros((len(contents), length), np.int32),
-        "positions": np.zeros((len(contents), length), np.int32),
-    }
-    places = np.zeros(len(ids), np.int32)
-    for row, texts in enumerate(contents):
-        start = 0
-        for segment, text in enumerate(texts, 1):
-            span = slice(start, start + len(ids[text]))
-            rows["input_ids"][row, span] = ids[text]
-            rows["segments"][row, span] = segment
-            rows["positions"][row, span] = np.arange(len(ids[text]))
-            places[text] = row * slots + segment - 1
-            start = span.stop
-    return rows, places
+    rows = tuple(texts for _, texts in fill_rows([len(text) for text in ids], lambda _: length))
+    batch = RowBatch(rows, len(rows), length, texts_per_row(length))
+    arrays, places = lay_out(ids, batch, pad_id)
+    by_text = np.zeros(len(ids), np.int32)
+    by_text[list(batch.indices)] = places
+    return arrays, by_text
 
 
 def pad_rows(rows: dict[str, np.ndarray], count: int, pad_id: int) -> dict[str, np.ndarray]:
@@ -98,26 +58,3 @@ def pad_rows(rows: dict[str, np.ndarray], count: int, pad_id: int) -> dict[str, 
         name: np.pad(values, ((0, missing), (0, 0)), constant_values=fill.get(name, 0))
         for name, values in rows.items()
     }
-
-
-def encode_rows(graphdef: Any, params: Any, rows: dict[str, Array], pooling: str) -> Array:
-    """The vectors of all texts in packed rows.
-
-    Args:
-        graphdef, params: of the decoder, see `sgpt_jax.decoder.split`.
-        rows: int32 `[R, T]` each, as `pack` makes them; for dropout also `dropout_keys`, one typed key a row.
-        pooling: see `sgpt_jax.pool`.
-
-    Returns:
-        float32 `[R, S, E]`, S being `texts_per_row(T)`; places without a text hold zeros.
-    """
-    segments = rows["segments"]
-    hidden = merge(graphdef, params)(
-        rows["input_ids"],
-        segments != 0,
-        positions=rows["positions"],
-        segments=segments,
-        dropout_keys=rows.get("dropout_keys"),
-    )
-    numbers = jnp.arange(1, 1 + texts_per_row(segments.shape[1]))
-    return pool_texts(hidden, segments[:, None] == numbers[:, None], pooling)

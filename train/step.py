@@ -13,11 +13,12 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sgpt_jax.rows import encode_rows, texts_per_row
 from sgpt_jax.sharding import batch_sharding, batch_ways, on_mesh
 from train.grad_cache import encode_in_chunks
 from train.losses import LossConfig, total_loss
 from train.optimizer import join_params
-from train.packing import encode_rows, pad_rows, round_rows, texts_per_row
+from train.packing import pad_rows, round_rows
 
 
 class TrainState(NamedTuple):
@@ -92,8 +93,12 @@ def make_step(
 
         def loss_of(trainable: Any) -> Array:
             params = join_params(trainable, frozen, dtype)
+            slots = texts_per_row(rows["segments"].shape[1])
             vectors = encode_in_chunks(
-                lambda params, rows: encode_rows(graphdef, params, rows, pooling), params, rows, chunk_rows
+                lambda params, rows: encode_rows(graphdef, params, rows, pooling, slots),
+                params,
+                rows,
+                chunk_rows,
             )
             vectors = vectors.reshape(-1, vectors.shape[-1])  # [R * S, E]
             queries, positives, negatives = (vectors[places] for places in batch["places"])
