@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from eval.plan_devices import CHIPS
 from sgpt_jax.config import compute_dtype
 from sgpt_jax.products import product
 
@@ -23,17 +24,18 @@ Way = Callable[[], Any]
 # Of the square matrices whose product is the limit: four of them take about a second.
 CPU_SIZE, ACCELERATOR_SIZE = 2048, 8192
 
-# Published peaks of dense bfloat16 products, FLOP/s, by how JAX names the device.
-DATASHEET = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
+# What JAX's name of a device has in it, and the chip's name in `CHIPS`; the first that fits counts.
+_KINDS = {
+    "H100": "h100",
+    "H200": "h200",
+    "A100": "a100",
+    "L40S": "l40s",
+    "L4": "l4",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
 }
 
 
@@ -143,7 +145,7 @@ def threads() -> int:
 def datasheet_peak() -> float | None:
     """The first device's published peak in bfloat16, FLOP/s; None for one that is not known."""
     kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in DATASHEET.items() if name in kind), None)
+    return next((CHIPS[chip].flops for name, chip in _KINDS.items() if name in kind), None)
 
 
 def _matrix_product(dtype: str) -> tuple[Way, float]:
