@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sgpt_jax import processes
+from sgpt_jax import compile_cache, processes
 from sgpt_jax.io import InputError
 
 # task -> (its module, with add_arguments(parser) and main(args); what it does)
@@ -46,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(task)
     args = parser.parse_args(arguments)
     assert module is not None  # argparse has left otherwise
+    if args.task not in (
+        "speed",
+        "plan",
+    ):  # they measure compiling, or compile for machines that are not here
+        compile_cache.enable()
     try:
         with processes.session(args):
             module.main(args)

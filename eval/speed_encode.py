@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.speed_models import Torch, exported
+from eval.speed_models import Torch, exported, pooled
 from eval.speed_rounds import Contest
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.flops import forward_flops
@@ -75,24 +75,12 @@ def _plain(torch: Torch, model: BiEncoder, folder: str, texts: list[str]) -> Any
             sizes = t.tensor([len(rows[place]) for place in batch])
             mask = (t.arange(ids.shape[1]) < sizes[:, None]).long().to(torch.device)
             hidden = net(ids.to(torch.device), attention_mask=mask, use_cache=False).last_hidden_state.float()
-            vectors[batch] = _pooled(t, hidden, mask, model.pooling).cpu().numpy()
+            vectors[batch] = pooled(t, hidden, mask, model.pooling).cpu().numpy()
         if model.normalized:
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
 
     return way
-
-
-def _pooled(t: Any, hidden: Any, mask: Any, pooling: str) -> Any:
-    places = t.arange(mask.shape[1], device=mask.device)
-    last = mask.sum(1, keepdim=True) - 1
-    weights = {
-        "weightedmean": mask * (places + 1),
-        "mean": mask,
-        "lasttoken": (places == last).long().expand_as(mask),
-        "cls": (places == 0).long().expand_as(mask),
-    }[pooling][..., None].float()
-    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def _differences(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,19 @@ def exported(model: BiEncoder) -> Iterator[str]:
         yield folder
 
 
+def pooled(t: Any, hidden: Any, mask: Any, pooling: str) -> Any:
+    """`sgpt_jax.pool` for rows padded on the right, by torch (`t`): hidden [B, T, E] and mask [B, T] to [B, E]."""
+    places = t.arange(mask.shape[1], device=mask.device)
+    last = mask.sum(1, keepdim=True) - 1
+    weights = {
+        "weightedmean": mask * (places + 1),
+        "mean": mask,
+        "lasttoken": (places == last).long().expand_as(mask),
+        "cls": (places == 0).long().expand_as(mask),
+    }[pooling][..., None].float()
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
 class Torch:
     """Torch as the peers use it: on a GPU if there is one, with all cores otherwise.
 

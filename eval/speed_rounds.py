@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import resource
 import statistics
 import sys
@@ -24,7 +25,7 @@ Way = Callable[[], Any]
 # Of the square matrices whose product is the limit: four of them take about a second.
 CPU_SIZE, ACCELERATOR_SIZE = 2048, 8192
 
-# What JAX's name of a device has in it, and the chip's name in `CHIPS`; the first that fits counts.
+# Words of JAX's name of a device, and the chip's name in `CHIPS`; the first that fits counts.
 _KINDS = {
     "H100": "h100",
     "H200": "h200",
@@ -35,7 +36,8 @@ _KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5": "v5p",
-    "TPU v6": "v6e",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
 }
 
 
@@ -145,7 +147,9 @@ def threads() -> int:
 def datasheet_peak() -> float | None:
     """The first device's published peak in bfloat16, FLOP/s; None for one that is not known."""
     kind = jax.devices()[0].device_kind
-    return next((CHIPS[chip].flops for name, chip in _KINDS.items() if name in kind), None)
+    if re.search(r"\b(PCIe|NVL)\b", kind):  # slower than those of the table, which are SXM modules
+        return None
+    return next((CHIPS[chip].flops for name, chip in _KINDS.items() if re.search(rf"\b{name}\b", kind)), None)
 
 
 def _matrix_product(dtype: str) -> tuple[Way, float]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from eval.data import DataSet
-from eval.speed_models import Torch, exported
+from eval.speed_models import Torch, exported, pooled
 from eval.speed_rounds import Contest
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.biases import add_zero_biases
@@ -148,8 +148,7 @@ def _in_torch(torch: Torch, model: BiEncoder, examples: list[Example]) -> Callab
         vectors = []
         for ids, mask in columns:
             hidden = net(ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
-            weights = (mask * t.arange(1, mask.shape[1] + 1, device=mask.device))[..., None]
-            vectors.append(t.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1))
+            vectors.append(t.nn.functional.normalize(pooled(t, hidden, mask, model.pooling), dim=-1))
         scores = 20 * vectors[0] @ t.cat(vectors[1:]).T
         loss = t.nn.functional.cross_entropy(scores, t.arange(len(scores), device=scores.device))
         optimizer.zero_grad()

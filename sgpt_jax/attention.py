@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sgpt_jax.products import product
-from sgpt_jax.sharding import RULES
+from sgpt_jax.sharding import RULES, platform
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,7 @@ def why_not_cudnn(major: int, length: int, head_dim: int, *, alibi: bool, dropou
 
 def _gpu_major() -> int | None:
     """The major compute capability of the NVIDIA GPU that is traced for; None where it is something else."""
-    device = jax.sharding.get_abstract_mesh().abstract_device  # of `on_mesh`: a plan's is not of this machine
-    if (jax.default_backend() if device is None else device.platform) != "gpu":
+    if platform() != "gpu":
         return None
     major = str(jax.local_devices(backend="gpu")[0].compute_capability).partition(".")[0]
     return int(major) if major.isdigit() else None  # AMD's are names

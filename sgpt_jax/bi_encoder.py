@@ -65,6 +65,10 @@ def embed(
     return vectors
 
 
+Planned = tuple[list[list[int]], list[RowBatch]]
+"""Token ids of texts, and the batches that they run in."""
+
+
 @dataclasses.dataclass
 class EncodeReport:
     """What `BiEncoder.encode_chunks` did.
@@ -75,8 +79,8 @@ class EncodeReport:
         tokens: their tokens, padding not counted.
         tokens_padded: tokens that went through the decoder, with padding.
         seconds: how long it took, with what the caller did meanwhile.
-        waited: how much of that was spent waiting for texts to be read and tokenised. The device may have been busy
-            with one more batch during a part of it.
+        waited: how much of that was spent waiting for texts to be read, tokenised and joined into rows. The device may
+            have been busy with one more batch during a part of it.
     """
 
     texts: int = 0
@@ -262,14 +266,14 @@ class BiEncoder:
         def cut(texts: int) -> None:
             report.cut += texts
 
-        def tokenised() -> Iterator[list[list[int]]]:
+        def planned() -> Iterator[Planned]:
             for texts in chunks:
                 ids = self._tokenise(texts, side, False, cut)
                 report.tokens += sum(map(len, ids))
-                yield ids
+                yield ids, self._plan(ids, batch_tokens)
 
-        with contextlib.closing(ahead(tokenised(), 2, wait)) as ready:
-            yield from self._stream(ready, batch_tokens, normalize, count)
+        with contextlib.closing(ahead(planned(), 2, wait)) as ready:
+            yield from self._stream(ready, normalize, count)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cosine similarities: vectors [n, E] (or [E]) and [m, E] (or [E]) to float32 [n, m]."""
@@ -338,7 +342,8 @@ class BiEncoder:
             delay=1,
             disable=None if show_progress is None else not show_progress,
         ) as bar:
-            (vectors,) = self._stream([ids], batch_tokens, unit, lambda batch: bar.update(len(batch.indices)))
+            plan = self._plan(ids, batch_tokens)
+            (vectors,) = self._stream([(ids, plan)], unit, lambda batch: bar.update(len(batch.indices)))
         return vectors[0] if single else vectors
 
     def _tokenise(
@@ -352,10 +357,17 @@ class BiEncoder:
         check_ids(ids, self.decoder.config.vocab_size)
         return ids
 
+    def _plan(self, ids: list[list[int]], batch_tokens: int | None) -> list[RowBatch]:
+        return plan_batches(
+            [len(row) for row in ids],
+            batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS.get(jax.default_backend(), 32768),
+            max_length=self.text.max_seq_length,
+            row_multiple=batch_ways(self.mesh),
+        )
+
     def _stream(
         self,
-        chunks: Iterable[list[list[int]]],
-        batch_tokens: int | None,
+        chunks: Iterable[Planned],
         unit: bool,
         on_batch: Callable[[RowBatch], object],
     ) -> Iterator[np.ndarray]:
@@ -377,25 +389,19 @@ class BiEncoder:
         def running() -> int:
             return sum(placed is not None for _, placed, _ in started)
 
-        for ids in chunks:
+        for ids, plan in chunks:
             vectors = np.zeros((len(ids), self.dimension), np.float32)
-            for batch, places, result in self._run(ids, batch_tokens, unit or self.normalized):
+            for batch, places, result in self._run(ids, plan, unit or self.normalized):
                 started.append((vectors, (batch, places), result))
                 yield from finished(1)
             started.append((vectors, None, None))
         yield from finished(0)
 
     def _run(
-        self, ids: list[list[int]], batch_tokens: int | None, unit: bool
+        self, ids: list[list[int]], plan: list[RowBatch], unit: bool
     ) -> Iterator[tuple[RowBatch, np.ndarray, jax.Array]]:
         """Starts each batch and yields it with its texts' places in its vectors, which may still be in the making."""
         graphdef, params = split(self.decoder)
-        plan = plan_batches(
-            [len(row) for row in ids],
-            batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS.get(jax.default_backend(), 32768),
-            max_length=self.text.max_seq_length,
-            row_multiple=batch_ways(self.mesh),
-        )
         place = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         for batch in plan:
             rows, places = lay_out(ids, batch, self.text.pad_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sgpt_jax.sharding import platform
+
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """a [..., M, K] @ b [..., K, N], both of the compute dtype, to float32 [..., M, N].
@@ -13,21 +15,21 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     if a.dtype == jnp.float32:
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return _narrow_product(a, b)
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., I] @ kernel [I, O], both of the compute dtype, to [..., O] of that dtype."""
-    if x.dtype == jnp.float32 or jax.default_backend() == "cpu":
+    if x.dtype == jnp.float32 or platform() == "cpu":
         return product(x, kernel).astype(x.dtype)
     return jnp.matmul(x, kernel)
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
     """y [..., O] + bias [O], both of the compute dtype."""
-    return _add_bias(y, bias) if jax.default_backend() == "cpu" else y + bias
+    return _add_bias(y, bias) if platform() == "cpu" else y + bias
 
 
 @jax.custom_vjp

@@ -19,10 +19,13 @@ from sgpt_jax.decoder import merge
 from sgpt_jax.io import InputError
 from sgpt_jax.pooling import pool_texts
 
-# Tokens that a text has at the least, on the average of a row: rows have room for length / _FEW texts.
-_FEW = 6
-# Texts are not joined into rows longer than this: attention costs more the longer a row is.
-_LONGEST_JOINED = 1024
+# Tokens that a text has at the least, on the average of a row, and the most texts that a row has room for: every place
+# is computed and fetched, filled or not.
+_FEW, _MOST = 6, 64
+# So few tokens are not worth programs of their own for how they can be joined.
+_NOT_JOINED = 1024
+# Texts are not joined into rows shorter or longer than these: attention costs more the longer a row is.
+_SHORTEST_JOINED, _LONGEST_JOINED = 64, 1024
 # A token of a row this long costs about twice what it costs in a very short one, in a small decoder.
 _DOUBLE_COST = 4096
 
@@ -51,7 +54,7 @@ class RowBatch:
 
 def texts_per_row(length: int) -> int:
     """How many texts a row of `length` tokens can hold at the most."""
-    return max(1, length // _FEW)
+    return min(_MOST, max(1, length // _FEW))
 
 
 def length_buckets(max_length: int) -> list[int]:
@@ -79,6 +82,9 @@ def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[
 
     Returns:
         (tokens of the row, its texts as indices) of each row, longest rows first.
+
+    Raises:
+        ValueError: a row is shorter than its text.
     """
     waiting: dict[int, list[int]] = {}
     for index in range(len(lengths) - 1, -1, -1):  # so that equal texts are taken in their order
@@ -87,6 +93,8 @@ def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[
     rows = []
     while sizes:
         length = row_length(sizes[-1])
+        if length < sizes[-1]:
+            raise ValueError(f"a text of {sizes[-1]} tokens has no place in a row of {length}")
         room, most = length, texts_per_row(length)
         row: list[int] = []
         while len(row) < most and (place := bisect.bisect_right(sizes, room)):
@@ -106,27 +114,38 @@ def plan_batches(
     memory shows at once).
 
     Rows have a length of `length_buckets`: that of the longest text's bucket, and at least one that is the same for
-    all rows and is chosen for the least work. A batch has `batch_tokens` tokens, its rows rounded down to
-    `row_multiple` (at least `row_multiple`); the last of each row length may have fewer rows, a power of two times
-    `row_multiple`. The room for texts in a row is a power of four.
+    all rows and is chosen for the least work. A batch has at most `batch_tokens` tokens, its rows rounded down to
+    `row_multiple`, unless `row_multiple` rows of the longest text alone have more; the last batch of each row length
+    may have fewer rows, a power of two times `row_multiple`. The room for texts in a row is a power of four. Very few
+    texts are not joined.
 
     Raises InputError when a length exceeds `max_length`.
     """
-    if lengths and max(lengths) > max_length:
-        worst = max(range(len(lengths)), key=lambda index: lengths[index])
-        raise InputError(f"text {worst} has {lengths[worst]} tokens, more than the limit of {max_length}")
+    longest = max(lengths, default=1)
+    if longest > max_length:
+        worst = lengths.index(longest)
+        raise InputError(f"text {worst} has {longest} tokens, more than the limit of {max_length}")
     buckets = length_buckets(max_length)
-    share = min(_LONGEST_JOINED, -(-sum(lengths) // row_multiple))  # of a device
-    shortest = buckets[: bisect.bisect_left(buckets, share) + 1]
+
+    def bucket(size: int) -> int:
+        return buckets[bisect.bisect_left(buckets, size)]
 
     def plan(least: int) -> list[RowBatch]:
-        rows = fill_rows(lengths, lambda size: max(least, buckets[bisect.bisect_left(buckets, size)]))
+        rows = fill_rows(lengths, lambda size: max(least, bucket(size)))
         return _batches(rows, batch_tokens, row_multiple)
 
     def cost(batches: list[RowBatch]) -> float:
         return sum(batch.rows * batch.length * (1 + batch.length / _DOUBLE_COST) for batch in batches)
 
-    return min((plan(least) for least in shortest), key=cost)
+    if sum(lengths) <= _NOT_JOINED:
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        return _batches([(bucket(longest), (index,)) for index in order], batch_tokens, row_multiple)
+    common = [
+        length
+        for length in buckets
+        if _SHORTEST_JOINED <= length <= min(_LONGEST_JOINED, batch_tokens // row_multiple)
+    ]
+    return min((plan(least) for least in common or buckets[:1]), key=cost)
 
 
 def _batches(rows: list[tuple[int, tuple[int, ...]]], batch_tokens: int, row_multiple: int) -> list[RowBatch]:
@@ -192,6 +211,9 @@ def encode_rows(graphdef: Any, params: Any, rows: dict[str, Array], pooling: str
 
     Returns:
         float32 `[R, S, E]`; places without a text hold zeros.
+
+    Raises:
+        ValueError: for an unknown pooling mode.
     """
     segments = rows["segments"]
     hidden = merge(graphdef, params)(

@@ -160,6 +160,13 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def platform() -> str:
+    """What is traced for: "cpu", "gpu" or "tpu". On the mesh of `on_mesh` that is the platform of its devices, which a
+    plan for another machine has none of."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def by_rows(x: jax.Array) -> jax.Array:
     """Keeps activations x [B, ...] split by rows, and whole along their other axes, on the mesh of `on_mesh`.
 

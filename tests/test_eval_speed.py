@@ -2,9 +2,11 @@
 
 import json
 import sys
+import types
 
 import decoders
 import eval_cases
+import jax
 import numpy as np
 import pytest
 
@@ -39,11 +41,53 @@ def run(tmp_path, *arguments):
 
 def check(part, ways):
     assert set(part["ways"]) == set(ways)
-    for way in part["ways"].values():
-        assert len(way["seconds"]) == 2
-        assert way["of_matrix_product"] == way["flops_per_second"] / part["matrix_product_flops"]
-        assert way["of_datasheet"] is None
-    assert part["ways"]["ours"]["ours_over"] == 1
+    assert all(len(way["seconds"]) == 2 and way["of_datasheet"] is None for way in part["ways"].values())
+
+
+def test_figures_of_a_race(monkeypatch):
+    """By a clock that the ways set forward themselves."""
+    clock = [0.0]
+
+    def way(first, *later):
+        seconds = iter((first, *later, 0.0))  # the last is for memory
+
+        def run():
+            clock[0] += next(seconds)
+            return first
+
+        return run
+
+    monkeypatch.setattr(speed_rounds.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed_rounds, "_matrix_product", lambda dtype: (way(9.0, 1.0, 2.0, 1.0), 100.0))
+    contest = speed_rounds.Contest(
+        work={"texts": 6, "tokens": 60},
+        unit="tokens",
+        ways={"ours": way(7.0, 2.0, 2.0, 3.0), "peer": way(4.0, 3.0, 5.0, 3.0)},
+        flops={"": 80.0, "peer": 90.0},
+        dtype="float32",
+        compare=lambda found: {"first": found},
+    )
+    result = speed_rounds.race(contest, 3)
+    assert result["matrix_product_flops"] == 100.0
+    assert result["agreement"] == {"first": {"ours": 7.0, "peer": 4.0, "matrix product": 9.0}}
+    ours, peer = result["ways"]["ours"], result["ways"]["peer"]
+    assert (ours["seconds"], ours["median_seconds"], ours["compile_seconds"]) == ([2.0, 2.0, 3.0], 2.0, 5.0)
+    assert (ours["tokens_per_second"], ours["flops_per_second"], ours["of_matrix_product"]) == (
+        30.0,
+        40.0,
+        0.4,
+    )
+    assert (peer["ours_over"], peer["of_matrix_product"], peer["compile_seconds"]) == (1.5, 0.3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", None), ("NVIDIA L4", 121e12), ("NVIDIA L40", None),
+     ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("cpu", None)],
+)  # fmt: skip
+def test_published_peaks(kind, peak, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert speed_rounds.datasheet_peak() == peak
 
 
 def test_encode(model, data, tmp_path, capsys):

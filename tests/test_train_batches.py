@@ -118,6 +118,14 @@ def test_arrays_of_a_batch(tokenizer):
     assert text_at(symmetric, symmetric["places"][0][0], slots) == encoder.ids(["one"])[0]
 
 
+def test_processes_agree_on_the_length_of_rows(tokenizer):
+    """Whatever the longest text is that each of them sees."""
+    source = ListExamples([Example("q" * 10, "x" * 900), Example("r" * 10, "y" * 500)])
+    options = {"length": 1024, "batches": plan(source, 2, shuffle=False)}
+    parts = [packed(source, tokenizer, process=(number, 2), **options)[0] for number in range(2)]
+    assert {part["rows"]["segments"].shape[1] for part in parts} == {1024}
+
+
 def test_processes_share_the_global_batch(tokenizer):
     source = examples(50)
     whole = packed(source, tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from sgpt_jax import processes
+from sgpt_jax import compile_cache, processes
 from sgpt_jax.io import InputError
 from train.loop import Diverged, train
 from train.mine import add_mine_parser, mine
@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options = vars(make_parser().parse_args(arguments))
     command = options.pop("command")
+    compile_cache.enable()
     try:
         if command == "mine":
             mine(**options)

@@ -86,7 +86,7 @@ class BatchPlan:
                         if len(again) > 2 * len(self.source):
                             raise InputError(
                                 f"the texts repeat too often for batches of {self.batch_size} without duplicates; "
-                                "use smaller batches, or allow duplicates (--no-no-duplicates)"
+                                "use smaller batches, or allow duplicates (--no-avoid-duplicates)"
                             )
                         continue
                     texts.update(keys)
@@ -148,7 +148,9 @@ class PackedBatches:
         sides: tuple[Any, Any] = (None, None) if self.symmetric else ("query", "document")
         tokens = self.encoder.ids(queries, sides[0]) + self.encoder.ids(positives + negatives, sides[1])
         check_ids(tokens, self.vocab_size)
-        length = row_length(max(map(len, tokens)), self.encoder.max_seq_length)
+        # Several processes must agree on the length, and each sees its own texts alone.
+        longest = max(map(len, tokens)) if count == 1 else self.encoder.max_seq_length
+        length = row_length(longest, self.encoder.max_seq_length)
         rows, slots = pack(tokens, length, self.encoder.pad_id)
         size = len(examples)
         present = np.array([[k < len(example.negatives) for k in range(most)] for example in examples], bool)

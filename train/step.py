@@ -13,6 +13,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sgpt_jax.io import InputError
 from sgpt_jax.rows import encode_rows, texts_per_row
 from sgpt_jax.sharding import batch_sharding, batch_ways, on_mesh
 from train.grad_cache import encode_in_chunks
@@ -144,24 +145,55 @@ def place_batch(
         chunk_rows: see `make_step`.
         pad_id: for empty rows, by which the number of rows becomes a multiple of the chunk.
         mesh: None for the first device.
+
+    Raises:
+        InputError: the mesh gives this process more or fewer rows than its part has.
     """
-    process, count = jax.process_index(), jax.process_count()
+    count = jax.process_count()
     multiple = chunk_rows if chunk_rows and rows * count > chunk_rows else batch_ways(mesh)
     local = round_rows(rows * count, multiple) // count
-    offset = process * local * texts_per_row(batch["rows"]["segments"].shape[1])
+    sharding = None if mesh is None else batch_sharding(mesh)
+    slots = texts_per_row(batch["rows"]["segments"].shape[1])
+    of_row = np.arange(local)
+    if sharding is not None:
+        of_row = np.concatenate([np.arange(*span) for span in _spans(sharding, local)])
     arrays = {
         "rows": pad_rows(batch["rows"], local, pad_id),
-        "places": tuple(places + offset for places in batch["places"]),
+        "places": tuple(
+            (of_row[places // slots] * slots + places % slots).astype(np.int32) for places in batch["places"]
+        ),
         "ids": batch["ids"],
         "negative_mask": batch["negative_mask"],
         "scores": batch["scores"],
     }
-    if mesh is None:
+    if sharding is None:
         return jax.device_put(arrays, jax.devices()[0])
-    sharding = batch_sharding(mesh)
 
     def place(values: np.ndarray) -> Array:
-        shape = (values.shape[0] * count, *values.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, values, shape)
+        starts, at = {}, 0
+        for start, stop in _spans(sharding, len(values)):
+            starts[start], at = at, at + stop - start
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(len(values) * count)
+            return values[starts[start] : starts[start] + stop - start]
+
+        return jax.make_array_from_callback((len(values) * count, *values.shape[1:]), sharding, part)
 
     return jax.tree.map(place, arrays)
+
+
+def _spans(sharding: NamedSharding, local: int) -> list[tuple[int, int]]:
+    """Which rows of a global array are this process's `local` ones, as (start, stop).
+
+    They need not lie together: JAX orders the devices of a pod by their places in its network, not by their hosts.
+    """
+    total = local * jax.process_count()
+    indices = sharding.addressable_devices_indices_map((total,)).values()
+    spans = sorted({index[0].indices(total)[:2] for index in indices if index is not None})
+    if (found := sum(stop - start for start, stop in spans)) != local:
+        raise InputError(
+            f"mesh {dict(sharding.mesh.shape)}: this process would hold {found} of {total} rows, not {local}; the "
+            "devices of a tensor axis must belong to one process"
+        )
+    return spans
