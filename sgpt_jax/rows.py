@@ -60,16 +60,24 @@ def texts_per_row(length: int) -> int:
 def length_buckets(max_length: int) -> list[int]:
     """The lengths of rows: 16, 32, 64, then each power of two and the step halfway to the next, up to `max_length`.
 
+    The last is `max_length` rounded up to a multiple of 8, as units of accelerators and their attention kernels want.
+
     Raises InputError when `max_length` is not positive.
     """
     if max_length < 1:
         raise InputError(f"max_length must be positive, not {max_length}")
+    last = round_length(max_length)
     buckets = [16, 32]
     power = 64
-    while power < max_length:
+    while power < last:
         buckets += [power, power + power // 2]
         power *= 2
-    return [length for length in buckets if length < max_length] + [max_length]
+    return [length for length in buckets if length < last] + [last]
+
+
+def round_length(length: int) -> int:
+    """The next multiple of 8."""
+    return -(-length // 8) * 8
 
 
 def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[tuple[int, tuple[int, ...]]]:

@@ -12,10 +12,10 @@ from sgpt_jax.rows import RowBatch, fill_rows, lay_out, length_buckets, plan_bat
 
 
 def test_length_buckets():
-    assert length_buckets(300) == [16, 32, 64, 96, 128, 192, 256, 300]
-    assert length_buckets(75) == [16, 32, 64, 75]
+    assert length_buckets(300) == [16, 32, 64, 96, 128, 192, 256, 304]
+    assert length_buckets(75) == [16, 32, 64, 80]
     assert length_buckets(2048) == [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
-    assert [length_buckets(n) for n in (1, 16, 17)] == [[1], [16], [16, 17]]
+    assert [length_buckets(n) for n in (1, 16, 17)] == [[8], [16], [16, 24]]
     with pytest.raises(InputError):
         length_buckets(0)
 

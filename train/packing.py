@@ -6,18 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sgpt_jax.rows import RowBatch, fill_rows, lay_out, texts_per_row
+from sgpt_jax.rows import RowBatch, fill_rows, lay_out, round_length, texts_per_row
 
 # Where a row ends up shorter than this, it is not worth a program of its own.
 _SHORTEST_MAX_ROW = 512
 
 
 def row_length(longest: int, max_seq_length: int) -> int:
-    """The length of rows where the longest text has `longest` tokens: `max_seq_length` up to 512, then in steps."""
+    """The length of rows where the longest text has `longest` tokens: `max_seq_length` up to 512, then in steps.
+
+    A multiple of 8.
+    """
     length = _SHORTEST_MAX_ROW
     while length < longest:
         length *= 2
-    return min(length, max_seq_length)
+    return min(length, round_length(max_seq_length))
 
 
 def round_rows(rows: int, multiple: int) -> int:

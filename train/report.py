@@ -144,10 +144,12 @@ def _read_before(path: epath.Path, start: int) -> list[dict]:
     return records
 
 
-def _smooth(values: tuple[float, ...], keep: float = 0.95) -> list[float]:
-    """Exponential moving average, without the pull to its start."""
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(total / weight)
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """The mean of each value and those around it, a tenth of all in the middle and fewer at the ends."""
+    reach = len(values) // 20
+    smooth = []
+    for place in range(len(values)):
+        near = min(reach, place, len(values) - 1 - place)
+        around = values[place - near : place + near + 1]
+        smooth.append(sum(around) / len(around))
     return smooth
