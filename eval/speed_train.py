@@ -65,7 +65,7 @@ def train_contest(model: BiEncoder, data: DataSet, batch_size: int) -> Contest:
 
 
 def triplets(data: DataSet, count: int) -> list[Example]:
-    """Judged queries with a relevant document each, and as the negative one that is relevant to no query.
+    """Judged queries with a relevant document each, no document twice, and as the negative one relevant to no query.
 
     Raises:
         InputError: there are fewer.
@@ -83,12 +83,13 @@ def triplets(data: DataSet, count: int) -> list[Example]:
             positives[document.id] = document.text
         elif len(negatives) < count:
             negatives.append(document.text)
-    pairs = [(query, positives[document]) for query, document in relevant.items() if document in positives]
+    # A document that two queries share would be masked here, and pushed away from one of them in plain torch.
+    pairs = {document: query for query, document in relevant.items() if document in positives}
     if min(len(pairs), len(negatives)) < count:
         raise InputError(f"{data.folder}: too few queries and documents for a batch of {count}")
     return [
-        Example(data.queries[query], positive, (negative,))
-        for (query, positive), negative in zip(pairs[:count], negatives, strict=True)
+        Example(data.queries[query], positives[document], (negative,))
+        for (document, query), negative in zip(list(pairs.items())[:count], negatives, strict=True)
     ]
 
 

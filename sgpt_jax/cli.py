@@ -29,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--model", help="another model than SmolLM2-135M-Instruct")
     command.add_argument("--query", action="append", default=[], help="a free query; may be repeated")
+    _add_mesh(command)
 
     command = add("embed", commands.embed, "Write the vectors of texts as a .npy file, float32 [n, E].")
     command.add_argument(
@@ -131,6 +132,10 @@ def _add_run(command: argparse.ArgumentParser, default: str | None) -> None:
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default=None if default else "float32",
                          help="of weights and matrix products (default: float32; of search, the index's)")  # fmt: skip
+    _add_mesh(command)
+
+
+def _add_mesh(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mesh", help="devices of this process, such as data=2,fsdp=4,tensor=1 "
                          "(default: all accelerators on data; of CPUs the first)")  # fmt: skip
 
@@ -140,7 +145,6 @@ def _add_model(command: argparse.ArgumentParser, exporting: bool = False) -> Non
         command.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="of a model's files"
         )
-        command.add_argument("--mesh", help=argparse.SUPPRESS)
     else:
         _add_run(command, None)
     command.add_argument(

@@ -52,7 +52,7 @@ def _load(settings: dict[str, Any], mesh: str | None) -> BiEncoder:
 
 
 def demo(options: argparse.Namespace) -> None:
-    demonstration.run(options.model, options.query)
+    demonstration.run(options.model, options.query, device_mesh(options.mesh))
 
 
 def embed(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.biases import apply_bias_set, load_bias_set
@@ -101,7 +102,7 @@ def read_demo() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return [[json.loads(line) for line in text.splitlines()] for text in (abstracts, claims)]  # type: ignore[return-value]
 
 
-def run(model: str | None = None, queries: list[str] | None = None) -> None:
+def run(model: str | None = None, queries: list[str] | None = None, mesh: Mesh | None = None) -> None:
     """Embeds the abstracts, answers claims and the given queries, and prints both with timing.
 
     The default model does it twice, as it is and with the trained biases that ship with the package, so that both
@@ -110,11 +111,12 @@ def run(model: str | None = None, queries: list[str] | None = None) -> None:
     Args:
         model: a source as for `BiEncoder.from_pretrained`; None takes SmolLM2-135M-Instruct.
         queries: free queries to answer as well.
+        mesh: the devices it runs on, or None for the first one.
     """
     abstracts, claims = read_demo()
     source = model or demo_model()
     start = time.perf_counter()
-    encoder = BiEncoder.from_pretrained(source, max_seq_length=MAX_SEQ_LENGTH)
+    encoder = BiEncoder.from_pretrained(source, max_seq_length=MAX_SEQ_LENGTH, mesh=mesh)
     print(f"{encoder.name}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
     if model is None:
         plain = _Answers.of(encoder, abstracts, claims)

@@ -15,6 +15,7 @@ import decoders
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_meshes import SHAPES
 from test_train_data import write_msmarco
 from test_train_parity import check_parameters, data, expected, write_model
 
@@ -232,20 +233,21 @@ def test_eight_devices(tmp_path):
     """Data, weights and heads spread over devices: the numbers of one device, which are torch's."""
     before, options, wanted = fixture_run(tmp_path)
     runs = []
-    meshes = {"data": "data=8", "mixed": "data=2,fsdp=2,tensor=2", "plain": "data=4,tensor=2"}
-    for name, mesh in meshes.items():
-        chunk = "0" if name == "plain" else "8"
-        runs.append([*options, "--output", str(tmp_path / name), "--mesh", mesh, "--chunk-size", chunk])
+    meshes = ["data={},fsdp={},tensor={}".format(*sizes) for sizes in SHAPES]
+    for mesh in meshes:
+        chunk = "8" if mesh.startswith("data=2") else "0"
+        runs.append([*options, "--output", str(tmp_path / mesh), "--mesh", mesh, "--chunk-size", chunk])
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     code, output, errors = Process(tmp_path, [json.dumps(runs)], SEVERAL, **flags).wait()
     assert code == 0, output + errors
-    for name in meshes:
-        check_run(tmp_path / name, before, wanted)
+    for mesh in meshes:
+        check_run(tmp_path / mesh, before, wanted)
     # A checkpoint of eight devices goes on on one.
-    shutil.rmtree(tmp_path / "mixed/checkpoints/3")
-    assert main([*options, "--output", str(tmp_path / "mixed"), "--chunk-size", "3", "--resume"]) == 0
-    check_parameters(load_file(tmp_path / "mixed/model.safetensors"), before, wanted)
-    assert len(metrics(tmp_path / "mixed")) == 3
+    mixed = tmp_path / "data=2,fsdp=2,tensor=2"
+    shutil.rmtree(mixed / "checkpoints/3")
+    assert main([*options, "--output", str(mixed), "--chunk-size", "3", "--resume"]) == 0
+    check_parameters(load_file(mixed / "model.safetensors"), before, wanted)
+    assert len(metrics(mixed)) == 3
 
 
 def test_two_processes(base, pairs, sts, tmp_path):
