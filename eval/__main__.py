@@ -46,10 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(task)
     args = parser.parse_args(arguments)
     assert module is not None  # argparse has left otherwise
-    if args.task not in (
-        "speed",
-        "plan",
-    ):  # they measure compiling, or compile for machines that are not here
+    # These two measure compiling, or compile for machines that are not here.
+    if args.task not in ("speed", "plan"):
         compile_cache.enable()
     try:
         with processes.session(args):

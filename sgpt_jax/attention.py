@@ -62,7 +62,7 @@ def attend(
 ) -> jax.Array:
     """Softmax attention with grouped key/value heads; scores and softmax in float32.
 
-    In half precision on an NVIDIA GPU this is cuDNN's flash attention, unless `why_not_cudnn` names a reason, which is
+    In bfloat16 on an NVIDIA GPU this is cuDNN's flash attention, unless `why_not_cudnn` names a reason, which is
     then said once. Everything else is XLA's.
 
     Args:
@@ -78,7 +78,7 @@ def attend(
         [B, T, N, H] in the dtype of v. What a query that sees no key gets is finite, and has no meaning.
     """
     length = q.shape[1]
-    if v.dtype in (jnp.bfloat16, jnp.float16) and (major := _gpu_major()) is not None:
+    if v.dtype == jnp.bfloat16 and (major := _gpu_major()) is not None:
         reason = why_not_cudnn(major, length, q.shape[-1], alibi=bias is not None, dropout=drop is not None)
         if reason is None:
             try:

@@ -166,6 +166,7 @@ def test_call_of_cudnn_means_the_same(window, segmented, monkeypatch):
 @CASES
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
 def test_cudnn_equals_xla(window, segmented, monkeypatch, caplog):
+    attention._say_why_not.cache_clear()  # every case is to be told of a refusal
     arguments = half_inputs(window, segmented)
     theirs = attended(*arguments)
     assert not caplog.records

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpt_jax.products import product, project
+from sgpt_jax.products import add_bias, product, project
 
 
 def _numbers(*shape: int) -> np.ndarray:
@@ -50,3 +50,17 @@ def test_projection_keeps_the_dtype(dtype):
     assert found.dtype == dtype
     expected = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_of_a_bias_is_the_sum_over_all_rows(dtype):
+    y, bias = jnp.asarray(_numbers(2, 5, 7), dtype), jnp.asarray(_numbers(7), dtype)
+    weights = jnp.asarray(_numbers(2, 5, 7) + 1, dtype)
+    found, (for_y, for_bias) = jax.value_and_grad(
+        lambda y, bias: (add_bias(y, bias) * weights).astype(jnp.float32).sum(), argnums=(0, 1)
+    )(y, bias)
+    np.testing.assert_allclose(found, ((y + bias) * weights).astype(jnp.float32).sum(), rtol=1e-6)
+    assert for_y.dtype == for_bias.dtype == dtype
+    np.testing.assert_array_equal(for_y, weights)
+    expected = np.asarray(weights, np.float32).sum((0, 1))
+    np.testing.assert_allclose(np.asarray(for_bias, np.float32), expected, rtol=2**-8, atol=1e-6)
