@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from eval.plan_devices import CHIPS
 from sgpt_jax.config import compute_dtype
-from sgpt_jax.products import product
+from sgpt_jax.products import project
 
 Way = Callable[[], Any]
 
@@ -67,7 +66,7 @@ class Contest:
 
 
 def race(contest: Contest, rounds: int) -> dict[str, Any]:
-    """Runs all ways in turn, once to compile and `rounds` times for the clock, then once for memory.
+    """Runs all ways in turn, once to compile and `rounds` times for the clock; memory is that of the last time.
 
     The machine's rate of matrix products is measured in the same rounds: a machine that others use too gives all of
     them the same bad minutes.
@@ -77,23 +76,26 @@ def race(contest: Contest, rounds: int) -> dict[str, Any]:
     first: dict[str, float] = {}
     found: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    memory: dict[str, dict[str, float | None]] = {}
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            start = time.perf_counter()
-            value = way()
-            taken = time.perf_counter() - start
+            with _Peak() as peak:
+                start = time.perf_counter()
+                value = way()
+                taken = time.perf_counter() - start
+            memory[name] = peak.megabytes()
             if turn == 0:
                 first[name], found[name] = taken, value
             else:
                 seconds[name].append(taken)
             print(f"  round {turn}: {name} {taken:.3f} s", file=sys.stderr, flush=True)
     limit = operations / statistics.median(seconds.pop("matrix product"))
-    peak = datasheet_peak() if contest.dtype == "bfloat16" else None
+    sheet = datasheet_peak() if contest.dtype == "bfloat16" else None
     result: dict[str, Any] = {
         "work": contest.work,
         "dtype": contest.dtype,
         "matrix_product_flops": limit,
-        "datasheet_flops": peak,
+        "datasheet_flops": sheet,
         "ways": {},
         "agreement": contest.compare(found),
         "left_out": contest.left_out,
@@ -109,10 +111,10 @@ def race(contest: Contest, rounds: int) -> dict[str, Any]:
             "ours_over": middle[name] / middle["ours"],
             "flops_per_second": rate,
             "of_matrix_product": rate / limit,
-            "of_datasheet": rate / peak if peak else None,
+            "of_datasheet": rate / sheet if sheet else None,
             "first_seconds": first[name],
             "compile_seconds": max(0.0, first[name] - middle[name]),
-            **_memory(contest.ways[name]),
+            **memory[name],
         }
     return result
 
@@ -156,8 +158,9 @@ def _matrix_product(dtype: str) -> tuple[Way, float]:
     """Products of large square matrices, and their operations."""
     size = CPU_SIZE if jax.default_backend() == "cpu" else ACCELERATOR_SIZE
     repeats = 4
-    matrix = jnp.full((size, size), 0.01, compute_dtype(dtype))
-    multiply = jax.jit(product)
+    # Of noise: some GPUs multiply constants faster.
+    matrix = jax.random.normal(jax.random.key(0), (size, size), compute_dtype(dtype))
+    multiply = jax.jit(project)
 
     def way() -> None:
         jax.block_until_ready([multiply(matrix, matrix) for _ in range(repeats)])
@@ -165,37 +168,16 @@ def _matrix_product(dtype: str) -> tuple[Way, float]:
     return way, 2.0 * repeats * size**3
 
 
-def _memory(way: Way) -> dict[str, float | None]:
-    """What one more run adds to the memory of this process at its worst, and the peak of the device if it says so.
+class _Peak:
+    """What runs inside adds so much to the memory of this process at its worst, looked at every 5 ms; and the peak of
+    the device if it says so. JAX's is that of the process so far. Torch's is that of what runs inside."""
 
-    JAX's peak is that of the process so far. Torch's is that of this run.
-    """
-    cuda = _cuda()
-    if cuda is not None:
-        cuda.reset_peak_memory_stats()
-        before = cuda.memory_allocated()
-    with _HostPeak() as host:
-        way()
-    device = None
-    if cuda is not None and cuda.max_memory_allocated() > before:
-        device = cuda.max_memory_allocated()
-    elif stats := jax.local_devices()[0].memory_stats():
-        device = stats.get("peak_bytes_in_use")
-    return {"host_growth_mb": host.growth_mb, "device_peak_mb": None if device is None else device / 1e6}
-
-
-def _cuda() -> Any:
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-
-class _HostPeak:
-    """Watches this process's resident memory, every 5 ms; `growth_mb` is None where the system does not tell."""
-
-    growth_mb: float | None = None
-
-    def __enter__(self) -> _HostPeak:
-        self._start = self._peak = _resident()
+    def __enter__(self) -> _Peak:
+        self._cuda, self._cuda_start = _cuda(), 0
+        if self._cuda is not None:
+            self._cuda.reset_peak_memory_stats()
+            self._cuda_start = self._cuda.memory_allocated()
+        self._start = self._worst = _resident()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -204,12 +186,26 @@ class _HostPeak:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if self._start is not None:
-            self.growth_mb = ((self._peak or 0) - self._start) / 1e6
 
     def _watch(self) -> None:
         while self._start is not None and not self._done.wait(0.005):
-            self._peak = max(self._peak or 0, _resident() or 0)
+            self._worst = max(self._worst or 0, _resident() or 0)
+
+    def megabytes(self) -> dict[str, float | None]:
+        """Of the host and of the device; None where the system does not tell."""
+        host = device = None
+        if self._start is not None:
+            host = ((self._worst or 0) - self._start) / 1e6
+        if self._cuda is not None and self._cuda.max_memory_allocated() > self._cuda_start:
+            device = self._cuda.max_memory_allocated() / 1e6
+        elif "peak_bytes_in_use" in (stats := jax.local_devices()[0].memory_stats() or {}):
+            device = stats["peak_bytes_in_use"] / 1e6
+        return {"host_growth_mb": host, "device_peak_mb": device}
+
+
+def _cuda() -> Any:
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def _resident() -> int | None:
