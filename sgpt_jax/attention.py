@@ -79,10 +79,10 @@ def attend(
     """
     length = q.shape[1]
     if v.dtype == jnp.bfloat16 and (major := _gpu_major()) is not None:
-        reason = why_not_cudnn(major, length, q.shape[-1], alibi=bias is not None, dropout=drop is not None)
+        reason = why_not_cudnn(major, q.shape[-1], alibi=bias is not None, dropout=drop is not None)
         if reason is None:
             try:
-                return _attend_cudnn(q, k, v, mask, scale)
+                return _attend_cudnn(q, k, v, mask, scale, cudnn_length(major, length))
             except (NotImplementedError, RuntimeError) as error:  # what JAX itself refuses, or no cuDNN
                 reason = str(error)
         _say_why_not(reason)
@@ -105,7 +105,7 @@ def attend(
     return jnp.concatenate(blocks, axis=1)
 
 
-def why_not_cudnn(major: int, length: int, head_dim: int, *, alibi: bool, dropout: bool) -> str | None:
+def why_not_cudnn(major: int, head_dim: int, *, alibi: bool, dropout: bool) -> str | None:
     """Why cuDNN's flash attention cannot compute `attend`, forward and backward; None where it can.
 
     Limits: jax/_src/cudnn/fused_attention_stablehlo.py, and NVIDIA's sdpa_support_surface.h in cudnn-frontend, which
@@ -113,7 +113,6 @@ def why_not_cudnn(major: int, length: int, head_dim: int, *, alibi: bool, dropou
 
     Args:
         major: of the GPU's compute capability.
-        length: queries and keys, T.
         head_dim: H.
         alibi: whether a bias is added to the scores.
         dropout: whether attention weights are dropped.
@@ -127,12 +126,19 @@ def why_not_cudnn(major: int, length: int, head_dim: int, *, alibi: bool, dropou
     largest = 256 if major == 9 else 128
     if head_dim % 8 or head_dim > largest:
         return f"heads of {head_dim}, where this GPU takes multiples of 8 up to {largest}"
-    if length % 2:
-        return f"the odd length {length}"
-    if major == 9 and length % 128 == 64:
-        # Gradients of queries whose scores are all far below 0 become NaN: pytorch/pytorch issue 196678.
-        return f"at length {length} cuDNN's gradients are not to be trusted on this GPU"
     return None
+
+
+def cudnn_length(major: int, length: int) -> int:
+    """The next length, from `length` on, at which cuDNN computes gradients, and right ones.
+
+    Args:
+        major: of the GPU's compute capability.
+        length: queries and keys, T.
+    """
+    length += length % 2
+    # On Hopper, gradients of queries whose scores are all far below 0 become NaN: pytorch/pytorch issue 196678.
+    return length + 64 if major == 9 and length % 128 == 64 else length
 
 
 def _gpu_major() -> int | None:
@@ -148,10 +154,17 @@ def _say_why_not(reason: str) -> None:
     logger.warning("attention by XLA, not by cuDNN: %s", reason)
 
 
-def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
-    """`attend` by cuDNN."""
+def _attend_cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, padded: int
+) -> jax.Array:
+    """`attend` by cuDNN, at the length `padded`."""
+    length = q.shape[1]
+    if padded > length:
+        extra = (0, padded - length)
+        q, k, v = (jnp.pad(x, ((0, 0), extra, (0, 0), (0, 0))) for x in (q, k, v))
+        mask = jnp.pad(mask, ((0, 0), extra, extra))
     # Padding that sees nothing sees itself here: its scores would otherwise be so low that gradients can overflow.
-    alone = ~mask.any(axis=-1, keepdims=True) & jnp.eye(q.shape[1], dtype=bool)
+    alone = ~mask.any(axis=-1, keepdims=True) & jnp.eye(padded, dtype=bool)
     mask = (mask | alone)[:, None]
     keep, mesh = None, jax.sharding.get_abstract_mesh()
     if not mesh.empty:
@@ -168,7 +181,7 @@ def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, sca
     out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
     )
-    return out if keep is None else keep(out)
+    return (out if keep is None else keep(out))[:, :length]
 
 
 def _attend_block(

@@ -13,7 +13,7 @@ import pytest
 from sgpt_jax import attention
 from sgpt_jax.positions import alibi_slopes
 
-BATCH, LENGTH, HEADS, GROUPS, SIZE = 2, 50, 6, 3, 8
+BATCH, LENGTH, HEADS, GROUPS, SIZE = 2, 64, 6, 3, 8
 
 
 def inputs():
@@ -43,7 +43,7 @@ def formula(q, k, v, mask, bias):
     return out
 
 
-@pytest.mark.parametrize("block", [1, 16, 49, 50, 256])
+@pytest.mark.parametrize("block", [1, 16, 63, 64, 256])
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("alibi", [False, True])
 def test_blocks_equal_the_formula(block, window, alibi, monkeypatch):
@@ -82,25 +82,23 @@ def test_gradients_do_not_depend_on_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("major", "length", "head_dim", "alibi", "dropout", "reason"),
+    ("major", "head_dim", "alibi", "dropout", "reason"),
     [
-        (8, 96, 64, False, False, None),
-        (8, 64, 128, False, False, None),
-        (9, 384, 256, False, False, None),
-        (10, 192, 128, False, False, None),
-        (7, 96, 64, False, False, "compute capability 7.x"),
-        (8, 96, 256, False, False, "heads of 256.* up to 128"),
-        (10, 96, 256, False, False, "heads of 256.* up to 128"),
-        (9, 96, 264, False, False, "heads of 264.* up to 256"),
-        (9, 96, 20, False, False, "heads of 20, .*multiples of 8"),
-        (9, 33, 64, False, False, "odd length 33"),
-        (9, 192, 64, False, False, "length 192"),
-        (9, 96, 64, True, False, "ALiBi"),
-        (9, 96, 64, False, True, "dropout"),
+        (8, 64, False, False, None),
+        (8, 128, False, False, None),
+        (9, 256, False, False, None),
+        (10, 128, False, False, None),
+        (7, 64, False, False, "compute capability 7.x"),
+        (8, 256, False, False, "heads of 256.* up to 128"),
+        (10, 256, False, False, "heads of 256.* up to 128"),
+        (9, 264, False, False, "heads of 264.* up to 256"),
+        (9, 20, False, False, "heads of 20, .*multiples of 8"),
+        (9, 64, True, False, "ALiBi"),
+        (9, 64, False, True, "dropout"),
     ],
 )
-def test_why_not_cudnn(major, length, head_dim, alibi, dropout, reason):
-    found = attention.why_not_cudnn(major, length, head_dim, alibi=alibi, dropout=dropout)
+def test_why_not_cudnn(major, head_dim, alibi, dropout, reason):
+    found = attention.why_not_cudnn(major, head_dim, alibi=alibi, dropout=dropout)
     if reason is None:
         assert found is None
     else:
@@ -108,17 +106,27 @@ def test_why_not_cudnn(major, length, head_dim, alibi, dropout, reason):
         assert re.search(reason, found)
 
 
-def half_inputs(window, segmented):
+@pytest.mark.parametrize(
+    ("major", "length", "given"),
+    [(8, 64, 64), (8, 63, 64), (9, 96, 96), (9, 63, 128), (9, 64, 128), (9, 192, 256), (10, 192, 192)],
+)
+def test_length_given_to_cudnn(major, length, given):
+    assert attention.cudnn_length(major, length) == given
+
+
+def half_inputs(window, segmented, length=50):
     """q, k and v in bfloat16, a mask with padding on either side and a row of padding alone, and what sees a key."""
     q, k, v, valid, positions, segments = inputs()
     q, k, v, valid, positions, segments = (
         np.concatenate([x, x[:1]]) for x in (q, k, v, valid, positions, segments)
     )
-    valid[2] = 0
+    valid[1, length - 7 :], valid[2] = 0, 0
     mask = attention.attention_mask_matrix(
         jnp.asarray(valid), jnp.asarray(positions), window, jnp.asarray(segments) if segmented else None
     )
-    return *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), mask, mask.any(axis=-1)[..., None, None]
+    mask = mask[:, :length, :length]
+    arrays = (jnp.asarray(x[:, :length], jnp.bfloat16) for x in (q, k, v))
+    return *arrays, mask, mask.any(axis=-1)[..., None, None]
 
 
 def attended(q, k, v, mask, seen):
@@ -139,13 +147,16 @@ def assert_same(theirs, ours):
         np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
-CASES = pytest.mark.parametrize(("window", "segmented"), [(None, False), (6, False), (None, True), (6, True)])
+CASES = pytest.mark.parametrize(
+    ("window", "segmented", "length"),
+    [(None, False, 50), (6, False, 50), (None, True, 50), (6, True, 50), (None, True, 63), (None, True, 64)],
+)
 
 
 @CASES
-def test_call_of_cudnn_means_the_same(window, segmented, monkeypatch):
+def test_call_of_cudnn_means_the_same(window, segmented, length, monkeypatch):
     """As on a GPU, but what is asked of cuDNN is computed by JAX's own plain implementation."""
-    q, k, v, mask, seen = half_inputs(window, segmented)
+    q, k, v, mask, seen = half_inputs(window, segmented, length)
     ours = attended(q, k, v, mask, seen)
     asked = []
     real = jax.nn.dot_product_attention
@@ -165,9 +176,9 @@ def test_call_of_cudnn_means_the_same(window, segmented, monkeypatch):
 
 @CASES
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
-def test_cudnn_equals_xla(window, segmented, monkeypatch, caplog):
+def test_cudnn_equals_xla(window, segmented, length, monkeypatch, caplog):
     attention._say_why_not.cache_clear()  # every case is to be told of a refusal
-    arguments = half_inputs(window, segmented)
+    arguments = half_inputs(window, segmented, length)
     theirs = attended(*arguments)
     assert not caplog.records
     monkeypatch.setattr(attention, "_gpu_major", lambda: None)
@@ -178,20 +189,20 @@ def test_why_not_is_said_once(monkeypatch, caplog):
     attention._say_why_not.cache_clear()
     q, k, v, mask, seen = half_inputs(None, False)
     attend = functools.partial(attention.attend, scale=0.3)
-    alibi = jnp.zeros((3, HEADS, 1, LENGTH))
+    alibi = jnp.zeros((3, HEADS, 1, 50))
     with caplog.at_level(logging.WARNING):
-        expected = attend(q, k, v, mask)
+        expected = attend(q, k, v, mask, bias=alibi)
         assert not caplog.records  # no GPU, no word
         monkeypatch.setattr(attention, "_gpu_major", lambda: 9)
-        odd = [attend(q[:, :49], k[:, :49], v[:, :49], mask[:, :49, :49]) for _ in range(2)]
-        attend(q, k, v, mask, bias=alibi)
+        found = [attend(q, k, v, mask, bias=alibi) for _ in range(2)]
+        attend(q, k, v, mask, drop=lambda weights: weights)
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        attend(q, k, v, mask, bias=alibi)
+        attend(q, k, v, mask, drop=lambda weights: weights)
     assert [record.getMessage() for record in caplog.records] == [
-        "attention by XLA, not by cuDNN: the odd length 49",
         "attention by XLA, not by cuDNN: ALiBi",
+        "attention by XLA, not by cuDNN: dropout of attention weights",
     ]
-    np.testing.assert_array_equal(jnp.where(seen, expected, 0)[:, :49], jnp.where(seen[:, :49], odd[1], 0))
+    np.testing.assert_array_equal(jnp.where(seen, expected, 0), jnp.where(seen, found[1], 0))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="for machines without cuDNN")

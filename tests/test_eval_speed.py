@@ -19,7 +19,7 @@ from sgpt_jax import BiEncoder
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
-    monkeypatch.setattr(speed_rounds, "CPU_SIZE", 64)
+    monkeypatch.setattr(speed_rounds, "CPU_PRODUCTS", (4, 64))
 
 
 @pytest.fixture(scope="module")
