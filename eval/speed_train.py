@@ -13,7 +13,7 @@ from eval.data import DataSet
 from eval.speed_models import Torch, exported, pooled
 from eval.speed_rounds import Contest
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.biases import add_zero_biases
+from sgpt_jax.biases import add_zero_biases, bias_leaves
 from sgpt_jax.decoder import split
 from sgpt_jax.flops import training_flops
 from sgpt_jax.io import InputError
@@ -32,7 +32,8 @@ def train_contest(model: BiEncoder, data: DataSet, batch_size: int) -> Contest:
     Each goes on from its own state. Ours is a batch of packed rows; torch pads each column (queries, positives,
     negatives) to its longest text, as sentence-transformers does.
     """
-    model = dataclasses.replace(model, decoder=add_zero_biases(model.decoder))
+    if not bias_leaves(split(model.decoder)[1]):
+        model = dataclasses.replace(model, decoder=add_zero_biases(model.decoder))
     examples = triplets(data, batch_size)
     plan = BatchPlan(ListExamples(examples), batch_size, seed=0, shuffle=False, no_duplicates=False)
     config = model.decoder.config

@@ -49,7 +49,7 @@ def test_figures_of_a_race(monkeypatch):
     clock = [0.0]
 
     def way(first, *later):
-        seconds = iter((first, *later, 0.0))  # the last is for memory
+        seconds = iter((first, *later))
 
         def run():
             clock[0] += next(seconds)
@@ -128,8 +128,10 @@ def test_score(model, data, tmp_path):
     assert part["compiled_memory_mib"]["scores"] > 0
 
 
-def test_train(model, data, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "gpt_neo"])  # without biases, and with some
+def test_train(name, data, tmp_path):
     pytest.importorskip("torch")
+    model = decoders.write_tokenizer(decoders.write_checkpoint(name, tmp_path / "model"))
     part = run(tmp_path, "train", "--model", model, "--data", data, "--batch-size", 3)["train"]
     check(part, ["ours", "ours, all weights", "torch"])
     losses = list(part["agreement"].values())
