@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 MASKED = -1e30
 
 # Queries at a time: their scores then stay in a CPU's caches, and memory does not grow with the square of the length.
-QUERY_BLOCK = 128
+# A GPU has no use for small blocks, and tries several programs for the products of each: twice the time to compile.
+QUERY_BLOCK, GPU_QUERY_BLOCK = 128, 512
 
 
 def attention_mask_matrix(
@@ -86,7 +87,9 @@ def attend(
             except (NotImplementedError, RuntimeError) as error:  # what JAX itself refuses, or no cuDNN
                 reason = str(error)
         _say_why_not(reason)
-    step = length if drop is not None else QUERY_BLOCK
+    step = GPU_QUERY_BLOCK if platform() == "gpu" else QUERY_BLOCK
+    if drop is not None:
+        step = length
     blocks = []
     for start in range(0, length, step):
         # Later keys are never seen, see `attention_mask_matrix`.

@@ -62,7 +62,12 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str) -> jax.Array:
     weights /= jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-9)
     # Padding may hold anything, and 0 times infinity is not 0.
     hidden = jnp.where(valid.any(axis=1)[..., None], hidden.astype(jnp.float32), 0.0)
-    return jnp.einsum("bst,bte->bse", weights, hidden, precision=jax.lax.Precision.HIGHEST)
+    texts = weights.shape[1]
+    if texts == 1:
+        # A product with one row becomes a sum over the last axis, and XLA then keeps the hidden states of every layer
+        # transposed on GPUs. With a second row it stays a product.
+        weights = jnp.pad(weights, ((0, 0), (0, 1), (0, 0)))
+    return jnp.einsum("bst,bte->bse", weights, hidden, precision=jax.lax.Precision.HIGHEST)[:, :texts]
 
 
 def normalize(vectors: jax.Array) -> jax.Array:
