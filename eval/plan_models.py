@@ -1,4 +1,4 @@
-"""Configurations of released decoders, as their config.json has them: what a plan needs of a model."""
+"""Configurations of released decoders, as their config.json has them: all that plans and speed need of a model."""
 
 from __future__ import annotations
 

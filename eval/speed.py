@@ -24,9 +24,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from eval.models import positive
+from eval.plan_models import MODELS
 from eval.record import circumstances
 from eval.speed_encode import encode_contest
-from eval.speed_models import SHAPES, mixed_texts, open_data, write_shape
+from eval.speed_models import mixed_texts, open_data, write_shape
 from eval.speed_rounds import Contest, race, report, threads
 from eval.speed_search import search_contest
 from sgpt_jax.bi_encoder import BiEncoder
@@ -42,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     here = "$SGPT_DATA/{}" if data is None else os.path.join(data, "{}")
     parser.add_argument("part", nargs="?", choices=PARTS, help="what to measure (default: all)")
     parser.add_argument("--model", help="model folder, hub id, or .gguf file; search needs none")
-    parser.add_argument("--shape", choices=list(SHAPES), help="in its place: random weights of this shape")
+    parser.add_argument("--shape", choices=list(MODELS),
+                        help="in its place: this shape, with random weights, which take as long")  # fmt: skip
     parser.add_argument("--tokenizer", default=data and here.format("gpt2_tokenizer"), metavar="FOLDER",
                         help="of --shape: vocab.json and merges.txt (default: $SGPT_DATA/gpt2_tokenizer)")  # fmt: skip
     parser.add_argument("--data", default=data and here.format("scifact"), metavar="FOLDER",

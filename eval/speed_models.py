@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from eval.data import DataSet
+from eval.plan_models import MODELS
 from eval.speed_rounds import threads
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.config import compute_dtype
@@ -24,41 +25,12 @@ from sgpt_jax.io import InputError, parse_json, read_lines
 from sgpt_jax.text import save_tokenizer
 from sgpt_jax.weights import export_folder
 
-_NEO = {
-    "model_type": "gpt_neo",
-    "activation_function": "gelu_new",
-    "attention_dropout": 0.0,
-    "bos_token_id": 50256,
-    "embed_dropout": 0.0,
-    "eos_token_id": 50256,
-    "intermediate_size": None,
-    "layer_norm_epsilon": 1e-5,
-    "max_position_embeddings": 2048,
-    "resid_dropout": 0.0,
-    "vocab_size": 50257,
-    "window_size": 256,
-}
-
-
-def _neo(layers: int, width: int, heads: int) -> dict[str, Any]:
-    kinds = ["global", "local"] * (layers // 2)
-    sizes = {"hidden_size": width, "num_heads": heads, "num_layers": layers}
-    return _NEO | sizes | {"attention_types": [[["global", "local"], layers // 2]], "attention_layers": kinds}
-
-
-# Decoders of published shapes; random weights are as fast as trained ones.
-SHAPES = {
-    "gpt-neo-125m": _neo(12, 768, 12),
-    "gpt-neo-1.3b": _neo(24, 2048, 16),
-    "gpt-neo-2.7b": _neo(32, 2560, 20),
-}
-
 
 def write_shape(shape: str, tokenizer: str, dtype: str, folder: str) -> None:
     """Writes a model folder of a published shape with random weights.
 
     Args:
-        shape: a name of `SHAPES`.
+        shape: a name of `eval.plan_models.MODELS`.
         tokenizer: a folder with GPT-2's vocab.json and merges.txt, gzipped or not.
         dtype: of the files.
         folder: where.
@@ -66,7 +38,7 @@ def write_shape(shape: str, tokenizer: str, dtype: str, folder: str) -> None:
     Raises:
         InputError: the tokenizer's files are not there.
     """
-    hf = SHAPES[shape]
+    hf = MODELS[shape]
     decoder = Decoder(read_config(hf), dtype=compute_dtype(dtype), rngs=nnx.Rngs(0))
     export_folder(decoder, hf, folder)
     save_tokenizer(_gpt2_tokenizer(tokenizer), folder)

@@ -12,6 +12,7 @@ import pytest
 
 from eval import speed_models, speed_rounds
 from eval.__main__ import main
+from eval.plan_models import MODELS
 from eval.speed_encode import encode_contest
 from eval.speed_search import search_contest
 from sgpt_jax import BiEncoder
@@ -178,19 +179,28 @@ def test_a_model_that_transformers_has_not(data, tmp_path):
     assert "transformers has no gptj config" in part["left_out"]["torch"]
 
 
-def test_a_shape_needs_no_checkpoint(data, tmp_path, monkeypatch):
+SMALL = {
+    "hidden_size": 64, "n_embd": 64, "num_layers": 2, "n_layer": 2, "num_hidden_layers": 2, "num_heads": 4,
+    "n_head": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8,
+    "intermediate_size": 96, "max_position_embeddings": 64, "n_positions": 64,
+    "attention_types": [[["global", "local"], 1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", list(MODELS))
+def test_a_shape_needs_no_checkpoint(shape, data, tmp_path, monkeypatch):
     files = tmp_path / "tokenizer"
     files.mkdir()
     vocab, merges = decoders.bpe()
     vocab = {**vocab, "<|endoftext|>": len(vocab)}
-    sizes = {"vocab_size": len(vocab), "max_position_embeddings": 64}
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), len(vocab) - 1)
-    monkeypatch.setitem(speed_models.SHAPES, "gpt-neo-125m", speed_models._neo(2, 64, 4) | sizes | ends)
+    small = MODELS[shape] | {key: size for key, size in SMALL.items() if key in MODELS[shape]}
+    monkeypatch.setitem(MODELS, shape, small | {"vocab_size": len(vocab)})
     (files / "vocab.json").write_text(json.dumps(vocab))
     (files / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    common = ("encode", "--shape", "gpt-neo-125m", "--data", data, "--texts", 5)
+    common = ("encode", "--shape", shape, "--data", data, "--texts", 5)
     part = run(tmp_path, *common, "--tokenizer", files)["encode"]
     assert part["work"]["tokens"] > 5
+    assert all(why.endswith("is not installed") for why in part["left_out"].values())
     assert all(value < 1e-4 for value in part["agreement"].values())
 
 
