@@ -87,9 +87,10 @@ def attend(
             except (NotImplementedError, RuntimeError) as error:  # what JAX itself refuses, or no cuDNN
                 reason = str(error)
         _say_why_not(reason)
-    step = GPU_QUERY_BLOCK if platform() == "gpu" else QUERY_BLOCK
     if drop is not None:
         step = length
+    else:
+        step = GPU_QUERY_BLOCK if platform() == "gpu" else QUERY_BLOCK
     blocks = []
     for start in range(0, length, step):
         # Later keys are never seen, see `attention_mask_matrix`.
