@@ -7,8 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sgpt_jax import compile_cache, processes
-from sgpt_jax.io import InputError
+from sgpt_jax.errors import InputError
+from sgpt_jax.runtime import compile_cache, processes
 
 # task -> (its module, with add_arguments(parser) and main(args); what it does)
 TASKS = {
@@ -17,9 +17,9 @@ TASKS = {
     "sts": ("eval.sts", "semantic textual similarity on STS-Benchmark files"),
     "useb": ("eval.useb", "the Unsupervised Sentence Embedding Benchmark"),
     "mteb": ("eval.mteb", "mteb's own evaluator on a local BEIR data set"),
-    "plan": ("eval.plan", "what a run would need, before a machine is rented"),
+    "plan": ("eval.plan.command", "what a run would need, before a machine is rented"),
     "large-index": ("eval.large_index", "memory and time of a large index of generated documents"),
-    "speed": ("eval.speed", "this project beside torch, sentence-transformers and FAISS"),
+    "speed": ("eval.speed.command", "this project beside torch, sentence-transformers and FAISS"),
     "report": ("eval.report", "one Markdown table and one plot of many results"),
     "significance": ("eval.significance", "paired t-test and bootstrap between two runs"),
 }

@@ -34,8 +34,9 @@ from eval.models import (
 )
 from eval.results import Result, make_folder, mean_metrics, read_result, write_result
 from eval.stages import Stages, measure
-from sgpt_jax import processes
-from sgpt_jax.io import InputError, write_json_run, write_run
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.runs import write_json_run, write_run
+from sgpt_jax.runtime import processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.metrics import top
-from sgpt_jax.io import Document, InputError
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
 
 if TYPE_CHECKING:
     import bm25s

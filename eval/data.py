@@ -15,7 +15,10 @@ from pathlib import Path
 from etils import epath
 from tqdm import tqdm
 
-from sgpt_jax.io import Document, InputError, ReadReport, read_corpus, read_qrels, read_queries
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document, read_corpus, read_queries
+from sgpt_jax.files.lines import ReadReport
+from sgpt_jax.files.runs import read_qrels
 
 URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
 
@@ -106,7 +109,7 @@ class DataSet:
         """The corpus as a stream of documents (title and text already joined), in the file's order.
 
         Raises:
-            InputError: as `sgpt_jax.io.read_corpus`.
+            InputError: as `sgpt_jax.files.corpora.read_corpus`.
         """
         return read_corpus(
             find(self.folder, "corpus", ("jsonl", "tsv")),

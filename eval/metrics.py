@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytrec_eval
 
-from sgpt_jax.io import InputError
+from sgpt_jax.errors import InputError
 
 CUTS = (1, 3, 5, 10, 100, 1000)
 _MEASURES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}

@@ -12,13 +12,13 @@ import jax
 from etils import epath
 
 from eval.record import revision
-from sgpt_jax import hub
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
-from sgpt_jax.decoder import split
-from sgpt_jax.io import InputError
-from sgpt_jax.prompts import DEFAULT_PROMPT, Prompt
-from sgpt_jax.sharding import device_mesh
+from sgpt_jax.decoder.model import split
+from sgpt_jax.decoder.sharding import device_mesh
+from sgpt_jax.errors import InputError
+from sgpt_jax.folder.source import resolve
+from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt
 
 # The zero-shot prompts of the SGPT paper's ablation, by the names of its repository's cross-encoder notebook. "G" is
 # the one that the paper's results were made with; the ones for Quora are for pairs of questions.
@@ -109,7 +109,7 @@ class LazyModel:
 
     def __init__(self, source: str, options: dict[str, Any], load: Callable[[], Any]) -> None:
         self.source = source
-        self.identity = {"revision": revision(epath.Path(hub.resolve(source).path)), **options}
+        self.identity = {"revision": revision(epath.Path(resolve(source).path)), **options}
         self._load = functools.cache(load)
 
     @property

@@ -39,7 +39,7 @@ from eval.results import write_result
 from eval.stages import Stages, first_stage
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
-from sgpt_jax.io import InputError
+from sgpt_jax.errors import InputError
 
 _NAMES = {
     "ndcg": "ndcg_cut",

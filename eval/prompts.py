@@ -42,9 +42,10 @@ from eval.models import (
 from eval.results import Result
 from eval.stages import Stages
 from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError
-from sgpt_jax.files import atomic_write
-from sgpt_jax.io import Document, InputError
-from sgpt_jax.prompts import Prompt
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.files.lines import atomic_write
+from sgpt_jax.text.pairs import Prompt
 
 _BOT = (
     'An intelligent, helpful bot is given. The bot responds "Yes" if the document is a fit to the query and "No" '

@@ -20,8 +20,8 @@ from etils import epath
 from eval.data import AVERAGES
 from eval.record import command
 from eval.results import Result, find_results, mean_metrics
-from sgpt_jax.files import atomic_write
-from sgpt_jax.io import InputError
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import atomic_write
 
 _PUBLISHED = epath.Path(__file__).parent / "published.json"
 _ORDER = ("msmarco", *AVERAGES["average_18"])

@@ -10,9 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.metrics import Run, cut
-from sgpt_jax import processes
 from sgpt_jax.cross_encoder import NaNScoreError
-from sgpt_jax.io import Document, InputError
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.runtime import processes
 
 _PAIRS = 4_096  # pairs given to the model at a time, so that a long run shows progress
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from sgpt_jax.files import atomic_write
-from sgpt_jax.io import InputError
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import atomic_write
 
 Result = dict[str, Any]
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sgpt_jax import processes
-from sgpt_jax.io import Document, InputError
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.runtime import processes
 
 CHUNK = 16_384  # documents that are encoded and scored at a time
 _QUERIES = 1_024  # queries a block of scores holds, which bounds it to 64 MiB

@@ -18,8 +18,8 @@ from scipy import stats
 
 from eval.models import positive
 from eval.results import Result, find_results
-from sgpt_jax.files import atomic_write
-from sgpt_jax.io import InputError
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import atomic_write
 
 _BLOCK = 2**22  # resampled values that are held at a time
 

@@ -17,9 +17,11 @@ from eval.record import circumstances, revision
 from eval.rerank import candidates, rerank
 from eval.results import Result, read_result
 from eval.search import search
-from sgpt_jax import processes
 from sgpt_jax.cross_encoder import ScoreReport
-from sgpt_jax.io import Document, InputError, read_run
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.files.runs import read_run
+from sgpt_jax.runtime import processes
 
 # Values per query are kept for the metrics that papers test: `python -m eval significance` reads them.
 PER_QUERY = ("ndcg@10", "map@100", "recall@100", "precision@10", "mrr@10")

@@ -22,8 +22,8 @@ from scipy import stats
 from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
 from eval.record import circumstances
 from eval.results import write_result
-from sgpt_jax.files import line_error
-from sgpt_jax.io import InputError, read_lines
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import line_error, read_lines
 
 Pair = tuple[float, str, str]
 

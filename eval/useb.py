@@ -31,8 +31,9 @@ from eval.record import circumstances
 from eval.results import write_result
 from eval.search import search
 from eval.sts import Encoder, similarities
-from sgpt_jax.files import line_error, parse_json
-from sgpt_jax.io import Document, InputError, read_lines
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.files.lines import line_error, parse_json, read_lines
 
 _URL_LABEL = re.compile(r"\s*\(\s*(\d+)\s*,\s*\d+\s*\)\s*")  # how many of how many raters said paraphrase
 SCIDOCS = ("cite", "cocite", "coview", "coread")

@@ -17,24 +17,20 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from sgpt_jax import biases as bias_sets
-from sgpt_jax import hub
-from sgpt_jax.ahead import ahead
-from sgpt_jax.decoder import Decoder, split
-from sgpt_jax.io import InputError
-from sgpt_jax.model_card import read_license, write_model_card
-from sgpt_jax.pooling import POOLING_MODES, normalize
-from sgpt_jax.rows import RowBatch, encode_rows, lay_out, plan_batches
-from sgpt_jax.sharding import batch_sharding, batch_ways, on_mesh
-from sgpt_jax.tensor_files import open_checkpoint
-from sgpt_jax.text import (
-    Side,
-    TextEncoder,
-    check_ids,
-    load_tokenizer,
-    save_tokenizer,
-)
-from sgpt_jax.weights import export_folder, load_checkpoint
+from sgpt_jax.checkpoint import bias_sets
+from sgpt_jax.checkpoint.tensors import open_checkpoint
+from sgpt_jax.checkpoint.weights import export_folder, load_checkpoint
+from sgpt_jax.decoder.model import Decoder, split
+from sgpt_jax.decoder.pooling import POOLING_MODES, normalize
+from sgpt_jax.decoder.sharding import batch_sharding, batch_ways, on_mesh
+from sgpt_jax.errors import InputError
+from sgpt_jax.folder.card import read_license, write_model_card
+from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
+from sgpt_jax.folder.source import resolve
+from sgpt_jax.packing.rows import RowBatch, encode_rows, lay_out, plan_batches
+from sgpt_jax.runtime.prefetch import ahead
+from sgpt_jax.text.encoder import Side, TextEncoder, check_ids
+from sgpt_jax.text.tokenizer import load_tokenizer, save_tokenizer
 
 # Tokens a batch: enough to keep matrix products large, and on accelerators to hide the launch of each program.
 DEFAULT_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
@@ -145,8 +141,8 @@ class BiEncoder:
         Raises:
             InputError: the source is missing, damaged or not supported, or the options do not fit it.
         """
-        resolved = hub.resolve(source)
-        settings = hub.read_settings(resolved.path, resolved.name)
+        resolved = resolve(source)
+        settings = read_settings(resolved.path, resolved.name)
         bias_set = None if biases is None else bias_sets.load_bias_set(biases)
         recorded = {} if bias_set is None else bias_set.header
         pooling = _first(pooling, recorded.get("pooling"), settings.pooling, "weightedmean")
@@ -307,14 +303,14 @@ class BiEncoder:
         folder = epath.Path(folder)
         export_folder(self.decoder, self.hf_config, folder)
         save_tokenizer(self.text.tokenizer, folder)
-        settings = hub.ModelSettings(
+        settings = ModelSettings(
             pooling=self.pooling,
             brackets=self.text.brackets,
             max_seq_length=self.text.max_seq_length,
             normalize=self.normalized,
             prompts=self.text.prompts,
         )
-        hub.write_settings(folder, settings, self.dimension)
+        write_settings(folder, settings, self.dimension)
         write_model_card(
             folder,
             settings,

@@ -13,16 +13,19 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sgpt_jax import hub, packing
 from sgpt_jax.bi_encoder import UNLIMITED_DEFAULT
-from sgpt_jax.decoder import Decoder, split
-from sgpt_jax.io import InputError, fix_surrogates
-from sgpt_jax.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
-from sgpt_jax.prompts import DEFAULT_PROMPT, Prompt, TokenPairs, query_room, tokenise_pairs
-from sgpt_jax.sharding import batch_sharding, batch_ways
-from sgpt_jax.tensor_files import open_checkpoint
-from sgpt_jax.text import TextEncoder, check_ids, load_tokenizer
-from sgpt_jax.weights import load_checkpoint
+from sgpt_jax.checkpoint.tensors import open_checkpoint
+from sgpt_jax.checkpoint.weights import load_checkpoint
+from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
+from sgpt_jax.decoder.model import Decoder, split
+from sgpt_jax.decoder.sharding import batch_sharding, batch_ways
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import fix_surrogates
+from sgpt_jax.folder.source import resolve
+from sgpt_jax.packing import shared as packing
+from sgpt_jax.text.encoder import TextEncoder, check_ids
+from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt, TokenPairs, query_room, tokenise_pairs
+from sgpt_jax.text.tokenizer import load_tokenizer
 
 Reduction = Literal["sum", "mean", "search-endpoint"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -132,7 +135,7 @@ class CrossEncoder:
             InputError: the source is missing, damaged, not supported or has no language-model head, or the options do
                 not fit it.
         """
-        resolved = hub.resolve(source)
+        resolved = resolve(source)
         decoder = load_checkpoint(open_checkpoint(resolved.path), dtype, mesh)
         length = decoder.config.max_positions or UNLIMITED_DEFAULT
         if max_seq_length is not None:

@@ -22,8 +22,11 @@ from etils import epath
 from tqdm import tqdm
 
 from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError, ScoreReport
-from sgpt_jax.decoder import split
-from sgpt_jax.io import Document, InputError, PathLike, atomic_write, write_json, write_json_run, write_run
+from sgpt_jax.decoder.model import split
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.files.lines import PathLike, atomic_write, write_json
+from sgpt_jax.files.runs import write_json_run, write_run
 
 Run = Mapping[str, Mapping[str, float]]
 

@@ -12,9 +12,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from etils import epath
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, TokenType, get_tensor_name_map
+
+from sgpt_jax.checkpoint.tensors import open_checkpoint
+from sgpt_jax.checkpoint.weights import load_checkpoint
+from sgpt_jax.decoder.model import merge, split
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SPECS: dict[str, dict[str, Any]] = json.loads((FIXTURES / "decoders/variants.json").read_text("utf-8"))
@@ -331,3 +337,18 @@ def _write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     start += b" " * (-len(start) % 8)
     data = b"".join(a.tobytes() for a in arrays.values())
     path.write_bytes(len(start).to_bytes(8, "little") + start + data)
+
+
+forward = jax.jit(lambda graphdef, params, ids, mask: merge(graphdef, params)(ids, mask), static_argnums=0)
+
+
+def load(folder, dtype="float32"):
+    return load_checkpoint(open_checkpoint(epath.Path(folder)), dtype)
+
+
+def hidden_states(decoder, ids, mask):
+    return np.asarray(forward(*split(decoder), ids, mask), np.float32)
+
+
+def relative_error(ours, theirs):
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()

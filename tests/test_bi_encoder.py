@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import sgpt_jax as sgpt
-from sgpt_jax import bi_encoder, biases
-from sgpt_jax.config import RotaryConfig
-from sgpt_jax.decoder import split
-from sgpt_jax.io import InputError
-from sgpt_jax.positions import rotary_frequencies
-from sgpt_jax.tensor_files import open_checkpoint
+from sgpt_jax import bi_encoder
+from sgpt_jax.checkpoint import bias_sets as biases
+from sgpt_jax.checkpoint.tensors import open_checkpoint
+from sgpt_jax.decoder.config import RotaryConfig
+from sgpt_jax.decoder.model import split
+from sgpt_jax.decoder.positions import rotary_frequencies
+from sgpt_jax.errors import InputError
 
 RECIPE = json.loads((decoders.FIXTURES / "sgpt/texts.json").read_text("utf-8"))
 VECTORS = np.load(decoders.FIXTURES / "sgpt/vectors.npz")

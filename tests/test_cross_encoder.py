@@ -16,16 +16,18 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from sgpt_jax import log_probs, packing
-from sgpt_jax.config import DecoderConfig
+from sgpt_jax.checkpoint.tensors import open_checkpoint
+from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError, ScoreReport
-from sgpt_jax.decoder import Decoder, merge, split
-from sgpt_jax.io import InputError
-from sgpt_jax.packing import make_pass, plan_batches, plan_rows
-from sgpt_jax.prompts import DEFAULT_PROMPT, SEARCH_ENDPOINT_PROMPT, Prompt, tokenise_pairs
-from sgpt_jax.tensor_files import open_checkpoint
-from sgpt_jax.text import TextEncoder, load_tokenizer
-from sgpt_jax.weights import load_checkpoint
+from sgpt_jax.decoder import log_probs
+from sgpt_jax.decoder.config import DecoderConfig
+from sgpt_jax.decoder.model import Decoder, merge, split
+from sgpt_jax.errors import InputError
+from sgpt_jax.packing import shared as packing
+from sgpt_jax.packing.shared import make_pass, plan_batches, plan_rows
+from sgpt_jax.text.encoder import TextEncoder
+from sgpt_jax.text.pairs import DEFAULT_PROMPT, SEARCH_ENDPOINT_PROMPT, Prompt, tokenise_pairs
+from sgpt_jax.text.tokenizer import load_tokenizer
 
 CASES = json.loads((decoders.FIXTURES / "cross_encoder/cases.json").read_text("ascii"))
 with np.load(decoders.FIXTURES / "cross_encoder/scores.npz") as stored:
@@ -138,14 +140,14 @@ def test_queries_of_one_document_share_its_pass(variant, tokenizer, decoder_of, 
     pairs = [(query, document) for query in queries for document in (HERON, "Boats.")]
     alone = model.predict(pairs, share=False)
     # Rows become longer than a text may be; positions do not.
-    monkeypatch.setattr("sgpt_jax.packing.row_room", lambda *_: 1000)
+    monkeypatch.setattr("sgpt_jax.packing.shared.row_room", lambda *_: 1000)
     together = ScoreReport()
     assert_close(model.predict(pairs, report=together), alone)
     assert together.tokens > 2 * model.text.max_seq_length
     assert together.tokens < together.tokens_alone / 3
     assert together.tokens_saved == together.tokens_alone - together.tokens
     # Documents whose queries need several rows.
-    monkeypatch.setattr("sgpt_jax.packing.row_room", lambda *_: 100)
+    monkeypatch.setattr("sgpt_jax.packing.shared.row_room", lambda *_: 100)
     split_up = ScoreReport()
     assert_close(model.predict(pairs, report=split_up), alone)
     assert together.tokens < split_up.tokens < split_up.tokens_alone
@@ -155,7 +157,7 @@ ON_EIGHT_DEVICES = """
 import sys
 import numpy as np
 from sgpt_jax.cross_encoder import CrossEncoder
-from sgpt_jax.sharding import make_mesh
+from sgpt_jax.decoder.sharding import make_mesh
 
 documents = ["A heron waits in the shallow water.", "Boats.", "The bay in winter, when the ferry rests."]
 pairs = [(query, document) for query in ("birds", "ferry times", "b", "which", "ice") for document in documents]

@@ -14,12 +14,15 @@ import pytest
 
 from sgpt_jax import rerank as module
 from sgpt_jax.cross_encoder import CrossEncoder
-from sgpt_jax.decoder import merge, split
-from sgpt_jax.io import Document, InputError, read_run
-from sgpt_jax.prompts import Prompt
+from sgpt_jax.decoder.model import merge, split
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.files.runs import read_run
+from sgpt_jax.load import load_decoder
 from sgpt_jax.rerank import rerank
-from sgpt_jax.text import TextEncoder, load_tokenizer
-from sgpt_jax.weights import load_decoder
+from sgpt_jax.text.encoder import TextEncoder
+from sgpt_jax.text.pairs import Prompt
+from sgpt_jax.text.tokenizer import load_tokenizer
 
 DOCUMENTS = [
     Document("h", "A heron waits in the shallow water. It folds its neck and stands."),

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from sgpt_jax import compile_cache, processes
-from sgpt_jax.io import InputError
+from sgpt_jax.errors import InputError
+from sgpt_jax.runtime import compile_cache, processes
 from train.loop import Diverged, train
 from train.mine import add_mine_parser, mine
 from train.recipes import ONLY, RECIPES, TrainConfig

@@ -15,8 +15,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from sgpt_jax.io import InputError
-from sgpt_jax.text import TextEncoder, check_ids
+from sgpt_jax.errors import InputError
+from sgpt_jax.text.encoder import TextEncoder, check_ids
 from train.data import Example, ExampleSource, text_key
 from train.packing import pack, row_length
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sgpt_jax.io import InputError
-from sgpt_jax.sharding import leaf_path
+from sgpt_jax.decoder.sharding import leaf_path
+from sgpt_jax.errors import InputError
 from train.step import TrainState
 
 # Newest checkpoints kept: one to go on from, and one in case the newest is damaged.

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from etils import epath
 
-from sgpt_jax.files import display_name, line_error, parse_json
-from sgpt_jax.io import InputError, fix_surrogates, read_lines
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import display_name, fix_surrogates, line_error, parse_json, read_lines
 
 
 class Example(NamedTuple):

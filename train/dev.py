@@ -9,8 +9,10 @@ from etils import epath
 from scipy import stats
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.files import line_error
-from sgpt_jax.io import InputError, read_corpus, read_lines, read_qrels, read_queries
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import read_corpus, read_queries
+from sgpt_jax.files.lines import line_error, read_lines
+from sgpt_jax.files.runs import read_qrels
 
 _STS_COLUMNS = (4, 5, 6)  # of the STS benchmark: score, first and second sentence
 _DEPTH = 10

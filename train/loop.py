@@ -17,12 +17,13 @@ import jax
 from etils import epath
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.biases import add_zero_biases, is_bias, weights_sha256
-from sgpt_jax.config import compute_dtype
-from sgpt_jax.decoder import merge, split
-from sgpt_jax.families import export_config
-from sgpt_jax.io import InputError, write_json
-from sgpt_jax.sharding import batch_ways, device_mesh, make_mesh
+from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias, weights_sha256
+from sgpt_jax.decoder.config import compute_dtype
+from sgpt_jax.decoder.model import merge, split
+from sgpt_jax.decoder.sharding import batch_ways, device_mesh, make_mesh
+from sgpt_jax.errors import InputError
+from sgpt_jax.families.registry import export_config
+from sgpt_jax.files.lines import write_json
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.checkpoints import Checkpoints
 from train.dev import make_judge

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sgpt_jax.pooling import normalize
+from sgpt_jax.decoder.pooling import normalize
 
 DISTILLATIONS = ("margin", "kl")
 

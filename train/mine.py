@@ -9,7 +9,10 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from sgpt_jax.io import InputError, read_corpus, read_qrels, read_queries, write_jsonl
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import read_corpus, read_queries
+from sgpt_jax.files.lines import write_jsonl
+from sgpt_jax.files.runs import read_qrels
 from train.dev import find_file
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sgpt_jax.files import line_error, parse_json
-from sgpt_jax.io import InputError, read_lines
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import line_error, parse_json, read_lines
 from train.data import Example
 
 COLLECTION = "collection.tsv"

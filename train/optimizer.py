@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sgpt_jax.biases import is_bias
-from sgpt_jax.io import InputError
-from sgpt_jax.sharding import leaf_path
+from sgpt_jax.checkpoint.bias_sets import is_bias
+from sgpt_jax.decoder.sharding import leaf_path
+from sgpt_jax.errors import InputError
 
 
 def trainable_mask(params: Any, rule: str) -> Any:

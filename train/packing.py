@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sgpt_jax.rows import RowBatch, fill_rows, lay_out, round_length, texts_per_row
+from sgpt_jax.packing.rows import RowBatch, fill_rows, lay_out, round_length, texts_per_row
 
 # Where a row ends up shorter than this, it is not worth a program of its own.
 _SHORTEST_MAX_ROW = 512
@@ -42,7 +42,7 @@ def pack(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[dict[s
         pad_id: what stands where no text is.
 
     Returns:
-        The rows, see `sgpt_jax.rows.lay_out`. And the texts' places, int32 `[n]`: row times
+        The rows, see `sgpt_jax.packing.rows.lay_out`. And the texts' places, int32 `[n]`: row times
         `texts_per_row(length)`, plus segment minus 1.
     """
     rows = tuple(texts for _, texts in fill_rows([len(text) for text in ids], lambda _: length))

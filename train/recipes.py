@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sgpt_jax.io import InputError
+from sgpt_jax.errors import InputError
 from train.data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
 from train.losses import LossConfig
 from train.msmarco import open_msmarco

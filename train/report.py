@@ -13,8 +13,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from sgpt_jax.files import parse_json
-from sgpt_jax.io import InputError, write_jsonl
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import parse_json, write_jsonl
 from train.recipes import TrainConfig
 
 METRICS, DEV, PLOT = "metrics.jsonl", "dev.jsonl", "curve.png"

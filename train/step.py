@@ -13,9 +13,9 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgpt_jax.io import InputError
-from sgpt_jax.rows import encode_rows, texts_per_row
-from sgpt_jax.sharding import batch_sharding, batch_ways, on_mesh
+from sgpt_jax.decoder.sharding import batch_sharding, batch_ways, on_mesh
+from sgpt_jax.errors import InputError
+from sgpt_jax.packing.rows import encode_rows, texts_per_row
 from train.grad_cache import encode_in_chunks
 from train.losses import LossConfig, total_loss
 from train.optimizer import join_params

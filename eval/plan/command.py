@@ -1,0 +1,303 @@
+"""What a run would need, before a machine for it is rented: memory, FLOPs, time, and the mesh to ask for.
+
+The programs are this project's own: the training step, the encoding of the bi-encoder, the scoring of the
+cross-encoder, in bfloat16. Memory and time are worked out from the model's config; where libtpu is installed, or the
+GPUs are here, the program is compiled for the target as well, which needs no TPU. Without --full, two shallow versions
+are compiled and the other layers extrapolated: a deep program takes a CPU many minutes. The time is the least that
+published peaks allow; real programs reach perhaps half of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from eval.models import positive
+from eval.plan import compile as compiler
+from eval.plan.devices import CHIPS, GIB, Target, parse_target
+from eval.plan.estimate import Memory, Sizes, Times, chunks_of, flops, held, memory, times
+from eval.plan.models import MODELS, find_model, with_biases
+from eval.plan.programs import Work, at_depth
+from eval.plan.table import describe, write_table
+from eval.record import circumstances
+from sgpt_jax.bi_encoder import DEFAULT_BATCH_TOKENS, UNLIMITED_DEFAULT
+from sgpt_jax.cross_encoder import BATCH_TOKENS
+from sgpt_jax.decoder.config import DecoderConfig
+from sgpt_jax.decoder.sharding import mesh_sizes
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import write_json
+from train.recipes import RECIPES
+
+# Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
+TEXTS = 3
+# What the analytic memory may be of the usable one; the model of activations is not exact.
+MARGIN = 0.9
+# Rows of a device that the search tries; more make no product faster.
+MOST_ROWS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One way to run a program on a target."""
+
+    sizes: Sizes
+    work: Work
+    memory: Memory
+    times: Times
+    fits: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m eval plan`."""
+    parser.add_argument("--model", nargs="+", required=True, metavar="MODEL",
+                        help=f"a folder with a config.json, or by name: {', '.join(MODELS)}")  # fmt: skip
+    parser.add_argument("--topology", nargs="+", required=True, metavar="DEVICES",
+                        help="a TPU slice such as v5e:2x4 or v5e-8 (Cloud TPU's name), or GPUs such as h100:8; "
+                        f"known: {', '.join(CHIPS)}")  # fmt: skip
+    parser.add_argument("--task", choices=("train", "encode", "score"), default="train")
+    parser.add_argument("--trainable", default="bias", metavar="RULE",
+                        help="what trains: bias, all, or a regular expression (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--length", type=positive, default=300, metavar="N",
+                        help="tokens of a row (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--batch-size", type=positive, metavar="N",
+                        help="examples of a training step, or rows of a batch (default: the MS MARCO recipe's "
+                        f"{RECIPES['msmarco'][0].batch_size}; what the library takes at a time)")  # fmt: skip
+    parser.add_argument("--chunk-size", type=positive, metavar="N",
+                        help="rows at a time in training, over all devices (default: the most that fit)")  # fmt: skip
+    parser.add_argument("--mesh", metavar="SPEC", help="such as fsdp=8 (default: what is suggested)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--full", action="store_true", help="compile all layers, however long it takes")
+    parser.add_argument("--no-compile", action="store_true", help="the analytic part alone")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="write a JSON file a plan, and README.md of all in there"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the task."""
+    targets = [parse_target(topology) for topology in args.topology]
+    if all(target.chip.kind == "tpu" for target in targets):
+        # libtpu would look for a TPU where JAX starts; a plan only needs its compiler.
+        jax.config.update("jax_platforms", "cpu")
+    for name in args.model:
+        for target in targets:
+            result = make_plan(name, target, args)
+            print(describe(result), flush=True)
+            if args.output:
+                part = "" if result["trainable"] in (None, "bias") else "-" + str(result["trainable"])
+                stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
+                folder = epath.Path(args.output)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / f"{stem}.json", result | circumstances())
+                write_table(folder)
+
+
+def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, Any]:
+    """A plan, ready for JSON.
+
+    Raises:
+        InputError: the model or the options are not possible.
+    """
+    config, added = find_model(name), False
+    if args.task == "train" and args.trainable == "bias":
+        config, added = with_biases(config)
+    limit = config.max_positions or UNLIMITED_DEFAULT
+    if args.length > limit:
+        raise InputError(f"--length {args.length}, but the model has {limit} positions")
+    plans = list(search(config, target, args))
+    chosen = choose(plans)
+    compiled, chosen, notes = _compile(config, target, chosen, args)
+    work, sizes = chosen.work, chosen.sizes
+    time = chosen.times
+    mesh = mesh_spec(sizes)
+    small = at_depth(config, 2 * compiler.depth_step(config))
+    count = dataclasses.replace(work, rows=8)
+    if work.task == "train":
+        count = dataclasses.replace(count, chunk=4 if chunks_of(work) > 1 else 0, examples=4)
+    return {
+        "model": name,
+        "task": work.task,
+        "trainable": work.trainable if work.task == "train" else None,
+        "biases_added": added,
+        "dtype": work.dtype,
+        "topology": target.name,
+        "chip": target.chip_name,
+        "devices": target.count,
+        "mesh": mesh,
+        "length": work.length,
+        "rows": work.rows,
+        "examples": work.examples or None,
+        "chunk": work.chunk or None,
+        "largest": max((plan.work.chunk or plan.work.rows for plan in plans if plan.fits and plan.sizes == sizes),
+                       default=None),
+        "parameters": held(config, "", "bfloat16", (1, 1, 1))[0] / 2,
+        "memory": dataclasses.asdict(chosen.memory)
+        | {"total": chosen.memory.total, "usable": target.chip.usable, "chip": target.chip.memory},
+        "fits": chosen.fits,
+        "compiled": compiled,
+        "notes": notes,
+        "devices_needed": target.count if chosen.fits else needed(config, target, work),
+        "flops": flops(config, work),
+        "flops_check": {
+            "layers": small.num_layers,
+            "analytic": flops(small, count, loops_once=True),
+            "xla": compiler.counted_flops(small, count),
+        },
+        "seconds": dataclasses.asdict(time) | {"step": time.step},
+        "tokens_per_second": work.rows * work.length / time.step,
+    }  # fmt: skip
+
+
+def search(config: DecoderConfig, target: Target, args: argparse.Namespace) -> Iterator[Plan]:
+    """All that is worth trying: every mesh (or the one asked for), with one row a device, two, four, ..."""
+    meshes = [parse_sizes(args.mesh, target.count)] if args.mesh else list(all_sizes(config, target.count))
+    for sizes in meshes:
+        for work in works(args, sizes[0] * sizes[1]):
+            yield evaluate(config, target, work, sizes)
+
+
+def evaluate(config: DecoderConfig, target: Target, work: Work, sizes: Sizes) -> Plan:
+    """One way to run it, by arithmetic."""
+    use = memory(config, work, sizes)
+    roofline = times(config, work, sizes, target.chip)
+    return Plan(sizes, work, use, roofline, use.total <= MARGIN * target.chip.usable)
+
+
+def works(args: argparse.Namespace, ways: int) -> Iterator[Work]:
+    """The batches and chunks to try where rows are split `ways` ways."""
+    fixed: dict[str, Any] = {"task": args.task, "length": args.length, "dtype": args.dtype}
+    if args.task != "train":
+        budget = (DEFAULT_BATCH_TOKENS if args.task == "encode" else BATCH_TOKENS)["tpu"]
+        rows = args.batch_size or max(1, budget // (args.length * ways)) * ways
+        if args.batch_size and rows % ways:
+            return
+        each = rows // ways
+        for share in {each} if args.batch_size else {each, *_powers(MOST_ROWS)}:
+            yield Work(rows=share * ways, **fixed)
+        return
+    examples = args.batch_size or RECIPES["msmarco"][0].batch_size
+    if examples % ways:
+        return
+    rows = TEXTS * examples
+    fixed |= {"examples": examples, "trainable": args.trainable}
+    if args.chunk_size:
+        yield Work(rows=rows, chunk=-(-args.chunk_size // ways) * ways, **fixed)
+        return
+    for share in _powers(min(MOST_ROWS, rows // ways - 1)):
+        yield Work(rows=rows, chunk=share * ways, **fixed)
+    yield Work(rows=rows, **fixed)
+
+
+def choose(plans: list[Plan]) -> Plan:
+    """The fastest of those that fit with the least tensor parallelism; where none fits, the one that needs least.
+
+    Raises:
+        InputError: there is nothing to choose from.
+    """
+    if not plans:
+        raise InputError(
+            "no mesh of these devices splits this batch evenly; choose another --batch-size or --mesh"
+        )
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return min(plans, key=lambda plan: plan.memory.total)
+    least = min(plan.sizes[2] for plan in fitting)
+    fitting = [plan for plan in fitting if plan.sizes[2] == least]
+    # Per row; where the parts that overlap hide the rest, the plan with least of the rest.
+    best = min(plan.times.step / plan.work.rows for plan in fitting)
+    near = [plan for plan in fitting if plan.times.step / plan.work.rows <= 1.01 * best]
+    return min(near, key=lambda plan: sum(dataclasses.astuple(plan.times)) / plan.work.rows)
+
+
+def needed(config: DecoderConfig, target: Target, work: Work) -> int | None:
+    """How many chips of the kind it takes, a power of two, with weights split over all; None beyond 4,096."""
+    for count in _powers(4096):
+        rows = work.rows if work.task == "train" else count
+        smallest = dataclasses.replace(
+            work, rows=max(rows, count), chunk=count if work.task == "train" else 0
+        )
+        if evaluate(config, target, smallest, (1, count, 1)).fits:
+            return count
+    return None
+
+
+def all_sizes(config: DecoderConfig, count: int) -> Iterator[Sizes]:
+    """Every mesh of `count` devices whose tensor axis divides the heads."""
+    for tensor in range(1, count + 1):
+        if count % tensor or config.num_heads % tensor or config.num_kv_heads % tensor:
+            continue
+        for fsdp in range(1, count // tensor + 1):
+            if count // tensor % fsdp == 0:
+                yield count // tensor // fsdp, fsdp, tensor
+
+
+def parse_sizes(spec: str, count: int) -> Sizes:
+    """Reads a mesh such as "data=2,fsdp=4" for `count` devices, which need not exist.
+
+    Raises:
+        InputError: see `sgpt_jax.make_mesh`.
+    """
+    sizes = mesh_sizes(spec, count)
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def mesh_spec(sizes: Sizes) -> str:
+    """The inverse of `parse_sizes`."""
+    data, fsdp, tensor = sizes
+    return f"data={data},fsdp={fsdp},tensor={tensor}"
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << power for power in range(max(1, most).bit_length())]
+
+
+def _compile(
+    config: DecoderConfig, target: Target, plan: Plan, args: argparse.Namespace
+) -> tuple[dict[str, Any] | None, Plan, list[str]]:
+    """(what the compiler says or None, the plan, with a smaller chunk or batch where the first does not fit, notes)."""
+    if args.no_compile:
+        return None, plan, []
+    devices = compiler.devices_of(target)
+    if devices is None:
+        missing = compiler.NO_LIBTPU if target.chip.kind == "tpu" else (
+            f"{target.count} of these GPUs are not here, so nothing was compiled"
+        )  # fmt: skip
+        print(missing, file=sys.stderr)
+        return None, plan, [missing]
+    notes: list[str] = []
+    while True:
+        print(f"compiling for {target.name}, {mesh_spec(plan.sizes)} ...", file=sys.stderr, flush=True)
+        try:
+            found = compiler.compile_work(config, plan.work, mesh_spec(plan.sizes), devices, full=args.full)
+        except compiler.DoesNotFit as error:
+            total, result = error.needed, {"layers": [error.layers], "total": error.needed, "fits": False}
+            notes.append(f"the compiler refuses: {error}")
+        else:
+            total = plan.memory.resident + found.temporaries
+            result = dataclasses.asdict(found) | {"total": total, "fits": total <= target.chip.usable}
+        smaller = _smaller(plan.work, plan.sizes[0] * plan.sizes[1], args)
+        if total <= target.chip.usable or not plan.fits or smaller is None:
+            return result, dataclasses.replace(plan, fits=bool(result["fits"])), notes
+        notes.append(
+            f"{plan.work.chunk or plan.work.rows} rows at a time need {total / GIB:.2f} GiB compiled: tried fewer"
+        )
+        plan = evaluate(config, target, smaller, plan.sizes)
+
+
+def _smaller(work: Work, ways: int, args: argparse.Namespace) -> Work | None:
+    """Half the rows at a time, or None where there is no half, or the user said how many."""
+    now = work.chunk if work.task == "train" and chunks_of(work) > 1 else work.rows
+    half = now // ways // 2 * ways
+    if half == 0 or (args.chunk_size if work.task == "train" else args.batch_size):
+        return None
+    return (
+        dataclasses.replace(work, chunk=half)
+        if work.task == "train"
+        else dataclasses.replace(work, rows=half)
+    )

@@ -1,0 +1,155 @@
+"""What the compiler says of a program on its target: memory of every device and FLOPs; for a TPU without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import logging
+import os
+import re
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from eval.plan.devices import GIB, Target
+from eval.plan.programs import Work, at_depth, lower
+from sgpt_jax.decoder.config import DecoderConfig
+from sgpt_jax.decoder.sharding import make_mesh
+
+logger = logging.getLogger(__name__)
+
+NO_LIBTPU = (
+    "libtpu is not installed, so nothing was compiled: what follows is the analytic part alone. "
+    "pip install libtpu (of the version that `pip install 'jax[tpu]'` would take) needs no TPU"
+)
+
+# The two ways in which libtpu says so.
+_TOO_MUCH = (
+    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])",
+    r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler found, a device.
+
+    Attributes:
+        temporaries: bytes beside arguments and results: activations, gathered weights, everything else.
+        flops: as the compiler counts the compiled program: a loop's body once.
+        seconds: that compiling took.
+        layers: depths that were compiled; where it is not the model's own, the rest is extrapolated linearly.
+        by_depth: temporaries of each of these.
+    """
+
+    temporaries: float
+    flops: float
+    seconds: float
+    layers: tuple[int, ...]
+    by_depth: tuple[float, ...]
+
+
+class DoesNotFit(Exception):
+    """The compiler refused: the program needs `needed` of `limit` bytes, for the number of `layers` compiled."""
+
+    def __init__(self, needed: float, limit: float, layers: int):
+        super().__init__(f"{needed / GIB:.2f} of {limit / GIB:.2f} GiB at {layers} layers")
+        self.needed, self.limit, self.layers = needed, limit, layers
+
+
+def devices_of(target: Target) -> list[Any] | None:
+    """Devices to compile for: described ones of a TPU slice, or the GPUs that are here; None where there are none."""
+    if target.chip.kind == "gpu":
+        try:
+            found = jax.devices("gpu")
+        except RuntimeError:
+            return None
+        return found[: target.count] if len(found) >= target.count else None
+    if importlib.util.find_spec("libtpu") is None:
+        return None
+    # No TPU is asked for: libtpu must neither look for one on the network nor wait for it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    sizes = [int(size) for size in str(target.shape).split("x")]
+    if target.chip_name == "v4":
+        options["chip_config_name"] = (
+            "megacore"  # as Cloud TPU runs it: the two cores of a chip are one device
+        )
+    if any(size % 2 for size in sizes[:2]):
+        options["chips_per_host_bounds"] = [*sizes, 1][:3]
+    return list(topologies.get_topology_desc(f"{target.chip_name}:{target.shape}", "tpu", **options).devices)
+
+
+def depth_step(config: DecoderConfig) -> int:
+    """After how many layers the kinds of layers repeat: 2 where local and global attention take turns."""
+    for step in range(1, config.num_layers):
+        if config.windows[step:] == config.windows[: config.num_layers - step]:
+            return step
+    return config.num_layers
+
+
+def compile_work(
+    config: DecoderConfig, work: Work, mesh_spec: str, devices: list[Any], *, full: bool
+) -> Compiled:
+    """Compiles for the devices, or two shallow versions of it and a line through them.
+
+    Args:
+        config: the decoder's.
+        work: what to compile.
+        mesh_spec: such as "fsdp=8".
+        devices: from `devices_of`.
+        full: compile all layers; otherwise two depths, of one and two repetitions.
+
+    Raises:
+        DoesNotFit: a program that was compiled needs more memory than the device has.
+    """
+    mesh = make_mesh(mesh_spec, devices)
+    step = depth_step(config)
+    if full or config.num_layers <= 2 * step:
+        temporaries, flops, seconds = _compile(config, work, mesh)
+        return Compiled(temporaries, flops, seconds, (config.num_layers,), (temporaries,))
+    one, two = (_compile(at_depth(config, layers), work, mesh) for layers in (step, 2 * step))
+    times = config.num_layers / step - 1
+    return Compiled(
+        one[0] + times * max(0.0, two[0] - one[0]),
+        one[1] + times * (two[1] - one[1]),
+        one[2] + two[2],
+        (step, 2 * step),
+        (one[0], two[0]),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def counted_flops(config: DecoderConfig, work: Work) -> float | None:
+    """FLOPs of the whole program on one device as XLA counts it before it is compiled, a loop's body once.
+
+    None where this backend does not say.
+    """
+    mesh = make_mesh(None, jax.devices()[:1])
+    costs = lower(config, work, mesh).cost_analysis()
+    return float(costs["flops"]) if costs and "flops" in costs else None
+
+
+def _compile(config: DecoderConfig, work: Work, mesh: Mesh) -> tuple[float, float, float]:
+    """(temporary bytes, FLOPs, seconds) of a program."""
+    start = time.monotonic()
+    try:
+        compiled = lower(config, work, mesh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = next(filter(None, (re.search(pattern, str(error)) for pattern in _TOO_MUCH)), None)
+        if found is None:
+            raise
+        units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        needed, limit = (float(found[i]) * units[found[i + 1]] for i in (1, 3))
+        raise DoesNotFit(needed, limit, config.num_layers) from None
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None  # TPU, GPU and CPU all say
+    seconds = time.monotonic() - start
+    logger.info("compiled %d layers in %.0f s", config.num_layers, seconds)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + results, float((costs or {}).get("flops", 0.0)), seconds

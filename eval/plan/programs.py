@@ -1,0 +1,140 @@
+"""The programs of this project as they would run on a mesh, from a config alone: no weights, no devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sgpt_jax.bi_encoder import embed
+from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
+from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
+from sgpt_jax.decoder.model import abstract_decoder
+from sgpt_jax.decoder.sharding import batch_sharding, batch_ways, leaf_path, param_shardings
+from train.losses import LossConfig
+from train.optimizer import make_optimizer, trainable_mask
+from train.step import TrainState, jit_step, make_step
+
+Task = Literal["train", "encode", "score"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one call of a program computes.
+
+    Attributes:
+        task: "train" is a step of train/step.py, "encode" a batch of the bi-encoder, "score" a pass of the
+            cross-encoder.
+        rows: of the batch, over all devices.
+        length: tokens of a row.
+        chunk: in training, rows at a time over all devices (GradCache); 0 takes all rows at once.
+        examples: in training, examples of a step.
+        trainable: in training, what trains, see `train.optimizer.trainable_mask`.
+        dtype: of frozen weights and matrix products.
+    """
+
+    task: Task
+    rows: int
+    length: int
+    chunk: int = 0
+    examples: int = 0
+    trainable: str = "bias"
+    dtype: str = "bfloat16"
+
+
+def at_depth(config: DecoderConfig, layers: int) -> DecoderConfig:
+    """The decoder with its first layers only."""
+    return dataclasses.replace(config, num_layers=layers, windows=config.windows[:layers])
+
+
+def abstract_params(config: DecoderConfig, dtype: str, mesh: Mesh) -> tuple[Any, Any]:
+    """(graphdef, params): each leaf a `jax.ShapeDtypeStruct` with its place on the mesh."""
+    graphdef, params = abstract_decoder(config, compute_dtype(dtype))
+    return graphdef, jax.tree.map(_placed, params, param_shardings(params, config, mesh))
+
+
+def abstract_state(params: Any, work: Work, mesh: Mesh) -> tuple[TrainState, Any, Any]:
+    """(state, frozen, optimizer) of a training run, placed as `train.step.init_state` places them."""
+    mask = trainable_mask(params, work.trainable)
+    trainable = jax.tree.map(
+        lambda leaf, trains: (
+            jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding) if trains else None
+        ),
+        params,
+        mask,
+    )
+    frozen = jax.tree.map(lambda leaf, trains: None if trains else leaf, params, mask)
+    optimizer = make_optimizer(mask, lambda _: jnp.float32(1e-4))
+    whole = NamedSharding(mesh, PartitionSpec())
+    places = {leaf_path(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
+
+    def place_moment(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        # A moment's path ends in that of its parameter, behind those of the optimizer's parts.
+        ends = (leaf_path(path[start:]) for start in range(len(path)))
+        return _placed(leaf, next((places[end] for end in ends if end in places), whole))
+
+    moments = jax.tree_util.tree_map_with_path(place_moment, jax.eval_shape(optimizer.init, trainable))
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    rest: Any = (jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), _placed(key, whole))
+    return TrainState(trainable, moments, *rest), frozen, optimizer
+
+
+def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
+    """The program that the project would compile for this work on this mesh.
+
+    Args:
+        config: the decoder's.
+        work: see `Work`; its rows and its chunk must divide over the mesh.
+        mesh: of real devices, or of described ones (`jax.experimental.topologies`).
+    """
+    graphdef, params = abstract_params(config, work.dtype, mesh)
+    tokens = _rows(mesh, work.rows, work.length)
+    if work.task == "encode":
+        rows = {"input_ids": tokens, "segments": tokens, "positions": tokens}
+        options = {"pooling": "weightedmean", "slots": 1, "unit": True, "mesh": mesh}
+        return embed.lower(graphdef, params, rows, **options)
+    if work.task == "score":
+        platform = mesh.devices.flat[0].platform
+        positions, ways = HEAD_POSITIONS[platform], batch_ways(mesh)
+        slots = _rows(mesh, ways, -(-work.rows * work.length // ways // positions) * positions)
+        spread = mesh.shape["tensor"] > 1  # as in `CrossEncoder`
+        return score_tokens.lower(
+            graphdef, params, tokens, tokens, tokens, slots, slots, jax.ShapeDtypeStruct((), jnp.int32),
+            positions_block=positions,
+            entries_block=config.vocab_size if spread else min(HEAD_ENTRIES, config.vocab_size),
+            mesh=mesh,
+        )  # fmt: skip
+    state, frozen, optimizer = abstract_state(params, work, mesh)
+    step = make_step(
+        graphdef,
+        pooling="weightedmean",
+        loss=LossConfig(),
+        optimizer=optimizer,
+        dtype=compute_dtype(work.dtype),
+        chunk_rows=work.chunk,
+        dropout=False,
+    )
+    return jit_step(step, state, mesh).lower(state, frozen, _batch(mesh, work))
+
+
+def _batch(mesh: Mesh, work: Work) -> dict[str, Any]:
+    """A batch as `train.step.place_batch` puts it on the devices; each example with one hard negative."""
+    count = work.examples
+    return {
+        "rows": dict.fromkeys(("input_ids", "segments", "positions"), _rows(mesh, work.rows, work.length)),
+        "places": (_rows(mesh, count), _rows(mesh, count), _rows(mesh, count, 1)),
+        "ids": (_rows(mesh, count, 2), _rows(mesh, count, 2), _rows(mesh, count, 1, 2)),
+        "negative_mask": _rows(mesh, count, 1, dtype=jnp.bool_),
+        "scores": _rows(mesh, count, 2, dtype=jnp.float32),
+    }
+
+
+def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
+def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

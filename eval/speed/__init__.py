@@ -1,0 +1,1 @@
+"""This project beside torch, sentence-transformers and FAISS, in turn in one process."""

@@ -1,0 +1,124 @@
+"""This project beside what else one would use, in one process, in turn, with the same weights, texts and precision.
+
+  encode  texts to vectors: sentence-transformers, and a plain loop over transformers
+  score   query log-probabilities of pairs: one by one with all logits, as the SGPT repository does, and in batches
+  train   a step that trains biases alone: the same in torch, and our own step that trains everything
+  search  the best 100 of many vectors: FAISS flat, and NumPy
+
+All of them when none is named. What is not installed is left out by name. Torch runs on the GPU if it finds one. "of
+limit" is the share of the rate of large matrix products in the same dtype, measured in the same rounds; useful products
+alone are counted. "compile s" is how much longer the first call took, "peak MB" what one more call adds to this
+process's memory, or the device's peak.
+
+On a machine that does other work too, set OMP_WAIT_POLICY=passive: torch's threads otherwise wait for each other by
+spinning, which can make torch several times slower than it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from eval.models import positive
+from eval.plan.models import MODELS
+from eval.record import circumstances
+from eval.speed.benchmark import Contest, race, report, threads
+from eval.speed.encode import encode_contest
+from eval.speed.models import mixed_texts, open_data, write_shape
+from eval.speed.search import search_contest
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import write_json
+
+PARTS = ("encode", "score", "train", "search")
+TRAIN_LENGTH = 75  # of the SGPT paper's NLI models
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this program."""
+    data = os.environ.get("SGPT_DATA")
+    here = "$SGPT_DATA/{}" if data is None else os.path.join(data, "{}")
+    parser.add_argument("part", nargs="?", choices=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--model", help="model folder, hub id, or .gguf file; search needs none")
+    parser.add_argument("--shape", choices=list(MODELS),
+                        help="in its place: this shape, with random weights, which take as long")  # fmt: skip
+    parser.add_argument("--tokenizer", default=data and here.format("gpt2_tokenizer"), metavar="FOLDER",
+                        help="of --shape: vocab.json and merges.txt (default: $SGPT_DATA/gpt2_tokenizer)")  # fmt: skip
+    parser.add_argument("--data", default=data and here.format("scifact"), metavar="FOLDER",
+                        help="texts, in BEIR's format (default: $SGPT_DATA/scifact)")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of weights and products; search is float32 (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--max-seq-length", type=positive, metavar="N",
+        help=f"tokens of a text that are read (default: the model's limit; of train {TRAIN_LENGTH})",
+    )  # fmt: skip
+    for name, default, what in (
+        ("rounds", 5, "timed turns of each"),
+        ("texts", 500, "encode: four documents, one query, and so on"),
+        ("pairs", 200, "score: pairs of query and document"),
+        ("batch-size", 32, "train: triplets a step"),
+        ("vectors", 100_000, "search: vectors of dimension 768"),
+    ):
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N",
+                            help=f"{what} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures, prints and writes."""
+    parts = [args.part] if args.part else list(PARTS)
+    if parts != ["search"] and (args.model is None) == (args.shape is None):
+        raise InputError("give a model: either --model or --shape")
+    result: dict[str, Any] = {"left_out": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        source = args.model or os.path.join(folder, args.shape or "")
+        if args.shape and parts != ["search"]:
+            if not args.tokenizer:
+                raise InputError("no tokenizer: give --tokenizer, or set SGPT_DATA")
+            write_shape(args.shape, args.tokenizer, args.dtype, source)
+        for part in parts:
+            try:
+                contest = _contest(part, args, source, folder)
+            except InputError as error:
+                if args.part:
+                    raise
+                result["left_out"][part] = str(error)
+                print(f"left out: {part}: {error}")
+                continue
+            result[part] = race(contest, args.rounds)
+            report(part, contest, result[part])
+            del contest  # and its models
+    if args.output:
+        loads = {"threads": threads(), "load_average": os.getloadavg()}
+        loads["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
+        peers = ("torch", "sentence-transformers", "faiss-cpu", "faiss-gpu")
+        write_json(args.output, result | loads | circumstances(*peers))
+
+
+def _contest(part: str, args: argparse.Namespace, source: str, folder: str) -> Contest:
+    if part == "search":
+        return search_contest(args.vectors, folder)
+    if part == "score":
+        with _extra("eval"):
+            from eval.speed.score import score_contest
+        return score_contest(source, open_data(args.data), args.pairs, args.dtype, args.max_seq_length)
+    length = args.max_seq_length or (TRAIN_LENGTH if part == "train" else None)
+    model = BiEncoder.from_pretrained(source, dtype=args.dtype, max_seq_length=length)
+    if part == "encode":
+        return encode_contest(model, mixed_texts(open_data(args.data), args.texts))
+    with _extra("train"):
+        from eval.speed.train import train_contest
+    return train_contest(model, open_data(args.data), args.batch_size)
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """What is missing belongs to this extra of the project."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"needs {error.name}: pip install -e '.[{name}]'") from None

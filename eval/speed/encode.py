@@ -1,0 +1,95 @@
+"""Texts to vectors: this project, sentence-transformers, and a plain loop over a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from eval.speed.benchmark import Contest
+from eval.speed.models import Torch, exported, pooled
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.decoder.flops import forward_flops
+from sgpt_jax.errors import InputError
+
+# The default of sentence-transformers' `encode`.
+BATCH_ROWS = 32
+
+
+def encode_contest(model: BiEncoder, texts: list[str]) -> Contest:
+    """All ways of encoding `texts` with the model's weights, in its dtype, from str to float32 on the host."""
+    lengths = [len(row) for row in model.text.ids(texts, show_progress=False)]
+    dtype = model.decoder.dtype.name
+    contest = Contest(
+        work={"texts": len(texts), "tokens": sum(lengths)},
+        unit="tokens",
+        ways={"ours": lambda: model.encode(texts, show_progress=False)},
+        flops={"": sum(forward_flops(model.decoder.config, lengths))},
+        dtype=dtype,
+        compare=_differences,
+    )
+    peers = {"torch": _plain, "sentence-transformers": _sentence_transformers}
+    try:
+        torch = Torch(dtype)
+        with exported(model) as folder:
+            for name, make in peers.items():
+                try:
+                    contest.ways[name] = make(torch, model, folder, texts)
+                except ModuleNotFoundError as error:
+                    contest.left_out[name] = f"{error.name} is not installed"
+        contest.facts |= torch.facts()
+    except ModuleNotFoundError as error:
+        contest.left_out |= dict.fromkeys(peers, f"{error.name} is not installed")
+    except InputError as error:  # transformers has no such model
+        contest.left_out |= dict.fromkeys(peers, str(error))
+    return contest
+
+
+def _sentence_transformers(torch: Torch, model: BiEncoder, folder: str, texts: list[str]) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    peer = torch.best_attention(
+        lambda attention: SentenceTransformer(
+            folder,
+            device=torch.device,
+            model_kwargs={"dtype": torch.dtype, "attn_implementation": attention},
+        )
+    )
+    return lambda: peer.encode(texts, batch_size=BATCH_ROWS, show_progress_bar=False)
+
+
+def _plain(torch: Torch, model: BiEncoder, folder: str, texts: list[str]) -> Any:
+    """Texts by length, longest first, in batches of 32 padded to their longest."""
+    t = torch.torch
+    net = torch.load("AutoModel", folder)
+
+    @t.inference_mode()
+    def way() -> np.ndarray:
+        rows = model.text.ids(texts, show_progress=False)
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+        vectors = np.zeros((len(rows), model.dimension), np.float32)
+        for start in range(0, len(order), BATCH_ROWS):
+            batch = order[start : start + BATCH_ROWS]
+            ids = t.nn.utils.rnn.pad_sequence([t.tensor(rows[place]) for place in batch], batch_first=True)
+            sizes = t.tensor([len(rows[place]) for place in batch])
+            mask = (t.arange(ids.shape[1]) < sizes[:, None]).long().to(torch.device)
+            hidden = net(ids.to(torch.device), attention_mask=mask, use_cache=False).last_hidden_state.float()
+            vectors[batch] = pooled(t, hidden, mask, model.pooling).cpu().numpy()
+        if model.normalized:
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
+
+    return way
+
+
+def _differences(found: Mapping[str, Any]) -> dict[str, Any]:
+    ours = np.asarray(found["ours"])
+    size = np.linalg.norm(ours, axis=1)
+    return {
+        f"largest distance from {name} over the vector's length": float(
+            np.max(np.linalg.norm(np.asarray(found[name]) - ours, axis=1) / size)
+        )
+        for name in found
+        if name in ("torch", "sentence-transformers")
+    }

@@ -1,0 +1,84 @@
+"""Exact search in random vectors: an index of this project on disk, FAISS flat, and NumPy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.speed.benchmark import Contest, threads
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.index.build import build_index
+
+DIMENSION = 768
+QUERIES = 100
+RESULTS = 100
+
+
+def search_contest(count: int, folder: str) -> Contest:
+    """All ways of finding the best 100 of `count` vectors for each of 100 queries, float32, by inner product.
+
+    Args:
+        count: vectors of dimension 768 and length 1.
+        folder: an empty one, for the index.
+    """
+    random = np.random.default_rng(0)
+    vectors, queries = (_unit(random.standard_normal((n, DIMENSION), np.float32)) for n in (count, QUERIES))
+    results = min(RESULTS, count)
+    index = build_index(
+        Path(folder) / "index",
+        (Document(f"{row:09}", str(row)) for row in range(count)),
+        lambda rows: vectors[[int(row) for row in rows]],
+        similarity="dot",
+        store_texts=False,
+    )
+
+    def by_numpy() -> np.ndarray:
+        scores = queries @ vectors.T
+        best = np.argpartition(-scores, results - 1, axis=1)[:, :results]
+        order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
+        return np.take_along_axis(best, order, axis=1)
+
+    contest = Contest(
+        work={"vectors": count, "queries": QUERIES, "results": results},
+        unit="queries",
+        ways={"ours": lambda: index.search(queries, results)[1], "numpy": by_numpy},
+        flops={"": 2.0 * count * QUERIES * DIMENSION},
+        dtype="float32",
+        compare=_overlap,
+    )
+    try:
+        contest.ways["faiss"] = _faiss(vectors, queries, results)
+    except ModuleNotFoundError as error:
+        contest.left_out["faiss"] = f"{error.name} is not installed"
+    return contest
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def _faiss(vectors: np.ndarray, queries: np.ndarray, results: int) -> Callable[[], np.ndarray]:
+    import faiss
+
+    faiss.omp_set_num_threads(threads())
+    flat: Any = faiss.IndexFlatIP(DIMENSION)
+    flat.add(vectors)
+    with contextlib.suppress(AttributeError):  # the build for CPUs
+        if faiss.get_num_gpus():
+            flat = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, flat)
+    return lambda: flat.search(queries, results)[1]
+
+
+def _overlap(found: Mapping[str, Any]) -> dict[str, Any]:
+    ours = found["ours"]
+    return {
+        f"results shared with {name}": float(
+            np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(ours, found[name], strict=True)])
+        )
+        for name in found
+        if name in ("numpy", "faiss")
+    }

@@ -1,0 +1,167 @@
+"""A training step on one batch: biases alone, everything, and biases alone in torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eval.data import DataSet
+from eval.speed.benchmark import Contest
+from eval.speed.models import Torch, exported, pooled
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.checkpoint.bias_sets import add_zero_biases, bias_leaves
+from sgpt_jax.decoder.flops import training_flops
+from sgpt_jax.decoder.model import split
+from sgpt_jax.errors import InputError
+from train.batches import BatchPlan, PackedBatches
+from train.data import Example, ListExamples
+from train.losses import LossConfig
+from train.optimizer import make_optimizer, split_params, trainable_mask
+from train.step import init_state, jit_step, make_step, place_batch
+
+RATE = 1e-4
+
+
+def train_contest(model: BiEncoder, data: DataSet, batch_size: int) -> Contest:
+    """All ways of a step on the same batch of triplets; a model without biases is given zero ones.
+
+    Each goes on from its own state. Ours is a batch of packed rows; torch pads each column (queries, positives,
+    negatives) to its longest text, as sentence-transformers does.
+    """
+    if not bias_leaves(split(model.decoder)[1]):
+        model = dataclasses.replace(model, decoder=add_zero_biases(model.decoder))
+    examples = triplets(data, batch_size)
+    plan = BatchPlan(ListExamples(examples), batch_size, seed=0, shuffle=False, no_duplicates=False)
+    config = model.decoder.config
+    batch = PackedBatches(plan, model.text, vocab_size=config.vocab_size, symmetric=True, steps=1)[0]
+    texts = [text for e in examples for text in (e.query, e.positive, *e.negatives)]
+    lengths = [len(row) for row in model.text.ids(texts, show_progress=False)]
+    contest = Contest(
+        work={"examples": batch_size, "tokens": sum(lengths)},
+        unit="tokens",
+        ways={},
+        flops={
+            "": training_flops(config, lengths, biases_only=True),
+            "ours, all weights": training_flops(config, lengths, biases_only=False),
+        },
+        dtype=model.decoder.dtype.name,
+        compare=_first_losses,
+    )
+    contest.facts["compiled_memory_mb"] = {}
+    for name, rule in (("ours", "bias"), ("ours, all weights", "all")):
+        contest.ways[name], contest.facts["compiled_memory_mb"][name] = _ours(model, batch, rule)
+    try:
+        torch = Torch(model.decoder.dtype.name)
+        contest.ways["torch"] = _in_torch(torch, model, examples)
+        contest.facts |= torch.facts()
+    except ModuleNotFoundError as error:
+        contest.left_out["torch"] = f"{error.name} is not installed"
+    except InputError as error:  # transformers has no such biases
+        contest.left_out["torch"] = str(error)
+    return contest
+
+
+def triplets(data: DataSet, count: int) -> list[Example]:
+    """Judged queries with a relevant document each, no document twice, and as the negative one relevant to no query.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    relevant = {
+        query: next((document for document, grade in judged.items() if grade > 0), None)
+        for query, judged in data.qrels.items()
+        if query in data.queries
+    }
+    judged = {document for grades in data.qrels.values() for document in grades}
+    positives: dict[str, str] = {}
+    negatives: list[str] = []
+    for document in data.documents():
+        if document.id in judged:
+            positives[document.id] = document.text
+        elif len(negatives) < count:
+            negatives.append(document.text)
+    # A document that two queries share would be masked here, and pushed away from one of them in plain torch.
+    pairs = {document: query for query, document in relevant.items() if document in positives}
+    if min(len(pairs), len(negatives)) < count:
+        raise InputError(f"{data.folder}: too few queries and documents for a batch of {count}")
+    return [
+        Example(data.queries[query], positives[document], (negative,))
+        for (document, query), negative in zip(list(pairs.items())[:count], negatives, strict=True)
+    ]
+
+
+def _ours(model: BiEncoder, batch: dict, rule: str) -> tuple[Callable[[], float], dict[str, float]]:
+    """The step and its memory in megabytes: the compiled program's, and the optimizer's moments."""
+    graphdef, params = split(model.decoder)
+    params = jax.tree.map(jnp.copy, params)  # the step overwrites what it trains
+    mask = trainable_mask(params, rule)
+    trainable, frozen = split_params(params, mask)
+    optimizer = make_optimizer(mask, lambda _: jnp.float32(RATE))
+    state = init_state(trainable, optimizer, 0, None)
+    step = make_step(
+        graphdef,
+        pooling=model.pooling,
+        loss=LossConfig(),
+        optimizer=optimizer,
+        dtype=model.decoder.dtype,
+        chunk_rows=0,
+        dropout=False,
+    )
+    rows = len(batch["rows"]["segments"])
+    arrays = place_batch(batch, rows=rows, chunk_rows=0, pad_id=model.text.pad_id, mesh=None)
+    jitted = jit_step(step, state, None)
+    sizes = {"moments": sum(leaf.nbytes for leaf in jax.tree.leaves(state.moments)) / 1e6}
+    compiled = None
+
+    def way() -> float:
+        nonlocal state, compiled
+        if compiled is None:
+            compiled = jitted.lower(state, frozen, arrays).compile()
+            if needs := compiled.memory_analysis():  # not every backend says
+                sizes["temporary"] = needs.temp_size_in_bytes / 1e6
+                sizes["arguments"] = needs.argument_size_in_bytes / 1e6
+        state, loss, _ = compiled(state, frozen, arrays)
+        return float(jax.block_until_ready((state, loss))[1])
+
+    return way, sizes
+
+
+def _in_torch(torch: Torch, model: BiEncoder, examples: list[Example]) -> Callable[[], float]:
+    t = torch.torch
+    with exported(model) as folder:
+        net = torch.load("AutoModel", folder)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("bias" in name)
+    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = t.optim.AdamW(trainable, lr=RATE, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
+    columns = []
+    for texts in zip(*((e.query, e.positive, *e.negatives) for e in examples), strict=True):
+        ids = [t.tensor(row) for row in model.text.ids(list(texts), show_progress=False)]
+        padded = t.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        sizes = t.tensor([len(row) for row in ids])
+        mask = (t.arange(padded.shape[1]) < sizes[:, None]).long()
+        columns.append((padded.to(torch.device), mask.to(torch.device)))
+
+    def way() -> float:
+        vectors = []
+        for ids, mask in columns:
+            hidden = net(ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+            vectors.append(t.nn.functional.normalize(pooled(t, hidden, mask, model.pooling), dim=-1))
+        scores = 20 * vectors[0] @ t.cat(vectors[1:]).T
+        loss = t.nn.functional.cross_entropy(scores, t.arange(len(scores), device=scores.device))
+        optimizer.zero_grad()
+        loss.backward()
+        t.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return way
+
+
+def _first_losses(found: Mapping[str, Any]) -> dict[str, Any]:
+    """All begin with the same weights."""
+    return {f"first loss of {name}": loss for name, loss in found.items() if loss is not None}

@@ -1,0 +1,1 @@
+"""Checkpoints: from files to tensors, leaves and arrays on devices, and back."""

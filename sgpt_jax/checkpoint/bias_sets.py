@@ -1,0 +1,189 @@
+"""Bias sets: the biases that SGPT trains, as a small file of their own beside the frozen base model.
+
+A bias set is a safetensors file of float32 vectors, named by their leaves (`blocks/0/attn/q/bias`), with a
+JSON header: the base model's name, the sha256 of its weights, how vectors are pooled, and how the set was
+trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from sgpt_jax.decoder.config import DecoderConfig
+from sgpt_jax.decoder.model import Decoder, abstract_decoder, merge, split
+from sgpt_jax.decoder.sharding import leaf_path, param_shardings
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import atomic_write
+
+# The header is one string among safetensors' metadata.
+_HEADER = "sgpt_jax_biases"
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasSet:
+    """Trained biases and where they belong.
+
+    Attributes:
+        values: leaf name -> float32 vector.
+        header: `base_model`, `base_sha256`, `pooling`, `brackets` and `training` (the record of the run).
+    """
+
+    values: Mapping[str, np.ndarray]
+    header: Mapping[str, Any]
+
+
+def is_bias(path: tuple[Any, ...]) -> bool:
+    """Tells whether a leaf of a decoder's params is a bias that shapes text vectors.
+
+    That is every leaf named bias, those of norms included (SGPT repository: "bias" in the parameter's name),
+    but for the language-model head's, on which no hidden state depends.
+
+    Args:
+        path: the leaf's path, as `jax.tree_util.tree_map_with_path` gives it.
+    """
+    name = leaf_path(path)
+    return name.endswith("/bias") and not name.startswith("head/")
+
+
+def bias_leaves(params: Any) -> dict[str, jax.Array]:
+    """The biases among a decoder's params, by leaf name. Leaves that are None are left out."""
+    return {
+        leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if is_bias(path)
+    }
+
+
+def add_zero_biases(decoder: Decoder) -> Decoder:
+    """A decoder whose attention and MLP projections all have a bias; those that had none get zeros.
+
+    It computes exactly what it did before. `decoder` itself is left as it is, and shares its weights.
+    """
+    config = dataclasses.replace(decoder.config, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
+    return _with_leaves(decoder, config, {})
+
+
+def weights_sha256(params: Any) -> str:
+    """The sha256 of a decoder's weights: all but biases and the language-model head, rounded to bfloat16.
+
+    It is the same whichever dtype, file format or mesh the model was loaded with, and with or without a bias
+    set.
+    """
+    digest = hashlib.sha256()
+    leaves = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for name in sorted(leaves):
+        if name.startswith("head/") or name.endswith("/bias"):
+            continue
+        values = to_numpy(leaves[name])
+        digest.update(f"{name} {values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(values.astype(ml_dtypes.bfloat16)).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def to_numpy(leaf: jax.Array) -> np.ndarray:
+    """The whole array on this process, even if other processes hold parts of it (then all must call)."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+
+def save_bias_set(path: Any, biases: BiasSet) -> None:
+    """Writes a bias set; the file appears in one step.
+
+    Raises:
+        InputError: the folder is not there or cannot be written.
+    """
+    values = {name: np.ascontiguousarray(value, np.float32) for name, value in biases.values.items()}
+    with atomic_write(path) as stream:
+        stream.write(save(values, metadata={_HEADER: json.dumps(dict(biases.header))}))
+
+
+def load_bias_set(path: Any) -> BiasSet:
+    """Reads what `save_bias_set` wrote.
+
+    Raises:
+        InputError: no such file, or not a bias set.
+    """
+    try:
+        with safe_open(str(path), "numpy") as opened:
+            text = (opened.metadata() or {}).get(_HEADER)
+            values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened: {error}") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a bias set: {error}") from None
+    try:
+        header = json.loads(text or "")
+        known = isinstance(header, dict) and isinstance(header.get("base_sha256"), str)
+    except ValueError:
+        known = False
+    if not known or not values:
+        raise InputError(f"{path}: not a bias set: a safetensors file, but without the header of one")
+    return BiasSet(values, header)
+
+
+def apply_bias_set(decoder: Decoder, biases: BiasSet) -> Decoder:
+    """A decoder with the biases of a set in place of its own; projections without bias get one where the set
+    has one.
+
+    `decoder` itself is left as it is, and shares its other weights.
+
+    Raises:
+        InputError: the set was trained on another base model.
+    """
+    name = biases.header.get("base_model", "another model")
+    _, params = split(decoder)
+    actual, wanted = weights_sha256(params), biases.header["base_sha256"]
+    if actual != wanted:
+        raise InputError(
+            f"these biases belong to {name}, whose weights have sha256 {wanted[:16]}..., "
+            f"but this model's have {actual[:16]}...: biases only work with the model they were trained on"
+        )
+    endings = {leaf.split("/", 2)[-1] for leaf in biases.values if leaf.startswith("blocks/")}
+    config = dataclasses.replace(
+        decoder.config,
+        qkv_bias=decoder.config.qkv_bias or "attn/q/bias" in endings,
+        attn_out_bias=decoder.config.attn_out_bias or "attn/o/bias" in endings,
+        mlp_bias=decoder.config.mlp_bias or "mlp/up/bias" in endings,
+    )
+    return _with_leaves(decoder, config, biases.values)
+
+
+def _with_leaves(decoder: Decoder, config: DecoderConfig, values: Mapping[str, np.ndarray]) -> Decoder:
+    """The decoder under a config with more biases; `values` replace leaves, other new ones are zero."""
+    _, params = split(decoder)
+    graphdef, abstract = abstract_decoder(config, decoder.dtype)
+    old = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    expected = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    misfits = [
+        f"{name} {list(value.shape)}"
+        for name, value in values.items()
+        if name not in expected or expected[name].shape != value.shape
+    ]
+    if misfits:
+        raise InputError("the model has no place for these biases: " + ", ".join(sorted(misfits)))
+    place = next(iter(old.values())).sharding
+    if isinstance(place, NamedSharding):
+        assert isinstance(place.mesh, Mesh)
+        shardings = param_shardings(abstract, config, place.mesh)
+    else:
+        shardings = jax.tree.map(lambda _: place, abstract)
+
+    def fill(path: tuple[Any, ...], leaf: Any, sharding: Any) -> jax.Array:
+        name = leaf_path(path)
+        if name in old and name not in values:
+            return old[name]
+        value = np.asarray(values.get(name, np.zeros(leaf.shape)), decoder.dtype)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
+
+    return merge(graphdef, jax.tree_util.tree_map_with_path(fill, abstract, shardings))

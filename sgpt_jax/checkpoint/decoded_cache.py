@@ -1,0 +1,120 @@
+"""Decoded weights kept on disk: GGUF and .bin checkpoints are decoded once, and memory-mapped from then on.
+
+The cache is a folder of safetensors files, one for each checkpoint and dtype, with the decoder's own leaves in the
+decoder's own layout (kernels [in, out]), so that a CPU computes on the file's pages without a copy. A file's name is a
+digest of all the checkpoint's bytes and of whatever else decides the leaves: a checkpoint that changed has another
+name. It is `converted` in the user's cache folder; the environment variable SGPT_CONVERTED_CACHE names another folder,
+or turns the cache off: "off". Whatever goes wrong with the cache, the checkpoint itself is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sgpt_jax.checkpoint.tensors import SAFETENSORS_DTYPES, TensorFiles, map_safetensors
+from sgpt_jax.errors import InputError
+from sgpt_jax.runtime.compile_cache import user_cache
+
+VARIABLE = "SGPT_CONVERTED_CACHE"
+
+# To be raised whenever a checkpoint would give other leaves than before.
+FORMAT = 1
+
+# Less is decoded at once.
+MIN_BYTES = 20_000_000
+
+# A CPU's arrays begin at such multiples; others would be copied.
+ALIGNMENT = 64
+
+UNUSED_SECONDS = 60 * 86_400
+UNFINISHED_SECONDS = 86_400
+
+
+def place(files: TensorFiles, dtype: jnp.dtype) -> Path | None:
+    """Where the decoded weights of a checkpoint are kept, or would be; None for what is not worth it or turned off."""
+    folder = os.environ.get(VARIABLE) or os.path.join(user_cache(), "converted")
+    if folder == "off" or not files.encoded:
+        return None
+    digest = hashlib.sha256()
+    try:
+        if sum(os.path.getsize(file) for file in files.encoded) < MIN_BYTES:
+            return None
+        facts = [FORMAT, dtype.name, metadata.version("gguf"), files.config]
+        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+        for file in files.encoded:
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError:
+        return None
+    return Path(folder) / f"{digest.hexdigest()[:40]}.safetensors"
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """The leaves that are kept at a place, memory-mapped and read-only; none when nothing whole is there."""
+    try:
+        leaves = map_safetensors(path)
+    except (OSError, InputError):
+        return {}
+    with contextlib.suppress(OSError):
+        os.utime(path)  # it is in use
+    return leaves
+
+
+def keep(path: Path, leaves: Mapping[str, jax.Array]) -> None:
+    """Writes leaves to a place, in one step; does nothing where the folder cannot be written or is short of room.
+
+    It takes a quarter of the free room at most. What nobody used for two months is removed from the folder, and so is
+    what writers left behind that were killed.
+    """
+    # Those of odd sizes last, so that all others are aligned.
+    names = sorted(leaves, key=lambda name: (leaves[name].nbytes % ALIGNMENT != 0, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "sgpt-jax"}}
+    end = 0
+    for name in names:
+        leaf = leaves[name]
+        start, end = end, end + leaf.nbytes
+        kind = SAFETENSORS_DTYPES[leaf.dtype.name]
+        header[name] = {"dtype": kind, "shape": list(leaf.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    partial = path.parent / f"{path.stem}.{os.getpid()}.{time.time_ns()}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clean(path.parent)
+        if shutil.disk_usage(path.parent).free < 4 * end:
+            return
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(len(text).to_bytes(8, "little") + text)
+                for name in names:
+                    stream.write(np.asarray(leaves[name]).reshape(-1).view(np.uint8).data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError:
+        return
+
+
+def _clean(folder: Path) -> None:
+    now = time.time()
+    limits = {".safetensors": UNUSED_SECONDS, ".partial": UNFINISHED_SECONDS}
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if now - file.stat().st_mtime > limits.get(file.suffix, float("inf")):
+                file.unlink()

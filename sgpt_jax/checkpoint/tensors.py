@@ -1,0 +1,161 @@
+"""Reading checkpoints one tensor at a time, under Hugging Face names: safetensors, torch .bin, and GGUF files."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from sgpt_jax.checkpoint.gguf import GgufFile
+from sgpt_jax.errors import InputError
+
+# NumPy's names of what a checkpoint's tensors may be, and those in safetensors files.
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_DTYPES = {
+    name: np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+    for kind, name in SAFETENSORS_DTYPES.items()
+}
+
+
+class TensorFiles(Protocol):
+    """A checkpoint: its config in Hugging Face terms, its tensors one by one.
+
+    Attributes:
+        config: as in config.json.
+        encoded: the files whose tensors take time to decode; none for safetensors.
+    """
+
+    config: dict[str, Any]
+    encoded: list[epath.Path]
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and values of every tensor, read when its turn comes; the arrays may be views of the file."""
+        ...
+
+
+def open_checkpoint(path: epath.Path) -> TensorFiles:
+    """Opens a .gguf file, or a folder with config.json and safetensors or .bin weights.
+
+    Raises:
+        InputError: when the path holds no checkpoint, naming what is missing.
+    """
+    if path.suffix == ".gguf":
+        return GgufFile(path)
+    config = _read_json(path / "config.json")
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (path / index).exists():
+            weight_map = _read_json(path / index).get("weight_map") or {}
+            files = [path / name for name in sorted(set(weight_map.values()))]
+        elif (path / single).exists():
+            files = [path / single]
+        else:
+            continue
+        missing = [file.name for file in files if not file.exists()]
+        if missing or not files:
+            raise InputError(
+                f"{path / index}: the index names files that are not there: {', '.join(missing)}"
+            )
+        return (
+            SafetensorsFiles(config, files) if single.endswith("safetensors") else TorchFiles(config, files)
+        )
+    raise InputError(f"{path}: no model.safetensors, pytorch_model.bin or index of either")
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(f"{path.parent}: no {path.name}")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as problem:
+        raise InputError(f"{path}: not valid JSON: {problem}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+class SafetensorsFiles:
+    """One safetensors file or the shards of an index."""
+
+    def __init__(self, config: dict[str, Any], files: list[epath.Path]):
+        self.config, self.files = config, files
+        self.encoded: list[epath.Path] = []
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        for file in self.files:
+            yield from map_safetensors(file).items()
+
+
+def map_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, as read-only views of the memory-mapped file.
+
+    Raises:
+        InputError: the file is damaged, or holds numbers of a kind that NumPy does not have.
+    """
+    try:
+        with safe_open(os.fspath(path), "numpy"):  # checks that header and size are what they should be
+            pass
+    except SafetensorError as problem:
+        raise InputError(f"{path}: damaged safetensors file: {problem}") from None
+    with open(path, "rb") as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, facts in json.loads(data[8:start]).items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(facts["dtype"])
+        if dtype is None:
+            raise InputError(f"{path}: {name} is of the kind {facts['dtype']}, which is not supported")
+        first, end = facts["data_offsets"]
+        content = np.frombuffer(data, np.uint8)[start + first : start + end]
+        tensors[name] = content.view(dtype).reshape(facts["shape"])
+    return tensors
+
+
+class TorchFiles:
+    """torch .bin files, memory-mapped and restricted to tensors."""
+
+    def __init__(self, config: dict[str, Any], files: list[epath.Path]):
+        self.config, self.files = config, files
+        self.encoded = files
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        try:
+            import torch
+        except ImportError:
+            raise InputError(
+                f"{self.files[0]}: reading .bin weights needs torch (pip install 'sgpt-jax[torch]'); "
+                "safetensors weights do not"
+            ) from None
+        for file in self.files:
+            try:
+                state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
+            except Exception as problem:
+                raise InputError(f"{file}: not a torch file that holds tensors alone: {problem}") from None
+            for name in list(state):
+                tensor = state.pop(name)
+                if tensor.dtype == torch.bfloat16:
+                    yield name, tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+                else:
+                    yield name, tensor.numpy()

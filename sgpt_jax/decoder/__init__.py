@@ -1,0 +1,1 @@
+"""The decoder: pure functions of arrays, without files and without family names."""

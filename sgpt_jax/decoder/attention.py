@@ -1,0 +1,218 @@
+"""Attention: who sees whom, and the weighted sum."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from sgpt_jax.decoder.matmul import product
+from sgpt_jax.decoder.sharding import RULES, platform
+
+logger = logging.getLogger(__name__)
+
+# Far below any real score, and finite: a row without a key then gets equal weights instead of NaN.
+MASKED = -1e30
+
+# Queries at a time: their scores then stay in a CPU's caches, and memory does not grow with the square of the length.
+# A GPU has no use for small blocks, and tries several programs for the products of each: twice the time to compile.
+QUERY_BLOCK, GPU_QUERY_BLOCK = 128, 512
+
+
+def attention_mask_matrix(
+    attention_mask: jax.Array, positions: jax.Array, window: int | None, segments: jax.Array | None
+) -> jax.Array:
+    """Which key each query sees.
+
+    A token sees the valid tokens at or before its own place in the row. With a window it sees those less than
+    `window` positions back. With segments it sees those of its own segment and of segment 0, which is how several
+    queries share the document in front of them.
+
+    Args:
+        attention_mask: int or bool [B, T].
+        positions: int [B, T].
+        window: positions that a token sees, itself included; None for all.
+        segments: int [B, T] or None.
+
+    Returns:
+        bool [B, T, S], with S = T.
+    """
+    length = attention_mask.shape[-1]
+    seen = jnp.tril(jnp.ones((length, length), bool)) & (attention_mask != 0)[:, None, :]
+    if window is not None:
+        seen &= positions[:, :, None] - positions[:, None, :] < window
+    if segments is not None:
+        seen &= (segments[:, :, None] == segments[:, None, :]) | (segments == 0)[:, None, :]
+    return seen
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    bias: jax.Array | None = None,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Softmax attention with grouped key/value heads; scores and softmax in float32.
+
+    In bfloat16 on an NVIDIA GPU this is cuDNN's flash attention, unless `why_not_cudnn` names a reason, which is
+    then said once. Everything else is XLA's.
+
+    Args:
+        q: [B, T, N, H].
+        k: [B, S, K, H], N a multiple of K: query heads [g * N/K, (g + 1) * N/K) read key head g.
+        v: [B, S, K, H].
+        mask: bool [B, T, S] from `attention_mask_matrix`.
+        scale: factor on the products of queries and keys.
+        bias: float32 [B, N, 1, S] added to the scaled scores (ALiBi), or None.
+        drop: dropout for the attention weights [B, K, N/K, T, S], or None.
+
+    Returns:
+        [B, T, N, H] in the dtype of v. What a query that sees no key gets is finite, and has no meaning.
+    """
+    length = q.shape[1]
+    if v.dtype == jnp.bfloat16 and (major := _gpu_major()) is not None:
+        reason = why_not_cudnn(major, q.shape[-1], alibi=bias is not None, dropout=drop is not None)
+        if reason is None:
+            try:
+                return _attend_cudnn(q, k, v, mask, scale, cudnn_length(major, length))
+            except (NotImplementedError, RuntimeError) as error:  # what JAX itself refuses, or no cuDNN
+                reason = str(error)
+        _say_why_not(reason)
+    if drop is not None:
+        step = length
+    else:
+        step = GPU_QUERY_BLOCK if platform() == "gpu" else QUERY_BLOCK
+    blocks = []
+    for start in range(0, length, step):
+        # Later keys are never seen, see `attention_mask_matrix`.
+        end = min(start + step, length)
+        block = slice(start, end)
+        part = _attend_block(
+            q[:, block],
+            k[:, :end],
+            v[:, :end],
+            mask[:, block, :end],
+            scale,
+            None if bias is None else bias[..., :end],
+            drop,
+        )
+        blocks.append(part)
+    return jnp.concatenate(blocks, axis=1)
+
+
+def why_not_cudnn(major: int, head_dim: int, *, alibi: bool, dropout: bool) -> str | None:
+    """Why cuDNN's flash attention cannot compute `attend`, forward and backward; None where it can.
+
+    Limits: jax/_src/cudnn/fused_attention_stablehlo.py, and NVIDIA's sdpa_support_surface.h in cudnn-frontend, which
+    is narrower for gradients.
+
+    Args:
+        major: of the GPU's compute capability.
+        head_dim: H.
+        alibi: whether a bias is added to the scores.
+        dropout: whether attention weights are dropped.
+    """
+    if dropout:
+        return "dropout of attention weights"
+    if alibi:
+        return "ALiBi"
+    if major < 8:
+        return f"the GPU has compute capability {major}.x, less than 8.0"
+    largest = 256 if major == 9 else 128
+    if head_dim % 8 or head_dim > largest:
+        return f"heads of {head_dim}, where this GPU takes multiples of 8 up to {largest}"
+    return None
+
+
+def cudnn_length(major: int, length: int) -> int:
+    """The next length, from `length` on, at which cuDNN computes gradients, and right ones.
+
+    Args:
+        major: of the GPU's compute capability.
+        length: queries and keys, T.
+    """
+    length += length % 2
+    # On Hopper, gradients of queries whose scores are all far below 0 become NaN: pytorch/pytorch issue 196678.
+    return length + 64 if major == 9 and length % 128 == 64 else length
+
+
+def _gpu_major() -> int | None:
+    """The major compute capability of the NVIDIA GPU that is traced for; None where it is something else."""
+    if platform() != "gpu":
+        return None
+    major = str(jax.local_devices(backend="gpu")[0].compute_capability).partition(".")[0]
+    return int(major) if major.isdigit() else None  # AMD's are names
+
+
+@functools.cache  # once for each reason, not for each layer
+def _say_why_not(reason: str) -> None:
+    logger.warning("attention by XLA, not by cuDNN: %s", reason)
+
+
+def _attend_cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, padded: int
+) -> jax.Array:
+    """`attend` by cuDNN, at the length `padded`."""
+    length = q.shape[1]
+    if padded > length:
+        extra = (0, padded - length)
+        q, k, v = (jnp.pad(x, ((0, 0), extra, (0, 0), (0, 0))) for x in (q, k, v))
+        mask = jnp.pad(mask, ((0, 0), extra, extra))
+    # Padding that sees nothing sees itself here: its scores would otherwise be so low that gradients can overflow.
+    alone = ~mask.any(axis=-1, keepdims=True) & jnp.eye(padded, dtype=bool)
+    mask = (mask | alone)[:, None]
+    keep, mesh = None, jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # JAX splits cuDNN's call by rows and heads, but refuses queries and keys that are not split alike: where key
+        # heads do not divide, query heads must stay whole too.
+        rows, heads = (
+            None if size % math.prod(mesh.shape[axis] for axis in RULES[name]) else RULES[name]
+            for name, size in (("batch", q.shape[0]), ("kv_heads", k.shape[2]))
+        )
+        keep = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(rows, None, heads))
+        q, k, v = keep(q), keep(k), keep(v)
+        mask = jax.lax.with_sharding_constraint(mask, PartitionSpec(rows))
+    # The mask is causal already; told so, cuDNN leaves out what lies above the diagonal.
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
+    )
+    return (out if keep is None else keep(out))[:, :length]
+
+
+def _attend_block(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    bias: jax.Array | None,
+    drop: Callable[[jax.Array], jax.Array] | None,
+) -> jax.Array:
+    """`attend` for some of the queries. Heads lead the products, and weights are normalised after them: the order in
+    which XLA is fastest on a CPU."""
+    batch, length, heads, head_dim = q.shape
+    groups = k.shape[2]
+    shape = (batch, groups, heads // groups, length)
+    q = q.transpose(0, 2, 1, 3).reshape(batch, groups, -1, head_dim)  # [B, K, N/K * T, H]
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, S], [B, K, S, H]
+    scores = product(q, k) * scale
+    scores = scores.reshape(*shape, -1)
+    if bias is not None:
+        scores += bias.reshape(batch, groups, heads // groups, 1, -1)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1)
+    if drop is not None:
+        weights = drop(weights)
+    out = product(weights.astype(v.dtype).reshape(batch, groups, shape[2] * length, -1), v)
+    out = out / total.reshape(batch, groups, -1, 1)
+    return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3).astype(v.dtype)

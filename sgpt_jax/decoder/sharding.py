@@ -1,0 +1,179 @@
+"""The mesh, and where every array lies on it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sgpt_jax.decoder.config import DecoderConfig
+from sgpt_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor")
+
+# The one table from logical axes to mesh axes. Axes that are not here are on every device whole.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+
+# The logical axes of every leaf, by the end of its path; vectors along E are small and stay whole.
+LEAF_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"tokens/embedding", ("vocab", "embed")),
+    (r"positions/embedding", (None, "embed")),
+    (r"project_(in|out)/kernel", (None, "embed")),
+    (r"attn/q/kernel", ("embed", "heads")),
+    (r"attn/q/bias", ("heads",)),
+    (r"attn/[kv]/kernel", ("embed", "kv_heads")),
+    (r"attn/[kv]/bias", ("kv_heads",)),
+    (r"attn/o/kernel", ("heads", "embed")),
+    (r"mlp/(up|gate)/kernel", ("embed", "mlp")),
+    (r"mlp/(up|gate)/bias", ("mlp",)),
+    (r"mlp/down/kernel", ("mlp", "embed")),
+    (r"head/kernel", ("embed", "vocab")),
+    (r"head/bias", ("vocab",)),
+    (r".*(norm\d?/(scale|bias)|attn/o/bias|mlp/down/bias)", (None,)),
+)
+
+
+def make_mesh(spec: str | None = None, devices: list[Any] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor.
+
+    Args:
+        spec: such as "data=2,fsdp=4,tensor=1"; an axis left out has size 1, and one axis may be -1 for what is
+            left. None puts all devices on data.
+        devices: by default all devices of all processes.
+
+    Raises:
+        InputError: for an unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(spec, len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def device_mesh(spec: str | None = None) -> Mesh | None:
+    """The mesh of a command that encodes or scores, over the devices of this process; None for its first device.
+
+    Where there are several accelerators the default puts all of them on `data`: each holds the whole model and takes a
+    part of every batch. On CPUs the default is one device.
+
+    Raises:
+        InputError: see `make_mesh`.
+    """
+    devices = jax.local_devices()
+    if not spec and (len(devices) == 1 or devices[0].platform == "cpu"):
+        return None
+    return make_mesh(spec, devices)
+
+
+def mesh_sizes(spec: str | None, count: int) -> dict[str, int]:
+    """The size of every axis of `make_mesh`'s mesh of `count` devices.
+
+    Raises:
+        InputError: see there.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    if not spec:
+        sizes["data"] = count
+    for part in filter(None, (spec or "").split(",")):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if match is None or match[1] not in AXES:
+            raise InputError(f"mesh {spec!r}: {part!r} is not one of data=N, fsdp=N, tensor=N")
+        sizes[match[1]] = int(match[2])
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise InputError(f"mesh {spec!r}: only one axis can be -1")
+    if free:
+        sizes[free[0]] = max(1, count // -math.prod(sizes.values()))
+    if math.prod(sizes.values()) != count:
+        raise InputError(f"mesh {spec!r} has {math.prod(sizes.values())} places for {count} devices")
+    return sizes
+
+
+def leaf_path(path: tuple[Any, ...]) -> str:
+    """A path of `jax.tree_util` as the name that the tables use, such as "blocks/0/attn/q/kernel"."""
+    return "/".join(str(getattr(entry, "key", entry)) for entry in path)
+
+
+def param_shardings(params: Any, config: DecoderConfig, mesh: Mesh) -> Any:
+    """Where each leaf lies: a tree of `NamedSharding` like params.
+
+    A dimension that does not divide by its mesh axis (for attention: whose heads do not) stays whole on every
+    device of that axis, with one message that lists all of them.
+
+    Args:
+        params: the decoder's params, arrays or `jax.ShapeDtypeStruct`.
+        config: tells head counts.
+        mesh: from `make_mesh`.
+    """
+    units = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    whole: set[str] = set()
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = leaf_path(path)
+        axes = next((axes for pattern, axes in LEAF_AXES if re.search(f"(^|/){pattern}$", name)), None)
+        if axes is None:
+            raise ValueError(f"no logical axes for the leaf {name}")
+        spec: list[Any] = []
+        for size, axis in zip(leaf.shape, axes, strict=True):
+            mesh_axes = RULES.get(axis or "", ())
+            ways = math.prod(mesh.shape[a] for a in mesh_axes)
+            count = units.get(axis or "", size)
+            if count % ways:
+                whole.add(f"{axis} ({count}, {ways} ways)")
+                mesh_axes = ()
+            spec.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    shardings = jax.tree_util.tree_map_with_path(place, params)
+    if whole:
+        logger.warning("kept whole on every device of their mesh axis: %s", ", ".join(sorted(whole)))
+    return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits the first axis of an array, the batch, over the mesh."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def batch_ways(mesh: Mesh | None) -> int:
+    """By what the rows of a batch must divide."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """For what is traced inside, `by_rows` splits over this mesh; None changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def platform() -> str:
+    """What is traced for: "cpu", "gpu" or "tpu". On the mesh of `on_mesh` that is the platform of its devices, which a
+    plan for another machine has none of."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations x [B, ...] split by rows, and whole along their other axes, on the mesh of `on_mesh`.
+
+    Left to itself, XLA brings the rows of all devices to the parts of fsdp-sharded weights, so that every device holds
+    the whole batch; weights are to come to the rows. Without a mesh, or where rows do not divide, x stays as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in RULES["batch"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["batch"]))

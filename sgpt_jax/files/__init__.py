@@ -1,0 +1,1 @@
+"""Reading and writing files: lines, corpora, judgements, runs."""

@@ -1,0 +1,262 @@
+"""Relevance judgements (qrels) and retrieval runs: reading, and writing in trec_eval's order."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import (
+    PathLike,
+    ReadReport,
+    atomic_write,
+    display_name,
+    fix_surrogates,
+    line_error,
+    read_lines,
+)
+
+_GRADE = re.compile(r"([+-]?[0-9]{1,18})(?:\.0+)?", re.ASCII)
+_QUERY_HEADERS = {"queryid", "qid", "query", "topic", "topicid"}
+_GRADE_HEADERS = {"score", "rel", "relevance", "label", "grade", "judgment", "judgement", "gain", "qrel"}
+
+
+def read_qrels(
+    path: PathLike, *, errors: str = "strict", report: ReadReport | None = None
+) -> dict[str, dict[str, int]]:
+    """Reads judgements as {query id: {document id: grade}}, in file order.
+
+    Lines have three columns (query, document, grade; a header is recognised by its names) or the four of
+    TREC (query, anything, document, grade), the same number in the whole file, separated by tabs or spaces.
+    Ids may hold spaces where tabs separate. The same judgement twice is kept once and counted.
+
+    Raises:
+        InputError: mixed column counts, a grade that is no integer (``1.0`` is one), one document judged
+            differently twice, or no judgement at all.
+    """
+    report = ReadReport() if report is None else report
+    qrels: dict[str, dict[str, int]] = {}
+    seen_lines: dict[tuple[str, str], int] = {}
+    columns = 0
+    for line, text in read_lines(path, errors=errors, report=report):
+        cells = _split(text, (3, 4))
+        if not columns:
+            columns = len(cells)
+            if columns not in (3, 4):
+                raise line_error(path, line, f"judgements have 3 or 4 columns, not {columns}")
+            if _is_header(cells):
+                continue
+        if len(cells) != columns:
+            raise line_error(path, line, f"{len(cells)} columns, but {columns} in the lines before")
+        query, document = cells[0], cells[-2]
+        grade = _GRADE.fullmatch(cells[-1])
+        if grade is None:
+            raise line_error(path, line, f"the grade must be an integer, not {cells[-1]!r}")
+        value = int(grade.group(1))
+        first = seen_lines.setdefault((query, document), line)
+        if first == line:
+            qrels.setdefault(query, {})[document] = value
+            report.records += 1
+        elif qrels[query][document] == value:
+            report.duplicates += 1
+        else:
+            other = qrels[query][document]
+            message = f"query {query!r}, document {document!r} has grade {value}, but {other} in line {first}"
+            raise line_error(path, line, message)
+    if not qrels:
+        raise InputError(f"{display_name(path)}: holds no judgement")
+    return qrels
+
+
+def read_run(
+    path: PathLike, *, errors: str = "strict", report: ReadReport | None = None
+) -> dict[str, dict[str, float]]:
+    """Reads a run as {query id: {document id: score}}, in file order.
+
+    A file that begins with ``{`` is JSON {query: {document: score}}; any other has TREC's six columns
+    (query, anything, document, rank, score, tag), where the rank is not used. The same entry twice is kept
+    once and counted.
+
+    Raises:
+        InputError: broken JSON, a wrong number of columns, a score that is no number or NaN (infinities are
+            legal), one document with two scores, or an empty run.
+    """
+    report = ReadReport() if report is None else report
+    lines = read_lines(path, errors=errors, report=report)
+    first = next(lines, None)
+    if first is None:
+        raise InputError(f"{display_name(path)}: holds no run")
+    start = [first]
+    if first[1].lstrip().startswith("{"):
+        run = _read_json_run(path, start, lines, report)
+    else:
+        run = _read_trec_run(path, start, lines, report)
+    if not run:
+        raise InputError(f"{display_name(path)}: holds no run")
+    return run
+
+
+def write_run(path: PathLike, run: Mapping[str, Mapping[str, float]], *, tag: str = "sgpt-jax") -> None:
+    """Writes a run with TREC's six columns, atomically, in trec_eval's order, with ranks from 1.
+
+    Raises:
+        InputError: a NaN score, or an id that is empty or holds white space, which this format cannot
+        express.
+    """
+    with atomic_write(path) as stream:
+        for query, scores in run.items():
+            _check_id(query, "query")
+            for rank, (document, score) in enumerate(_ranked(query, scores), 1):
+                _check_id(document, "document")
+                stream.write(f"{query} Q0 {document} {rank} {score!r} {tag}\n".encode())
+
+
+def write_json_run(path: PathLike, run: Mapping[str, Mapping[str, float]]) -> None:
+    """Writes a run as JSON {query: {document: score}}, atomically, documents in trec_eval's order.
+
+    JSON has no infinity: it is written as ``1e999``, a valid number that every reader of doubles turns back
+    into infinity.
+
+    Raises:
+        InputError: a NaN score, or an id with a lone surrogate.
+    """
+    with atomic_write(path) as stream:
+        stream.write(b"{")
+        for number, (query, scores) in enumerate(run.items()):
+            entries = ", ".join(
+                f"{_json_id(document)}: {_json_number(score)}" for document, score in _ranked(query, scores)
+            )
+            separator = "," if number else ""
+            stream.write(f"{separator}\n{_json_id(query)}: {{{entries}}}".encode())
+        stream.write(b"\n}\n")
+
+
+def _ranked(query: str, scores: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Entries by score as float32, best first; ties by document id, descending (trec_eval)."""
+    entries = [(document, float(score)) for document, score in scores.items()]
+    for document, score in entries:
+        if math.isnan(score):
+            raise InputError(f"the score of query {query!r}, document {document!r} is NaN")
+    with np.errstate(over="ignore"):  # beyond float32 means infinity there, as in trec_eval
+        compared = np.array([score for _, score in entries]).astype(np.float32).tolist()
+    order = sorted(range(len(entries)), key=lambda i: (compared[i], entries[i][0]), reverse=True)
+    return [entries[i] for i in order]
+
+
+def _json_id(id: str) -> str:
+    if fix_surrogates(id) != id:
+        raise InputError(f"the id {id!r} holds half a character (a lone surrogate)")
+    return json.dumps(id, ensure_ascii=False)
+
+
+def _json_number(score: float) -> str:
+    return ("1e999" if score > 0 else "-1e999") if math.isinf(score) else repr(score)
+
+
+def _check_id(id: str, kind: str) -> None:
+    if not id or id.split() != [id] or fix_surrogates(id) != id:
+        raise InputError(f"a TREC run cannot hold the {kind} id {id!r}: it is empty or has white space in it")
+
+
+def _split(text: str, counts: tuple[int, ...]) -> list[str]:
+    """Cells between tabs where that gives an expected count without empty cells, else between runs of tabs
+    and spaces.
+    """
+    if "\t" in text:
+        cells = [cell.strip(" \r") for cell in text.split("\t")]
+        if len(cells) in counts and all(cells):
+            return cells
+    return re.split("[ \t]+", text.strip(" \t\r"))
+
+
+def _is_header(cells: list[str]) -> bool:
+    first = re.sub("[-_ ]", "", cells[0].lower())
+    return _GRADE.fullmatch(cells[-1]) is None and (
+        first in _QUERY_HEADERS or cells[-1].lower() in _GRADE_HEADERS
+    )
+
+
+def _read_trec_run(
+    path: PathLike, start: Iterable[tuple[int, str]], lines: Iterator[tuple[int, str]], report: ReadReport
+) -> dict[str, dict[str, float]]:
+    run: dict[str, dict[str, float]] = {}
+    seen_lines: dict[tuple[str, str], int] = {}
+    for line, text in (pair for part in (start, lines) for pair in part):
+        cells = _split(text, (6,))
+        if len(cells) != 6:
+            raise line_error(path, line, f"a TREC run has 6 columns, not {len(cells)}")
+        query, document, raw = cells[0], cells[2], cells[4]
+        try:
+            score = float(raw)
+        except ValueError:
+            score = None
+        if score is None or "_" in raw or not raw.isascii():
+            raise line_error(path, line, f"the score must be a number, not {raw!r}")
+        if math.isnan(score):
+            raise line_error(path, line, f"the score of query {query!r}, document {document!r} is NaN")
+        first = seen_lines.setdefault((query, document), line)
+        if first == line:
+            run.setdefault(query, {})[document] = score
+            report.records += 1
+        elif run[query][document] == score:
+            report.duplicates += 1
+        else:
+            message = f"query {query!r}, document {document!r} has another score in line {first}"
+            raise line_error(path, line, message)
+    return run
+
+
+def _read_json_run(
+    path: PathLike, start: Iterable[tuple[int, str]], lines: Iterator[tuple[int, str]], report: ReadReport
+) -> dict[str, dict[str, float]]:
+    texts: list[str] = []
+    for line, text in (pair for part in (start, lines) for pair in part):
+        texts.extend(
+            [""] * (line - 1 - len(texts))
+        )  # blank lines again, so that JSON's line numbers are the file's
+        texts.append(text)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key not in table:
+                table[key] = value
+            elif table[key] == value:
+                report.duplicates += 1
+            else:
+                raise InputError(f"{display_name(path)}: {key!r} stands twice with different content")
+        return table
+
+    try:
+        value = json.loads("\n".join(texts), strict=False, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise line_error(path, error.lineno, f"broken JSON: {error.msg}, column {error.colno}") from None
+    except InputError:
+        raise
+    except ValueError as error:  # an integer with thousands of digits
+        raise InputError(f"{display_name(path)}: broken JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"{display_name(path)}: JSON nested too deeply") from None
+    run: dict[str, dict[str, float]] = {}
+    for query, scores in value.items():
+        if not isinstance(scores, dict):
+            raise InputError(f"{display_name(path)}: query {query!r} must hold {{document: score}}")
+        for id in (query, *scores):
+            if not id or fix_surrogates(id) != id:
+                raise InputError(f"{display_name(path)}: the id {id!r} is empty or holds a lone surrogate")
+        for document, score in scores.items():
+            place = f"{display_name(path)}: the score of query {query!r}, document {document!r}"
+            if isinstance(score, bool) or not isinstance(score, int | float):
+                raise InputError(f"{place} must be a number, not {score!r}")
+            try:
+                scores[document] = float(score)
+            except OverflowError:
+                raise InputError(f"{place} is out of range") from None
+            if math.isnan(score):
+                raise InputError(f"{place} is NaN")
+        run[query] = scores
+        report.records += len(scores)
+    return run

@@ -1,0 +1,1 @@
+"""Model folders: finding one, reading what it says, writing one."""

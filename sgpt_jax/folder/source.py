@@ -1,0 +1,126 @@
+"""Finding a model: a folder, a .gguf file, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import glob
+import os
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from sgpt_jax.errors import InputError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+
+
+# What a model folder needs, by name. Weights are added to these.
+_WANTED = [
+    "*.json",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+    "README.md",
+    "[0-9]_*/config.json",
+    "[0-9][0-9]_*/config.json",
+]
+
+
+_SAFETENSORS = r"model(-\d+-of-\d+)?\.safetensors"
+
+
+_BIN = r"pytorch_model(-\d+-of-\d+)?\.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model on this machine: a folder or a `.gguf` file, and the name it goes by."""
+
+    path: Path
+    name: str
+
+
+def resolve(source: str | os.PathLike[str]) -> Source:
+    """Finds a model: an existing folder or `.gguf` file, else `name` or `org/name` on the Hugging Face hub.
+
+    A hub id may end in `@revision`. What the hub has is kept in its cache, and taken from there when the hub cannot
+    be reached. Of the weights, safetensors are fetched, and `.bin` files only where there are none.
+
+    Raises InputError when the source is neither, naming both possibilities.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        return Source(path, path.resolve().name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(f"{text}: a model is a folder, a .gguf file or a hub id, not this kind of file")
+        return Source(path, path.stem)
+    missing = f"{text}: there is no such folder or .gguf file"
+    if "://" in text:
+        raise InputError(f"{missing}; copy models from other storage to a local folder first")
+    if not _HUB_ID.fullmatch(text) or path.suffix.lower() == ".gguf":
+        raise InputError(f"{missing}, and it is not the form of a hub id (org/name)")
+    repo, _, revision = text.partition("@")
+    return Source(Path(_download(repo, revision or None, missing)), repo)
+
+
+def _download(repo: str, revision: str | None, missing: str) -> str:
+    try:
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision)
+    except HFValidationError as error:
+        raise InputError(f"{missing}, and it is not the form of a hub id (org/name): {error}") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{repo}: the hub has this model, but no revision {revision!r}") from error
+    except GatedRepoError as error:
+        raise InputError(
+            f"{repo}: the hub asks for a login and accepted terms (`hf auth login`): {_first_line(error)}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{missing}, and the Hugging Face hub has no model of that name") from error
+    except Exception as error:  # the hub's HTTP library, and so its errors, change with its version
+        return _cached(repo, revision, missing, error)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    return huggingface_hub.snapshot_download(
+        repo,
+        revision=revision,
+        allow_patterns=[glob.escape(name) for name in choose_files(names)],
+    )
+
+
+def _cached(repo: str, revision: str | None, missing: str, reason: Exception) -> str:
+    try:
+        return huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{missing}, and the Hugging Face hub cannot be reached ({_first_line(reason)}) "
+            "nor has its cache this model"
+        ) from error
+
+
+def choose_files(names: list[str]) -> list[str]:
+    """Of a repository's file names, those that a model needs: settings, tokenizer, and one kind of weights."""
+    top = [name for name in names if "/" not in name]
+    chosen = [
+        name
+        for name in names
+        if any(fnmatch.fnmatchcase(name, p) and name.count("/") == p.count("/") for p in _WANTED)
+    ]
+    for pattern in (_SAFETENSORS, r".+\.safetensors", _BIN, r".+\.bin"):
+        weights = [name for name in top if re.fullmatch(pattern, name)]
+        if weights:
+            return chosen + weights
+    return chosen
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

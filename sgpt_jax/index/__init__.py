@@ -1,0 +1,1 @@
+"""An index on disk: building, reading, searching, exporting."""

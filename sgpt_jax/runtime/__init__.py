@@ -1,0 +1,1 @@
+"""How programs run: threads, processes, caches, progress."""

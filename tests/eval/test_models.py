@@ -1,0 +1,292 @@
+"""Evaluation with real (tiny, random) decoders: BEIR, prompt studies, and mteb's own evaluator on the same data."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import decoders
+import eval_cases
+import numpy as np
+import pytest
+
+pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
+pytest.importorskip("bm25s", reason="the eval extra is not installed")
+
+from eval import prompts
+from eval.__main__ import main
+from eval.data import DataSet
+from eval.models import PROMPTS
+from eval.record import command, revision
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cross_encoder import CrossEncoder
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.runs import read_run
+from sgpt_jax.text.pairs import Prompt
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    decoders.write_checkpoint("gpt_neo", folder)
+    decoders.write_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return str(eval_cases.small_beir(tmp_path / "small"))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_beir_with_a_bi_encoder_is_what_its_vectors_give(tiny, small, tmp_path):
+    arguments = [
+        "beir",
+        small,
+        "--model",
+        tiny,
+        "--pooling",
+        "mean",
+        "--brackets",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 0
+    model = BiEncoder.from_pretrained(tiny, pooling="mean", brackets=True)
+    data = DataSet("small", Path(small), "test").load()
+    documents = list(data.documents())
+    vectors = model.encode_document([document.text for document in documents])
+    expected = model.similarity(model.encode_query(list(data.queries.values())), vectors)
+    run = read_run(tmp_path / "out/small.trec")
+    for row, query in zip(expected, data.queries, strict=True):
+        found = [run[query][document.id] for document in documents]
+        assert found == pytest.approx(row.tolist(), abs=2e-6)
+    facts = read(tmp_path / "out/small.json")["model"]
+    assert (
+        facts["pooling"] == "mean" and facts["brackets"] is True and facts["revision"] == revision(Path(tiny))
+    )
+    weights = decoders.tensors("gpt_neo")
+    assert facts["parameters"] == sum(np.size(tensor) for tensor in weights.values())
+
+
+def test_beir_with_a_cross_encoder_is_what_it_predicts(tiny, small, tmp_path):
+    arguments = [
+        "--cross-encoder",
+        tiny,
+        "--rerank-depth",
+        "3",
+        "--prompt",
+        "C",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(["beir", small, *arguments]) == 0
+    model = CrossEncoder.from_pretrained(tiny, prompt=PROMPTS["C"])
+    data = DataSet("small", Path(small), "test").load()
+    texts = {document.id: document.text for document in data.documents()}
+    for query, hits in read_run(tmp_path / "out/small.trec").items():
+        expected = model.predict([(data.queries[query], texts[document]) for document in hits])
+        assert list(hits.values()) == pytest.approx(expected.tolist(), rel=1e-4)
+    result = read(tmp_path / "out/small.json")
+    assert result["cross_encoder"]["prompt"]["prefix"] == "Document:\n"
+    assert result["work"]["pairs"] == sum(map(len, read_run(tmp_path / "out/small.trec").values()))
+
+
+def test_a_prompt_without_a_place_for_the_document_is_refused(tiny, small, tmp_path, capsys):
+    arguments = ["--cross-encoder", tiny, "--prompt", "no place", "--output", str(tmp_path / "out")]
+    assert main(["beir", small, *arguments]) == 1
+    assert "one {} where the document goes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompt_study(tiny, small, tmp_path, capsys):
+    names = ["A", "G", "J", "L", "Text: {} Question: "]
+    arguments = [
+        "--cross-encoder",
+        tiny,
+        "--rerank-depth",
+        "4",
+        "--output",
+        str(tmp_path / "out"),
+        "--prompts",
+        *names,
+    ]
+    assert main(["prompts", small, *arguments]) == 0
+    table = (tmp_path / "out/prompts.md").read_text()
+    assert table in capsys.readouterr().out
+    for name, folder in zip(names, ("A", "G", "J", "L", "prompt-5"), strict=True):
+        result = read(tmp_path / f"out/{folder}/small.json")
+        value = result["metrics"]["ndcg@10"]
+        assert f"| {name if len(name) == 1 else 'template'} | {value:.4f} |" in table
+        assert result["first_stage"]["name"] == "BM25"
+    first = read(tmp_path / "out/first-stage/small.json")["metrics"]["ndcg@10"]
+    assert f"| (first stage) | {first:.4f} | BM25 |" in table
+    # the same numbers as the command for one prompt
+    assert main(["beir", small, *arguments[:4], "--prompt", "A", "--output", str(tmp_path / "one")]) == 0
+    assert read(tmp_path / "one/small.json")["metrics"] == read(tmp_path / "out/A/small.json")["metrics"]
+    capsys.readouterr()
+    assert main(["prompts", small, *arguments]) == 0  # everything is there already
+    assert capsys.readouterr().out.count("found in the output folder") == 6
+
+
+def test_the_example_is_the_shortest_judged_pair(tmp_path):
+    corpus = [
+        {"_id": "d0", "title": "a long title that does not count", "text": "aa"},
+        {"_id": "d1", "text": "aaaa"},
+        {"_id": "d2", "text": "aaaaaaa"},
+        {"_id": "d3", "text": "a"},
+    ]
+    queries = [{"_id": "q0", "text": "bb"}, {"_id": "q1", "text": "b"}]
+    qrels = "q0\td0\t1\nq0\td3\t0\nq1\td1\t1\nq1\td2\t3\n"
+    data = DataSet("x", eval_cases.write_beir(tmp_path / "x", corpus, queries, qrels), "test").load()
+
+    class Characters:
+        def plain_ids(self, texts, **options):
+            return [list(text) for text in texts]
+
+    class Model:
+        text = Characters()
+
+    found = prompts.find_example(data, eval_cases.Ready(Model()))
+    assert found == prompts.Example(
+        "d2", "q1", "aaaaaaa", "b"
+    )  # 8 tokens for grade 3, less than 4 for grade 1
+    assert prompts.find_example(data, eval_cases.Ready(Model()), shortest=4).document_id == "d2"
+    with pytest.raises(InputError, match="no judged pair"):
+        prompts.find_example(data, eval_cases.Ready(Model()), shortest=8)
+
+
+EXAMPLE = prompts.Example("d", "q", "DOC", "QUERY")
+
+
+SEARCHED = "Documents are searched to find matches with the same content.\n"
+BOT = (
+    "An intelligent, helpful bot is given. "
+    'The bot responds "Yes" if the document is a fit to the query and "No" otherwise.\n###\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [
+        ("G", SEARCHED + 'The document "X" is a good search result for "'),
+        ("H", SEARCHED + 'Document: "X"\n\nThe above document is a good match for the query: "'),
+        ("J", SEARCHED + "Document:\nDOC\nQuery:\nQUERY\nDocument:\nX\nQuery:\n"),
+        ("K", "Document:\nDOC\nQuery:\nQUERY\nDocument:\nX\nQuery:\n"),
+        ("L", BOT + "Document: DOC\nQuery: QUERY\nBot: Yes\nDocument: X\nBot:"),
+        ("M", BOT + "Document: DOC\nQuery: QUERY\nBot: Yes\nDocument: X\nBot: "),
+        ("quoraD", "Question Body: X Question Title:"),
+        ("quoraE", "Question Body: DOC Question Title: QUERY\nQuestion Body: X Question Title:"),
+    ],
+)
+def test_contexts_of_the_papers_prompts(name, context):
+    study = prompts.STUDIES[name]
+    prompt = study.prompt(None if study.instruction is None else EXAMPLE)
+    assert prompt.prefix + "X" + prompt.suffix == context
+
+
+def test_all_the_papers_prompts_are_there():
+    assert {*"ABCDEFGHIJKLM", *(f"quora{letter}" for letter in "ABCDE")} == prompts.STUDIES.keys()
+
+
+def test_answers_are_scored_against_each_other(tiny):
+    """log p(Yes) / (p(Yes) + p(No)), from the probabilities of the two as continuations."""
+    model = CrossEncoder.from_pretrained(tiny, prompt=Prompt("Document: ", "\nBot:"))
+    pairs = [("cat", "cats purr"), ("rain", "cats purr"), ("cat", "snow")]
+    found = prompts.Answering(model, (" Yes", " No")).predict(pairs)
+    for (query, document), score in zip(pairs, found.tolist(), strict=True):
+        yes, no = model.predict([(word, f"{document}\nQuery: {query}") for word in (" Yes", " No")]).tolist()
+        assert score == pytest.approx(-np.log1p(np.exp(no - yes)), rel=1e-4)
+    assert (found < 0).all() and len(set(found.tolist())) == 3
+
+
+def mteb_scores(folder, split, model, **task):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    mteb = pytest.importorskip("eval.mteb", reason="mteb is not installed")
+    data = DataSet(folder.name, folder, split).load()
+    adapter = mteb.BiEncoderModel if isinstance(model, BiEncoder) else mteb.CrossEncoderModel
+    return mteb.evaluate(adapter(model), mteb.local_task(data, **task))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("brackets", [False, True])
+def test_mteb_gives_the_same_figures(tiny, small, tmp_path, brackets):
+    model = BiEncoder.from_pretrained(tiny, brackets=brackets)
+    theirs = mteb_scores(Path(small), "test", model)
+    option = "--brackets" if brackets else "--no-brackets"
+    assert main(["beir", small, "--model", tiny, option, "--output", str(tmp_path / "out")]) == 0
+    ours = read(tmp_path / "out/small.json")["metrics"]
+    for name in ("ndcg", "map", "recall", "precision"):
+        for k in (1, 3, 5, 10, 100, 1000):
+            assert theirs[f"{name}@{k}"] == pytest.approx(ours[f"{name}@{k}"], abs=1e-6)
+            assert theirs[f"{name}_at_{k}"] == pytest.approx(ours[f"{name}@{k}"], abs=6e-6)  # mteb rounds
+    assert theirs["mrr_at_10"] == pytest.approx(ours["mrr@10"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mteb_reranks_alike(tiny, small, tmp_path):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    pytest.importorskip("mteb", reason="mteb is not installed")
+    options = ["--cross-encoder", tiny, "--rerank-depth", "5", "--output"]
+    assert main(["beir", small, *options, str(tmp_path / "ours")]) == 0
+    assert main(["mteb", small, *options, str(tmp_path / "theirs")]) == 0
+    ours, theirs = (read(tmp_path / f"{part}/small.json")["metrics"] for part in ("ours", "theirs"))
+    assert theirs["ndcg@10"] == pytest.approx(ours["ndcg@10"], abs=1e-6)
+    assert theirs["map@100"] == pytest.approx(ours["map@100"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif("SGPT_DATA" not in os.environ, reason="SGPT_DATA is not set")
+def test_mteb_gives_the_same_figures_on_scifact(tiny, tmp_path):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    pytest.importorskip("mteb", reason="mteb is not installed")
+    folder = Path(os.environ["SGPT_DATA"]) / "scifact"
+    options = ["--model", tiny, "--max-seq-length", "24", "--output"]
+    assert main(["beir", str(folder), *options, str(tmp_path / "ours")]) == 0
+    assert main(["mteb", str(folder), *options, str(tmp_path / "theirs")]) == 0
+    ours, theirs = (read(tmp_path / f"{part}/scifact.json")["metrics"] for part in ("ours", "theirs"))
+    assert ours["ndcg@10"] > 0
+    for name, value in theirs.items():
+        assert value == pytest.approx(ours[name], abs=1e-6), name
+
+
+def test_adapters_satisfy_mtebs_protocols(tiny):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    mteb = pytest.importorskip("eval.mteb", reason="mteb is not installed")
+    from mteb.models import CrossEncoderProtocol, EncoderProtocol, SearchProtocol
+
+    encoder, ranker = mteb.BiEncoderModel(tiny), mteb.CrossEncoderModel(tiny)
+    assert isinstance(encoder, EncoderProtocol) and not isinstance(encoder, SearchProtocol)
+    assert isinstance(ranker, CrossEncoderProtocol)
+    a, b = (
+        encoder.encode([{"text": ["x", "y"]}, {"text": ["z"]}]),
+        encoder.encode([{"text": ["u", "v", "w"]}]),
+    )
+    assert a.shape == b.shape == (3, encoder.model.dimension)
+    assert encoder.similarity_pairwise(a, b) == pytest.approx(np.diag(encoder.similarity(a, b)), abs=1e-6)
+    assert encoder.mteb_model_meta.embed_dim == encoder.model.dimension
+
+
+def test_revision_is_the_hubs_commit_or_a_digest_of_the_files(tmp_path):
+    commit = tmp_path / "models--org--name/snapshots" / ("0123456789" * 4)
+    commit.mkdir(parents=True)
+    assert revision(commit) == "0123456789" * 4
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    first = revision(folder)
+    (folder / "notes.md").write_text("not part of the model")
+    assert revision(folder) == first and first.startswith("sha256:")
+    (folder / "config.json").write_text("{ }")
+    assert revision(folder) != first
+    (tmp_path / "a.gguf").write_bytes(b"abc")
+    assert revision(tmp_path / "a.gguf") == "sha256:" + hashlib.sha256(b"abc").hexdigest()[:16]
+
+
+def test_commands_name_no_data_folder(monkeypatch):
+    monkeypatch.setenv("SGPT_DATA", "/some/where/")
+    line = command(["beir", "/some/where/scifact", "/some/where else", "--output", "a b"])
+    assert line == "python -m eval beir $SGPT_DATA/scifact '/some/where else' --output 'a b'"

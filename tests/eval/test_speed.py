@@ -1,0 +1,228 @@
+"""The speed command on tiny decoders: that every way does the same work, and what the result says; no times."""
+
+import json
+import sys
+import types
+
+import decoders
+import eval_cases
+import jax
+import numpy as np
+import pytest
+
+from eval.__main__ import main
+from eval.plan.models import MODELS
+from eval.speed import benchmark as speed_rounds
+from eval.speed import models as speed_models
+from eval.speed.encode import encode_contest
+from eval.speed.search import search_contest
+from sgpt_jax import BiEncoder
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(speed_rounds, "CPU_PRODUCTS", (4, 64))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(eval_cases.small_beir(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = decoders.write_checkpoint("llama", tmp_path_factory.mktemp("model"))
+    return str(decoders.write_tokenizer(folder))
+
+
+def run(tmp_path, *arguments):
+    output = tmp_path / "speed.json"
+    assert main(["speed", *map(str, arguments), "--rounds", "2", "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def check(part, ways):
+    assert set(part["ways"]) == set(ways)
+    assert all(len(way["seconds"]) == 2 and way["of_datasheet"] is None for way in part["ways"].values())
+
+
+def test_figures_of_a_race(monkeypatch):
+    """By a clock that the ways set forward themselves."""
+    clock = [0.0]
+
+    def way(first, *later):
+        seconds = iter((first, *later))
+
+        def run():
+            clock[0] += next(seconds)
+            return first
+
+        return run
+
+    monkeypatch.setattr(speed_rounds.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed_rounds, "_matrix_product", lambda dtype: (way(9.0, 1.0, 2.0, 1.0), 100.0))
+    contest = speed_rounds.Contest(
+        work={"texts": 6, "tokens": 60},
+        unit="tokens",
+        ways={"ours": way(7.0, 2.0, 2.0, 3.0), "peer": way(4.0, 3.0, 5.0, 3.0)},
+        flops={"": 80.0, "peer": 90.0},
+        dtype="float32",
+        compare=lambda found: {"first": found},
+    )
+    result = speed_rounds.race(contest, 3)
+    assert result["matrix_product_flops"] == 100.0
+    assert result["agreement"] == {"first": {"ours": 7.0, "peer": 4.0, "matrix product": 9.0}}
+    ours, peer = result["ways"]["ours"], result["ways"]["peer"]
+    assert (ours["seconds"], ours["median_seconds"], ours["compile_seconds"]) == ([2.0, 2.0, 3.0], 2.0, 5.0)
+    assert (ours["tokens_per_second"], ours["flops_per_second"], ours["of_matrix_product"]) == (
+        30.0,
+        40.0,
+        0.4,
+    )
+    assert (peer["ours_over"], peer["of_matrix_product"], peer["compile_seconds"]) == (1.5, 0.3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", None), ("NVIDIA L4", 121e12), ("NVIDIA L40", None),
+     ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("cpu", None)],
+)  # fmt: skip
+def test_published_peaks(kind, peak, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert speed_rounds.datasheet_peak() == peak
+
+
+def test_encode(model, data, tmp_path, capsys):
+    pytest.importorskip("sentence_transformers")
+    result = run(tmp_path, "encode", "--model", model, "--data", data, "--texts", 9)
+    part = result["encode"]
+    check(part, ["ours", "torch", "sentence-transformers"])
+    assert part["work"]["texts"] == 9
+    assert len(part["agreement"]) == 2
+    assert max(part["agreement"].values()) < 1e-4
+    assert part["torch"]["threads"] == speed_rounds.threads()
+    assert {"command", "versions", "device", "threads"} <= set(result)
+    assert "9 texts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken", "cls"])
+def test_torch_pools_as_the_model_does(model, data, pooling):
+    pytest.importorskip("torch")
+    encoder = BiEncoder.from_pretrained(model, pooling=pooling)
+    ways = encode_contest(encoder, ["a b", "c", "some longer text"]).ways
+    np.testing.assert_allclose(ways["torch"](), ways["ours"](), atol=1e-4)
+
+
+def test_bfloat16_encode(model, data, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    part = run(tmp_path, "encode", "--model", model, "--data", data, "--texts", 5, "--dtype", "bfloat16")
+    assert part["encode"]["dtype"] == "bfloat16"
+    assert max(part["encode"]["agreement"].values()) < 0.1
+
+
+def test_score(model, data, tmp_path):
+    pytest.importorskip("torch")
+    part = run(tmp_path, "score", "--model", model, "--data", data, "--pairs", 5)["score"]
+    check(part, ["ours", "ours, pairs alone", "torch, one by one", "torch, batches"])
+    assert max(part["agreement"].values()) < 1e-4
+    assert part["work"]["pairs"] == 5
+    assert part["tokens"]["shared"] <= part["tokens"]["alone"]
+    assert part["compiled_memory_mib"]["scores"] > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neo"])  # without biases, and with some
+def test_train(name, data, tmp_path):
+    pytest.importorskip("torch")
+    model = decoders.write_tokenizer(decoders.write_checkpoint(name, tmp_path / "model"))
+    part = run(tmp_path, "train", "--model", model, "--data", data, "--batch-size", 3)["train"]
+    check(part, ["ours", "ours, all weights", "torch"])
+    losses = list(part["agreement"].values())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    sizes = part["compiled_memory_mb"]
+    assert sizes["ours"]["moments"] < 0.1 * sizes["ours, all weights"]["moments"]
+
+
+def test_search(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    part = run(tmp_path, "search", "--vectors", 1500)["search"]
+    check(part, ["ours", "numpy", "faiss"])
+    assert set(part["agreement"].values()) == {1.0}
+    assert faiss
+
+
+def test_what_is_not_installed_is_left_out_by_name(model, data, tmp_path, monkeypatch, capsys):
+    for name in ("torch", "faiss"):
+        monkeypatch.setitem(sys.modules, name, None)
+    contest = encode_contest(BiEncoder.from_pretrained(model), ["a b"])
+    assert set(contest.ways) == {"ours"}
+    assert set(contest.left_out) == {"torch", "sentence-transformers"}
+    assert set(search_contest(200, str(tmp_path)).left_out) == {"faiss"}
+    assert main(["speed", "search", "--vectors", "200", "--rounds", "1"]) == 0
+    assert "left out: faiss: faiss is not installed" in capsys.readouterr().out
+
+
+def test_a_part_that_cannot_run_does_not_stop_the_others(data, tmp_path, capsys):
+    folder = decoders.write_checkpoint("qwen3", tmp_path / "headless", model_class="base")
+    decoders.write_tokenizer(folder)
+    arguments = ["--model", str(folder), "--data", data, "--texts", "5", "--batch-size", "2"]
+    result = run(tmp_path, *arguments, "--vectors", "200", "--pairs", "2")
+    assert list(result["left_out"]) == ["score"]
+    assert {"encode", "train", "search"} <= set(result)
+    assert main(["speed", "score", *arguments, "--pairs", "2"]) == 1
+
+
+def test_a_model_that_transformers_has_not(data, tmp_path):
+    pytest.importorskip("torch")
+    folder = decoders.write_tokenizer(
+        decoders.write_checkpoint("gptj", tmp_path / "gptj", model_class="base")
+    )
+    part = run(tmp_path, "encode", "--model", folder, "--data", data, "--texts", 3)["encode"]
+    assert "transformers has no gptj config" in part["left_out"]["torch"]
+
+
+SMALL = {
+    "hidden_size": 64, "n_embd": 64, "num_layers": 2, "n_layer": 2, "num_hidden_layers": 2, "num_heads": 4,
+    "n_head": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8,
+    "intermediate_size": 96, "max_position_embeddings": 64, "n_positions": 64,
+    "attention_types": [[["global", "local"], 1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", list(MODELS))
+def test_a_shape_needs_no_checkpoint(shape, data, tmp_path, monkeypatch):
+    files = tmp_path / "tokenizer"
+    files.mkdir()
+    vocab, merges = decoders.bpe()
+    vocab = {**vocab, "<|endoftext|>": len(vocab)}
+    small = MODELS[shape] | {key: size for key, size in SMALL.items() if key in MODELS[shape]}
+    monkeypatch.setitem(MODELS, shape, small | {"vocab_size": len(vocab)})
+    (files / "vocab.json").write_text(json.dumps(vocab))
+    (files / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    common = ("encode", "--shape", shape, "--data", data, "--texts", 5)
+    part = run(tmp_path, *common, "--tokenizer", files)["encode"]
+    assert part["work"]["tokens"] > 5
+    assert all(why.endswith("is not installed") for why in part["left_out"].values())
+    assert all(value < 1e-4 for value in part["agreement"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode"], "give a model"),
+        (["encode", "--model", "x", "--shape", "gpt-neo-125m"], "give a model"),
+        (["encode", "--shape", "gpt-neo-125m"], "no tokenizer"),
+    ],
+)
+def test_wrong_options(arguments, message, monkeypatch, capsys):
+    monkeypatch.delenv("SGPT_DATA", raising=False)
+    assert main(["speed", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_texts_are_mixed_and_enough(data):
+    found = speed_models.open_data(data)
+    texts = speed_models.mixed_texts(found, 10)
+    assert texts[4] == "cat"
+    assert texts[9] == "dog bark"
+    with pytest.raises(ValueError, match="texts, not 100"):
+        speed_models.mixed_texts(found, 100)

@@ -1,0 +1,379 @@
+"""Where models are found, what their folders say, and what we write for sentence-transformers."""
+
+import json
+import types
+from importlib import metadata, util
+
+import decoders
+import huggingface_hub
+import numpy as np
+import pytest
+from etils import epath
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from sgpt_jax.errors import InputError
+from sgpt_jax.folder.card import write_model_card
+from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
+from sgpt_jax.folder.source import choose_files, resolve
+from sgpt_jax.text.encoder import TextEncoder
+from sgpt_jax.text.tokenizer import load_tokenizer, save_tokenizer
+
+OLD = "sentence_transformers.models."
+NEW = {
+    "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+    "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+    "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+}
+
+
+def dump(file, value):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value), "utf-8")
+
+
+def st_folder(folder, kinds=("Transformer", "Pooling"), pooling=None, bert=None, saved=None, new=False):
+    """A model folder (without weights) in the layout of sentence-transformers 2 or 6."""
+    types_of = [NEW.get(kind, OLD + kind) if new else OLD + kind for kind in kinds]
+    paths = ["" if i == 0 else f"{i}_{kind}" for i, kind in enumerate(kinds)]
+    dump(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": kind}
+            for i, (path, kind) in enumerate(zip(paths, types_of, strict=True))
+        ],
+    )
+    dump(folder / "config.json", {"model_type": "gpt_neo", "_name_or_path": "EleutherAI/gpt-neo-125M"})
+    dump(folder / "1_Pooling/config.json", seven("weightedmean_tokens") if pooling is None else pooling)
+    dump(folder / "sentence_bert_config.json", {"max_seq_length": 300, "do_lower_case": False} | (bert or {}))
+    if saved is not None:
+        dump(folder / "config_sentence_transformers.json", saved)
+    return folder
+
+
+def seven(*active):
+    names = (
+        "cls_token",
+        "mean_tokens",
+        "max_tokens",
+        "mean_sqrt_len_tokens",
+        "weightedmean_tokens",
+        "lasttoken",
+    )
+    return {"word_embedding_dimension": 48} | {f"pooling_mode_{name}": name in active for name in names}
+
+
+# Finding a model
+
+
+def test_folders_and_files(tmp_path, monkeypatch):
+    folder = tmp_path / "My model"
+    folder.mkdir()
+    file = tmp_path / "small.Q4_1.gguf"
+    file.write_bytes(b"GGUF")
+    assert (resolve(folder).path, resolve(str(folder)).name) == (folder, "My model")
+    assert resolve(epath.Path(folder)).path == folder
+    assert (resolve(file).path, resolve(file).name) == (file, "small.Q4_1")
+    monkeypatch.chdir(folder)
+    assert resolve(".").name == "My model"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/My model").path == folder
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{tmp}/gone", "no such folder or .gguf file, and it is not the form of a hub id"),
+        ("org/name/too/deep", "not the form of a hub id"),
+        ("models/gone.gguf", "no such folder or .gguf file"),
+        ("two words", "not the form of a hub id"),
+        ("", "no such folder"),
+        ("org/--name", "not the form of a hub id"),
+        ("gs://bucket/model", "copy models from other storage"),
+        ("{tmp}/weights.safetensors", "not this kind of file"),
+    ],
+)
+def test_sources_that_are_nothing(source, message, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=message):
+        resolve(source.format(tmp=tmp_path))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's client, answering from a folder; `hub.fail` is raised instead."""
+    state = types.SimpleNamespace(fail=None, names=[], calls=[], cached=True, folder=tmp_path / "snapshot")
+    state.folder.mkdir()
+
+    def model_info(self, repo_id, *, revision=None):
+        if state.fail:
+            raise state.fail
+        return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=n) for n in state.names])
+
+    def snapshot_download(repo_id, *, revision=None, allow_patterns=None, local_files_only=False):
+        state.calls.append((repo_id, revision, allow_patterns, local_files_only))
+        if local_files_only and not state.cached:
+            raise FileNotFoundError("not in the cache")
+        return str(state.folder)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return state
+
+
+def test_a_hub_id_is_downloaded(hub):
+    hub.names = ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"]
+    found = resolve("org/name")
+    assert (found.path, found.name) == (hub.folder, "org/name")
+    assert hub.calls == [("org/name", None, ["config.json", "tokenizer.json", "model.safetensors"], False)]
+    assert resolve("org/name@refs/pr/1").name == "org/name"
+    assert hub.calls[1][1] == "refs/pr/1"
+    assert resolve("gpt2").name == "gpt2"
+
+
+def test_an_unreachable_hub_leaves_the_cache(hub):
+    hub.fail = OSError("[Errno -2] Name or service not known")
+    assert resolve("org/name@v1").path == hub.folder
+    assert hub.calls == [("org/name", "v1", None, True)]
+    hub.cached = False
+    with pytest.raises(
+        InputError, match=r"no such folder or .gguf file, and .* cannot be reached .*Name or service"
+    ):
+        resolve("org/name")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RepositoryNotFoundError,
+            "no such folder or .gguf file, and the Hugging Face hub has no model of that name",
+        ),
+        (RevisionNotFoundError, "no revision 'v9'"),
+        (GatedRepoError, "login"),
+    ],
+)
+def test_what_the_hub_refuses(hub, error, message):
+    hub.fail = error("refused", response=types.SimpleNamespace(headers={}, request=None, status_code=404))
+    with pytest.raises(InputError, match=message):
+        resolve("org/name@v9")
+
+
+def test_only_what_a_model_needs_is_fetched():
+    names = [
+        *(".gitattributes", "README.md", "config.json", "modules.json", "1_Pooling/config.json"),
+        *("tokenizer.json", "tokenizer.model", "merges.txt", "vocab.json", "model.safetensors.index.json"),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "consolidated.safetensors"),
+        *("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "onnx/config.json"),
+        *("original/consolidated.00.pth", "model.fp16.safetensors", "rust_model.ot", "10_Dense/config.json"),
+    ]
+    assert sorted(set(names) - set(choose_files(names))) == [
+        *(".gitattributes", "consolidated.safetensors", "flax_model.msgpack", "model.fp16.safetensors"),
+        *("onnx/config.json", "onnx/model.onnx", "original/consolidated.00.pth", "pytorch_model.bin"),
+        *("rust_model.ot", "tf_model.h5"),
+    ]
+    assert choose_files(["config.json", "pytorch_model.bin", "training_args.bin"])[1:] == [
+        "pytorch_model.bin"
+    ]
+    assert choose_files(["weights.safetensors", "pytorch_model.bin"]) == ["weights.safetensors"]
+
+
+# Reading settings
+
+
+def test_a_released_bracket_model(tmp_path):
+    folder = st_folder(tmp_path / "SGPT-125M-weightedmean-msmarco-specb-bitfit")
+    assert read_settings(folder) == ModelSettings("weightedmean", True, 300, False, None)
+    assert read_settings(folder.rename(tmp_path / "plain")) == ModelSettings(
+        "weightedmean", None, 300, False, None
+    )
+
+
+def test_a_plain_folder_and_a_gguf_file_say_nothing(tmp_path):
+    dump(tmp_path / "model/config.json", {"model_type": "llama"})
+    dump(tmp_path / "model/tokenizer_config.json", {"model_max_length": 1024})
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert read_settings(tmp_path / "model") == ModelSettings()
+    assert read_settings(tmp_path / "model.gguf") == ModelSettings()
+
+
+def test_specb_turns_brackets_on_wherever_the_name_is(tmp_path):
+    plain = st_folder(tmp_path / "model")
+    assert read_settings(plain, "Muennighoff/SGPT-SpecB").brackets
+    cached = st_folder(tmp_path / "models--org--name-specb" / "snapshots" / "0123abc")
+    assert read_settings(cached).brackets
+    named = st_folder(tmp_path / "other")
+    dump(named / "config.json", {"_name_or_path": "org/x-specb-y"})
+    assert read_settings(named).brackets
+    assert read_settings(st_folder(tmp_path / "a-specb", saved={"sgpt_brackets": False})).brackets is False
+    assert read_settings(st_folder(tmp_path / "b", saved={"sgpt_brackets": True})).brackets is True
+    parent = st_folder(tmp_path / "specb-experiments" / "base")
+    assert read_settings(parent).brackets is None
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize(
+    ("key", "mode"),
+    [
+        ("weightedmean_tokens", "weightedmean"),
+        ("mean_tokens", "mean"),
+        ("lasttoken", "lasttoken"),
+        ("cls_token", "cls"),
+    ],
+)
+def test_pooling_modes_in_both_spellings(key, mode, new, tmp_path):
+    pooling = {"embedding_dimension": 48, "pooling_mode": mode, "include_prompt": True} if new else seven(key)
+    kinds = ("Transformer", "Pooling", "Normalize") if new else ("Transformer", "Pooling")
+    settings = read_settings(st_folder(tmp_path, kinds, pooling, new=new))
+    assert settings == ModelSettings(mode, None, 300, new, None)
+
+
+def test_no_active_pooling_mode_means_mean(tmp_path):
+    assert read_settings(st_folder(tmp_path, pooling=seven())).pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooling": seven("max_tokens")}, "pooling_mode_max_tokens"),
+        ({"pooling": {"pooling_mode": "max"}}, "'max'"),
+        ({"pooling": {"pooling_mode": ["mean", "mean_sqrt_len_tokens"]}}, "'mean_sqrt_len_tokens'"),
+        ({"pooling": seven("mean_tokens", "cls_token")}, "joining several pooling modes"),
+        ({"pooling": {"pooling_mode": ["mean", "cls"]}}, "joining several pooling modes"),
+        ({"kinds": ("Transformer", "Pooling", "Dense")}, r"module 2 is sentence_transformers\.models\.Dense"),
+        ({"kinds": ("Transformer", "WeightedMeanPooling")}, "WeightedMeanPooling"),
+        ({"kinds": ("Pooling", "Transformer")}, "module 0"),
+        ({"kinds": ("Transformer", "Pooling", "Pooling")}, "second Pooling"),
+        ({"bert": {"do_lower_case": True}}, "do_lower_case"),
+        ({"bert": {"max_seq_length": 0}}, "max_seq_length is 0"),
+        ({"bert": {"max_seq_length": "300"}}, "max_seq_length is '300'"),
+        ({"saved": {"model_type": "CrossEncoder"}}, "CrossEncoder"),
+        ({"saved": {"truncate_dim": 64}}, "truncate_dim"),
+        (
+            {
+                "saved": {"prompts": {"query": "q: "}},
+                "pooling": {"pooling_mode": "mean", "include_prompt": False},
+            },
+            "include_prompt",
+        ),
+    ],
+)
+def test_what_would_give_other_vectors_is_refused(changes, message, tmp_path):
+    folder = st_folder(tmp_path, **changes)
+    if "kinds" in changes and changes["kinds"][-1] == "Pooling" and len(changes["kinds"]) == 3:
+        dump(folder / "2_Pooling/config.json", seven("mean_tokens"))
+    with pytest.raises(InputError, match=message):
+        read_settings(folder)
+
+
+def test_foreign_modules_and_moved_transformers_are_refused(tmp_path):
+    folder = st_folder(tmp_path)
+    dump(folder / "modules.json", [{"path": "", "type": "custom_st.Transformer"}])
+    with pytest.raises(InputError, match="custom_st"):
+        read_settings(folder)
+    dump(folder / "modules.json", [{"path": "0_Transformer", "type": OLD + "Transformer"}])
+    with pytest.raises(InputError, match="0_Transformer"):
+        read_settings(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '[{"type": 1, "path": ""}]', '["Pooling"]'])
+def test_a_broken_modules_file(content, tmp_path):
+    folder = st_folder(tmp_path)
+    (folder / "modules.json").write_text(content, "utf-8")
+    with pytest.raises(InputError, match=r"modules\.json"):
+        read_settings(folder)
+
+
+def test_the_limit_of_sentence_transformers_6_is_the_tokenizers(tmp_path):
+    folder = st_folder(tmp_path)
+    dump(folder / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
+    dump(folder / "tokenizer_config.json", {"model_max_length": 75})
+    assert read_settings(folder).max_seq_length == 75
+    dump(folder / "tokenizer_config.json", {"model_max_length": 1000000000000000019884624838656})
+    assert read_settings(folder).max_seq_length is None
+
+
+@pytest.mark.parametrize(
+    ("saved", "prompts"),
+    [
+        ({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}, None),
+        ({"prompts": {"query": "q: ", "passage": "p: "}}, {"query": "q: ", "document": "p: "}),
+        ({"prompts": {"query": "q: ", "document": "", "passage": "p: "}}, {"query": "q: "}),
+        ({"prompts": {"x": "x: "}, "default_prompt_name": "x"}, {"default": "x: "}),
+        ({}, None),
+    ],
+)
+def test_prompts(saved, prompts, tmp_path):
+    assert read_settings(st_folder(tmp_path, saved=saved)).prompts == prompts
+
+
+# Writing settings
+
+
+def test_the_files_are_exactly_these(tmp_path):
+    settings = ModelSettings("weightedmean", True, 300, True, {"query": "q: "})
+    write_settings(tmp_path, settings, 768)
+    files = {str(p.relative_to(tmp_path)): p.read_text("utf-8") for p in tmp_path.rglob("*") if p.is_file()}
+    version = metadata.version("sgpt-jax")
+    expected = (decoders.FIXTURES / "hub/settings.txt").read_text("utf-8").replace("VERSION", version)
+    assert "".join(f"--- {name}\n{files[name]}" for name in sorted(files)) == expected
+    assert (tmp_path / "2_Normalize").is_dir()
+
+
+@pytest.mark.parametrize("mode", ["weightedmean", "mean", "lasttoken", "cls"])
+@pytest.mark.parametrize("brackets", [True, False])
+def test_what_is_written_is_read_again(mode, brackets, tmp_path):
+    prompts = {"query": "q: ", "document": "d: ", "default": "t: "} if brackets else None
+    settings = ModelSettings(mode, brackets, 75, not brackets, prompts)
+    write_settings(epath.Path(tmp_path / "new/folder-specb"), settings, 8)
+    assert read_settings(tmp_path / "new/folder-specb") == settings
+
+
+def test_unknown_pooling_is_not_written(tmp_path):
+    with pytest.raises(InputError, match="max"):
+        write_settings(tmp_path / "model", ModelSettings("max"), 8)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.skipif(
+    util.find_spec("torch") is None or util.find_spec("sentence_transformers") is None,
+    reason="needs torch and sentence-transformers",
+)
+@pytest.mark.parametrize(
+    ("mode", "normalize", "prompts"),
+    [
+        ("weightedmean", False, None),
+        ("weightedmean", True, {"query": "find: "}),
+        ("mean", False, None),
+        ("lasttoken", False, None),
+        ("cls", True, None),
+    ],
+)
+def test_sentence_transformers_loads_what_we_write(mode, normalize, prompts, tmp_path):
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    decoders.write_checkpoint("gpt_neo", tmp_path, model_class="base")
+    save_tokenizer(load_tokenizer(decoders.write_tokenizer(tmp_path / "tokenizer")), tmp_path)
+    write_settings(tmp_path, ModelSettings(mode, False, 24, normalize, prompts), 48)
+    write_model_card(tmp_path, read_settings(tmp_path), 48)
+    texts = ["a short text", "a longer text about the herons of the river " * 4, "x"]
+    theirs = SentenceTransformer(str(tmp_path), device="cpu").encode_query(texts)
+
+    decoder = AutoModel.from_pretrained(tmp_path).eval()
+    encoder = TextEncoder(load_tokenizer(tmp_path), 24, prompts=prompts)
+    with pytest.warns(UserWarning, match="1 of 3"):
+        ids = encoder.ids(texts, "query")
+    for vector, row in zip(theirs, ids, strict=True):
+        with torch.no_grad():
+            hidden = decoder(torch.tensor([row])).last_hidden_state[0].numpy()
+        weights = {
+            "weightedmean": np.arange(1, len(row) + 1),
+            "mean": np.ones(len(row)),
+            "lasttoken": np.eye(len(row))[-1],
+            "cls": np.eye(len(row))[0],
+        }[mode]
+        expected = weights @ hidden / weights.sum()
+        size = np.linalg.norm(expected)
+        assert vector @ expected / size / np.linalg.norm(vector) > 0.99999
+        np.testing.assert_allclose(np.linalg.norm(vector), 1 if normalize else size, rtol=1e-4)

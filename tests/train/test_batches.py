@@ -1,0 +1,199 @@
+"""Batches: who is in them, on which process, and from where they go on; and BM25 mining."""
+
+import json
+import os
+
+import decoders
+import numpy as np
+import pytest
+
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import write_jsonl
+from sgpt_jax.packing.rows import texts_per_row
+from sgpt_jax.text.encoder import TextEncoder
+from sgpt_jax.text.tokenizer import load_tokenizer
+from train.batches import BatchPlan, PackedBatches, iterate
+from train.data import Example, ListExamples, read_pairs
+from train.mine import mine
+
+DATA = os.environ.get("SGPT_DATA")
+
+
+def examples(count, texts=10**6, seed=0):
+    draw = np.random.default_rng(seed)
+    pick = lambda: f"text {draw.integers(texts)}"  # noqa: E731
+    return ListExamples([Example(pick(), pick(), (pick(),)) for _ in range(count)])
+
+
+def plan(source, size, **options):
+    return BatchPlan(source, size, **{"seed": 1, "shuffle": True, "no_duplicates": False, **options})
+
+
+def test_every_example_once_an_epoch():
+    for options in ({}, {"shuffle": False}, {"no_duplicates": True}):
+        batches = plan(examples(23), 5, **options)
+        places = np.concatenate([batches[step] for step in range(23)])  # 5 epochs
+        assert sorted(places.tolist()) == list(range(5 * 23))
+    assert plan(examples(23), 5, shuffle=False)[1].tolist() == [5, 6, 7, 8, 9]
+    assert plan(examples(23), 5, shuffle=False).split(2 * 23 + 4) == (4, 2)
+
+
+def test_the_plan_depends_on_the_seed_alone():
+    one, two = (plan(examples(23, 30), 5, no_duplicates=True) for _ in range(2))
+    late = two[9].tolist()  # asked for out of order
+    assert [one[step].tolist() for step in range(10)] == [two[step].tolist() for step in range(10)]
+    assert one[9].tolist() == late
+    other = plan(examples(23, 30), 5, no_duplicates=True, seed=2)
+    assert [other[step].tolist() for step in range(3)] != [one[step].tolist() for step in range(3)]
+
+
+def test_no_text_twice_in_a_batch():
+    source = examples(200, texts=300)
+    free, strict = (plan(source, 16, no_duplicates=option) for option in (False, True))
+
+    def repeats(batches, step):
+        texts = [text for place in batches[step] for text in set(source.keys(*batches.split(place)))]
+        return len(texts) - len(set(texts))
+
+    assert sum(repeats(free, step) for step in range(12)) > 10
+    assert all(repeats(strict, step) == 0 for step in range(12))
+    # those that had to wait come soon: nothing is lost over the epochs
+    places = np.concatenate([strict[step] for step in range(60)])
+    counts = np.bincount(places[places < 200], minlength=200)
+    assert counts.tolist() == [1] * 200
+
+
+def test_impossible_batches():
+    with pytest.raises(InputError, match="3 examples do not fill a batch of 4"):
+        plan(examples(3), 4)
+    same = ListExamples([Example("a", "b")] * 5)
+    with pytest.raises(InputError, match="repeat too often"):
+        plan(same, 2, no_duplicates=True)[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(decoders.write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def packed(source, tokenizer, size=6, *, length=32, brackets=False, batches=None, **options):
+    encoder = TextEncoder(tokenizer, length, brackets)
+    options = {"vocab_size": 384, "symmetric": False, "steps": 20, **options}
+    return PackedBatches(batches or plan(source, size, no_duplicates=True), encoder, **options)
+
+
+def text_at(batch, place, slots):
+    row, segment = divmod(int(place), slots)
+    return batch["rows"]["input_ids"][row][batch["rows"]["segments"][row] == segment + 1].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_arrays_of_a_batch(tokenizer):
+    source = ListExamples(
+        [
+            Example("one", "two words", ("n1", "n2")),
+            Example("Two Words ", "three"),
+            Example("", "x" * 500, ("n3",)),
+        ]
+    )
+    batches = packed(source, tokenizer, brackets=True, batches=plan(source, 3, shuffle=False), scores=False)
+    batch = batches[0]
+    slots, encoder = texts_per_row(32), batches.encoder
+    expected = {
+        side: encoder.ids([getattr(e, name) for e in source.examples], side)
+        for side, name in (("query", "query"), ("document", "positive"))
+    }
+    for column, side in enumerate(("query", "document")):
+        assert [text_at(batch, p, slots) for p in batch["places"][column]] == expected[side]
+    assert batch["negative_mask"].tolist() == [[True, True], [False, False], [True, False]]
+    present = [text_at(batch, p, slots) for p in batch["places"][2][batch["negative_mask"]]]
+    assert present == encoder.ids(["n1", "n2", "n3"], "document")
+    assert len(expected["document"][2]) == 32  # cut, its bracket kept
+    queries, positives, negatives = batch["ids"]
+    assert queries[1].tolist() == positives[0].tolist()
+    assert negatives.shape == (3, 2, 2)
+    assert batch["examples"] == [0, 1, 2]
+    assert batch["tokens"] == (batch["rows"]["segments"] > 0).sum()
+    symmetric = packed(
+        source, tokenizer, brackets=True, batches=plan(source, 3, shuffle=False), symmetric=True
+    )[0]
+    assert text_at(symmetric, symmetric["places"][0][0], slots) == encoder.ids(["one"])[0]
+
+
+def test_processes_agree_on_the_length_of_rows(tokenizer):
+    """Whatever the longest text is that each of them sees."""
+    source = ListExamples([Example("q" * 10, "x" * 900), Example("r" * 10, "y" * 500)])
+    options = {"length": 1024, "batches": plan(source, 2, shuffle=False)}
+    parts = [packed(source, tokenizer, process=(number, 2), **options)[0] for number in range(2)]
+    assert {part["rows"]["segments"].shape[1] for part in parts} == {1024}
+
+
+def test_processes_share_the_global_batch(tokenizer):
+    source = examples(50)
+    whole = packed(source, tokenizer)
+    parts = [packed(source, tokenizer, process=(number, 3)) for number in range(3)]
+    for step in range(4):
+        mine_ = sorted(index for part in parts for index in part[step]["examples"])
+        assert mine_ == sorted(whole[step]["examples"])
+        assert all(len(part[step]["places"][0]) == 2 for part in parts)
+
+
+def test_iteration_goes_on_where_it_was(tokenizer):
+    source = examples(50)
+    iterator = iterate(packed(source, tokenizer))
+    seen = [next(iterator)["examples"] for _ in range(5)]
+    state = json.loads(json.dumps(iterator.get_state()))
+    rest = [batch["examples"] for batch in iterator]
+    assert len(seen) + len(rest) == 20
+    again = iterate(packed(source, tokenizer))
+    again.set_state(state)
+    assert [batch["examples"] for batch in again] == rest
+
+
+def test_scores_and_foreign_tokenizers(tokenizer):
+    source = ListExamples([Example("a", "b", ("c",), (2.0, 1.0)), Example("d", "e", (), (3.0,))])
+    batches = plan(source, 2, shuffle=False)
+    values = packed(source, tokenizer, batches=batches, scores=True)[0]["scores"]
+    assert values.tolist() == [[2.0, 1.0], [3.0, 0.0]]
+    without = ListExamples([Example("a", "b"), Example("c", "d")])
+    with pytest.raises(InputError, match="no `scores`"):
+        packed(without, tokenizer, batches=plan(without, 2), scores=True)[0]
+    with pytest.raises(InputError, match="does not belong"):
+        packed(source, tokenizer, batches=batches, vocab_size=3)[0]
+
+
+def test_mining(tmp_path):
+    documents = {
+        "1": "cats purr softly", "2": "cats hunt mice", "3": "dogs bark loudly", "4": "cats sleep all day",
+        "5": "mice eat cheese", "6": "the moon rises",
+    }  # fmt: skip
+    queries = {"q": "do cats purr", "r": "when does the moon rise", "s": "unjudged", "t": "dogs bark"}
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "text": t} for i, t in documents.items()])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": i, "text": t} for i, t in queries.items()])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("q\t1\t1\nr\t6\t2\nq\t4\t1\nt\t3\t0\n")
+    found = set()
+    for seed in range(4):
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, 2, 0, seed)
+        mined = read_pairs(str(tmp_path / "out.jsonl"))
+        assert [(e.query, e.positive) for e in mined] == [
+            (queries["q"], documents["1"]), (queries["q"], documents["4"]), (queries["r"], documents["6"]),
+        ]  # fmt: skip
+        assert (
+            mined[0].negatives == mined[1].negatives == (documents["2"],)
+        )  # the one other document with cats
+        found.add(mined[2].negatives)
+    assert len(found) > 1  # no words in common: any document but the relevant one
+    with pytest.raises(InputError, match="--negatives"):
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 3, 2, 0, 0)
+    (tmp_path / "qrels/empty.tsv").write_text("t\t3\t0\n")
+    with pytest.raises(InputError, match="no query"):
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "empty", 1, 2, 0, 0)
+
+
+@pytest.mark.skipif(not DATA, reason="SGPT_DATA does not name the folder with the real data sets")
+def test_mining_scifact(tmp_path):
+    mine(f"{DATA}/scifact", str(tmp_path / "out.jsonl"), "train", 2, 30, 0, 0)
+    mined = read_pairs(str(tmp_path / "out.jsonl"))
+    assert len(mined) == 919
+    assert all(len(set(e.negatives) - {e.positive}) == 2 for e in mined)

@@ -1,0 +1,376 @@
+"""Examples from files, and what is refused."""
+
+import gzip
+import json
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import write_msmarco
+
+from sgpt_jax.errors import InputError
+from train.data import Example, ListExamples, nli_triplets, read_nli, read_pairs, text_key
+from train.msmarco import (
+    COLLECTION,
+    TextTable,
+    open_msmarco,
+    read_scores,
+)
+
+DATA = os.environ.get("SGPT_DATA")
+needs_data = pytest.mark.skipif(not DATA, reason="SGPT_DATA does not name the folder with the real data sets")
+
+
+def write(path, *lines):
+    path.write_bytes("\n".join(lines).encode() + b"\n")
+    return str(path)
+
+
+# Pairs
+
+
+def test_pairs_from_jsonl(tmp_path):
+    rows = [
+        {"query": "a", "positive": "b"},
+        {"query": "c\u2028", "positive": "d", "negatives": ["e", "f"], "scores": [3, 1.5, -2]},
+        {"query": "g", "positive": "", "negatives": None, "other": 1},
+    ]
+    path = write(tmp_path / "x", "\ufeff" + json.dumps(rows[0]) + "\r", "", *map(json.dumps, rows[1:]))
+    expected = [
+        Example("a", "b"),
+        Example("c\u2028", "d", ("e", "f"), (3.0, 1.5, -2.0)),
+        Example("g", ""),
+    ]
+    assert read_pairs(path) == expected
+    packed = tmp_path / "packed"
+    packed.write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert read_pairs(str(packed)) == expected
+
+
+def test_pairs_from_tsv(tmp_path):
+    path = write(tmp_path / "x.tsv", 'a "quoted"\tb', "c\td\te\tf")
+    assert read_pairs(path) == [Example('a "quoted"', "b"), Example("c", "d", ("e", "f"))]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "a"}', "`positive` is missing"),
+        ('{"query": 3, "positive": "b"}', "`query`: not a text"),
+        ('{"query": "a", "positive": "b", "negatives": "c"}', "must be a list"),
+        ('{"query": "a", "positive": "b", "negatives": [null]}', "`negatives` is missing"),
+        ('{"query": "a", "positive": "b", "negatives": ["c"], "scores": [1]}', "`scores`"),
+        ('{"query": "a", "positive": "b", "scores": [true]}', "`scores`"),
+        ('{"query": "a", "positive": "b", "scores": [NaN]}', "`scores`"),
+        ('{"query": "a", ', "broken JSON"),
+        ("[1]", "JSON object"),
+    ],
+)
+def test_bad_pairs_name_the_line(line, message, tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"query": "a", "positive": "b"}', "", line)
+    with pytest.raises(InputError, match=rf"x.jsonl, line 3: .*{message}"):
+        read_pairs(path)
+
+
+def test_no_pairs(tmp_path):
+    for name, lines, message in (("one.tsv", ["only one column"], "line 1"), ("empty", [""], "no examples")):
+        with pytest.raises(InputError, match=message):
+            read_pairs(write(tmp_path / name, *lines))
+    with pytest.raises(InputError, match=r"dataset_info\.json"):
+        read_pairs(str(tmp_path))
+    with pytest.raises(InputError, match="cannot be opened"):
+        read_pairs(str(tmp_path / "missing"))
+
+
+def test_fewer_negatives():
+    examples = [Example("a", "b", ("c", "d", "e"), (4.0, 3.0, 2.0, 1.0)), Example("f", "g")]
+    assert ListExamples(examples).negatives == 3
+    few = ListExamples(examples, 2)
+    assert few.negatives == 2
+    assert few.get(0, 5) == Example("a", "b", ("c", "d"), (4.0, 3.0, 2.0))
+    assert few.get(1, 0) == examples[1]
+
+
+# Natural language inference
+
+NLI = [
+    ("a", "b", "entailment"),
+    ("a", "c", "contradiction"),
+    (" a ", "d", "contradiction"),
+    ("e", "b", "entailment"),
+    ("f", "b", "contradiction"),
+    ("g", "h", "neutral"),
+    ("g", "i", "-"),
+    ("g", "j", "entailment"),
+]
+
+
+def test_triplets_have_both_orders():
+    """a entails b and contradicts c, d; b is entailed by a, e and contradicts f, in the other order of the pairs."""
+    seen = Counter()
+    for seed in range(50):
+        triplets = nli_triplets(NLI, seed)
+        assert triplets == nli_triplets(NLI, seed)
+        assert len(triplets) == 4  # two for each of the anchors a and b
+        for number, (query, positive, negatives, _) in enumerate(triplets):
+            anchor, entailed = (query, positive) if number % 2 == 0 else (positive, query)
+            assert anchor == "ab"[number // 2]
+            assert entailed in {"a": "b", "b": "ae"}[anchor]
+            assert len(negatives) == 1
+            assert negatives[0] in {"a": "cd", "b": "f"}[anchor]
+            seen[number, entailed, negatives] += 1
+    assert len(seen) == 2 + 2 + 2 + 2  # every draw occurs, of each triplet by itself
+    with pytest.raises(InputError, match="no triplets"):
+        nli_triplets(NLI[:1], 0)
+
+
+def test_senteval_folder(tmp_path):
+    for split in ("dev", "test"):
+        for part, place in (("s1", 0), ("s2", 1), ("labels", 2)):
+            text = "\n".join(f"{split} {row[place]}" if place < 2 else row[place] for row in NLI)
+            (tmp_path / f"{part}.{split}.gz").write_bytes(gzip.compress(text.encode()))
+    assert len(list(read_nli(str(tmp_path)))) == 2 * len(NLI)
+    assert next(iter(read_nli(str(tmp_path), "test"))) == ("test a", "test b", "entailment")
+    with pytest.raises(InputError, match=r"no s1\.train"):
+        list(read_nli(str(tmp_path), "train"))
+    (tmp_path / "s2.dev.gz").write_bytes(b"one line")
+    with pytest.raises(InputError, match="different numbers of lines"):
+        list(read_nli(str(tmp_path)))
+
+
+def test_allnli_file(tmp_path):
+    path = write(
+        tmp_path / "AllNLI.tsv",
+        "split\tdataset\tfilename\tsentence1\tsentence2\tlabel",
+        "train\tSNLI\tx\tone\ttwo\tentailment",
+        'dev\tSNLI\tx\tthree\t"four\tneutral',
+    )
+    assert list(read_nli(path)) == [("one", "two", "entailment")]
+    assert list(read_nli(path, "dev")) == [("three", '"four', "neutral")]
+    with pytest.raises(InputError, match="line 1"):
+        list(read_nli(write(tmp_path / "other.tsv", "a\tb\tc")))
+    with pytest.raises(InputError, match="line 2: 6 columns"):
+        list(read_nli(write(tmp_path / "short.tsv", Path(path).read_text().split("\n")[0], "a\tb")))
+
+
+@needs_data
+def test_snli_gives_the_known_number_of_triplets():
+    triplets = nli_triplets(read_nli(f"{DATA}/snli"), 0)
+    assert 11_500 < len(triplets) < 13_000
+    assert all(len(t.negatives) == 1 and t.query and t.positive for t in triplets)
+
+
+# TFDS
+
+
+def make_tfds(folder, name, features, rows):
+    import tensorflow_datasets as tfds
+
+    class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, disable_shuffling=True, features=tfds.features.FeaturesDict(features(tfds))
+            )
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate(rows)
+
+    Rows.name = name
+    builder = Rows(data_dir=str(folder), file_format="array_record")
+    builder.download_and_prepare(file_format="array_record")
+    return str(builder.data_path)
+
+
+def test_tfds_nli(tmp_path):
+    names = ["entailment", "neutral", "contradiction"]
+    rows = [
+        {"premise": a, "hypothesis": b, "label": names.index(label)} for a, b, label in NLI if label in names
+    ]
+    rows.append({"premise": "x", "hypothesis": "y", "label": -1})
+    folder = make_tfds(
+        tmp_path,
+        "nli_rows",
+        lambda tfds: {
+            "premise": tfds.features.Text(),
+            "hypothesis": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=names),
+        },
+        rows,
+    )
+    assert list(read_nli(folder)) == [row for row in NLI if row[2] in names]
+    assert list(read_nli(folder, "train[:2]")) == NLI[:2]
+    with pytest.raises(InputError, match="nowhere"):
+        list(read_nli(folder, "nowhere"))
+
+
+def test_tfds_pairs(tmp_path):
+    folder = make_tfds(
+        tmp_path,
+        "pair_rows",
+        lambda tfds: {
+            "query": tfds.features.Text(),
+            "positive": tfds.features.Text(),
+            "negatives": tfds.features.Sequence(tfds.features.Text()),
+        },
+        [
+            {"query": "å", "positive": "b", "negatives": ["c", "d"]},
+            {"query": "e", "positive": "f", "negatives": []},
+        ],
+    )
+    assert read_pairs(folder) == [Example("å", "b", ("c", "d")), Example("e", "f")]
+    triplets = make_tfds(
+        tmp_path,
+        "triplet_rows",
+        lambda tfds: dict.fromkeys(("query", "positive", "negative"), tfds.features.Text()),
+        [{"query": "a", "positive": "b", "negative": "c"}],
+    )
+    assert read_pairs(triplets) == [Example("a", "b", ("c",))]
+
+
+def test_tfds_without_tensorflow():
+    import subprocess
+    import sys
+
+    code = "import sys; import train.loop, tensorflow_datasets; assert 'tensorflow' not in sys.modules; print('ok')"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert result.stdout == "ok\n", result.stderr
+
+
+# MS MARCO
+
+
+RECORDS = [
+    {"qid": 3, "pos": [1, 2], "neg": {"bm25": [10, 11, 12, 13], "dense": [12, 14, 15], "other": [39]}},
+    {"qid": 7, "pos": [4], "neg": {"bm25": [20], "other": [21], "dense": [22]}},
+    {"qid": 5, "pos": [], "neg": {"bm25": [23], "dense": []}},
+    {"qid": 5, "pos": [6], "neg": {"bm25": [24], "dense": [], "other": []}},
+]
+# the positives of query 3 score 9 and 8, so its negatives may score 5 at the most
+CE = {
+    3: {1: 9.0, 2: 8, 10: 5.5, 11: 5.0, 12: 1.0, 13: -2.0, 14: 4, 15: 3.0, 39: 0.0},
+    7: {4: 5.0, 20: 1.0, 21: 1.0, 22: -1.0},
+    5: {6: 2.0, 23: 0.0, 24: 0.5},
+}
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_msmarco_selection(compress, tmp_path):
+    folder = write_msmarco(tmp_path / "m", RECORDS, CE, compress)
+    data = open_msmarco(folder, per_system=2, systems=("bm25", "dense"), keep_scores=True)
+    # 10 is too near the positives; dense gives two new ones beside 12, which bm25 gave; query 5 keeps none
+    assert [(query, sorted(negatives)) for query, _, negatives in data.records] == [
+        (3, [11, 12, 14, 15]), (7, [20, 22]),
+    ]  # fmt: skip
+    first = data.get(0, 0)
+    assert first.query == "query three"
+    assert first.positive == "passage 1"
+    assert first.scores == (9.0, CE[3][int(first.negatives[0].split()[1])])
+    assert data.get(1, 3).query == "query seven"
+    everything = open_msmarco(folder, per_system=1)
+    assert [sorted(negatives) for _, _, negatives in everything.records] == [[11, 12, 39], [20, 21, 22]]
+    assert everything.get(0, 0).scores is None
+
+
+def test_msmarco_rotation(tmp_path):
+    data = open_msmarco(write_msmarco(tmp_path / "m", RECORDS, CE), systems=("bm25", "dense"), negatives=2)
+    rounds = [data.get(0, epoch) for epoch in range(4)]
+    assert [example.positive for example in rounds] == ["passage 1", "passage 2"] * 2
+    order = [f"passage {key}" for key in data.records[0][2]]
+    assert len(order) == 5
+    assert [name for example in rounds for name in example.negatives] == (order * 2)[:8]
+    assert data.keys(0, 0)[1:] == (1, *data.records[0][2][:2])
+    assert data.keys(0, 0)[0] not in range(40)
+    # one seed, one order; another seed, another order
+    same, other = (open_msmarco(tmp_path / "m", systems=("bm25", "dense"), seed=seed) for seed in (0, 1))
+    assert same.records == data.records
+    assert [sorted(r[2]) for r in other.records] == [sorted(r[2]) for r in same.records]
+
+
+def test_msmarco_errors(tmp_path):
+    with pytest.raises(InputError, match=r"queries\.train\.tsv is missing"):
+        folder = tmp_path / "none"
+        folder.mkdir()
+        write(folder / COLLECTION, "1\ta")
+        open_msmarco(str(folder))
+    for number, (records, scores, message) in enumerate(
+        [
+            ([{"qid": 3}], CE, "line 1"),
+            ([RECORDS[1], {**RECORDS[0], "qid": 8}], {**CE, 8: CE[3]}, "line 2: query 8 has no text"),
+            ([{**RECORDS[0], "pos": [99]}], {3: {**CE[3], 99: 9.0}}, "passage 99 has no text"),
+            (RECORDS, {3: {1: 9.0}}, "no cross-encoder score, for 2"),
+            (RECORDS[2:3], CE, "no query has both"),
+        ]
+    ):
+        with pytest.raises(InputError, match=message):
+            open_msmarco(write_msmarco(tmp_path / str(number), records, scores))
+
+
+def test_text_table_refuses_other_files(tmp_path):
+    for line, message in (("x\ttext", "line 2: not an integer id"), ("no tab", "line 2: an id, a tab")):
+        with pytest.raises(InputError, match=message):
+            TextTable(Path(write(tmp_path / "t.tsv", "1\ta", line)))
+    table = TextTable(Path(write(tmp_path / "t.tsv", "5\ta\tb", "2\té")))
+    assert (table[5], table[2], 5 in table, 3 in table) == ("a\tb", "é", True, False)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/sgpt_jax_was_here",))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Evil(),
+        {1: {2: Evil()}},
+        {1: {2: np.float32(1)}},
+        {"1": {2: 1.0}},
+        {1: {2: "3"}},
+        {1: [2]},
+        [1],
+        {1: {2: True}},
+    ],
+)
+def test_pickles_with_anything_else_are_refused(value, tmp_path):
+    path = tmp_path / "scores.pkl"
+    path.write_bytes(pickle.dumps(value))
+    with pytest.raises(InputError, match=r"scores\.pkl"):
+        read_scores(path)
+
+
+def test_pickle_of_scores(tmp_path):
+    path = tmp_path / "scores.pkl"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path.write_bytes(pickle.dumps(CE, protocol))
+        assert read_scores(path) == CE
+    path.write_bytes(gzip.compress(pickle.dumps(CE))[:-20])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_scores(path)
+
+
+def test_text_key():
+    assert text_key(" Ab c\n") == text_key("aB C")
+    keys = {text_key(str(number)) for number in range(10_000)}
+    assert len(keys) == 10_000
+    assert min(keys) < 0 < max(keys) < 2**63
+
+
+@needs_data
+def test_msmarco_texts_are_found():
+    table = TextTable(Path(f"{DATA}/msmarco_tiny/collection.tsv.gz"))
+    assert len(table.ids) == 2_311
+    with gzip.open(f"{DATA}/msmarco_tiny/train_triplets.tsv.gz", "rt") as lines:
+        for line in lines:
+            _, positive, negative = map(int, line.split("\t"))
+            assert table[positive]
+            assert table[negative]

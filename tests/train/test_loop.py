@@ -1,0 +1,434 @@
+"""Runs as a whole: killed, stopped and resumed; on several devices and processes; gone wrong."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import decoders
+import numpy as np
+import pytest
+from devices import SHAPES
+from safetensors.numpy import load_file
+from training import check_parameters, data, expected, write_model, write_msmarco
+
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.checkpoint.bias_sets import load_bias_set
+from sgpt_jax.files.lines import write_jsonl
+from train.__main__ import main
+from train.dev import make_judge
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    "heron",
+    "sea",
+    "bread",
+    "bridge",
+    "café",
+    "glue",
+    "star",
+    "salt",
+    "fish",
+    "yeast",
+    "mill",
+    "coffee",
+    "hide",
+    "law",
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_model("gpt_neo", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    draw = np.random.default_rng(0)
+    text = lambda: " ".join(draw.choice(WORDS, draw.integers(2, 8)))  # noqa: E731
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    write_jsonl(
+        path, [{"query": text(), "positive": text(), "negatives": [text()] * (i % 3)} for i in range(30)]
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def sts(tmp_path_factory):
+    draw = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("sts") / "dev.csv"
+    rows = [("g", "f", "y", str(i), f"{draw.uniform(0, 5):.2f}", *draw.choice(WORDS, 2)) for i in range(20)]
+    path.write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    return str(path)
+
+
+def arguments(base, pairs, out, *more):
+    options = {"batch-size": 8, "max-seq-length": 40, "lr": 3e-3, "save-every": 10, "seed": 3}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [
+        "pairs",
+        "--model",
+        base,
+        "--data",
+        pairs,
+        "--output",
+        str(out),
+        *flags,
+        "--avoid-duplicates",
+        *map(str, more),
+    ]
+
+
+class Process:
+    """A run in a process of its own, with its output in files: a pipe that nobody reads would stop it."""
+
+    def __init__(
+        self, folder, arguments, code="from train.__main__ import main; sys.exit(main(sys.argv[1:]))", **more
+    ):
+        self.files = [tempfile.NamedTemporaryFile("w+", dir=folder) for _ in range(2)]  # noqa: SIM115
+        command = [sys.executable, "-c", f"import sys; {code}", *arguments]
+        output, errors = self.files
+        self.popen = subprocess.Popen(command, cwd=ROOT, env=os.environ | more, stdout=output, stderr=errors)
+
+    def wait(self):
+        """(exit code, what it printed, what it printed as errors)"""
+        code = self.popen.wait(timeout=500)
+        return code, *(Path(stream.name).read_text() for stream in self.files)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(process, out, count):
+    path = Path(out) / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert process.popen.poll() is None, process.wait()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def assert_same_biases(one, other, **tolerance):
+    ours, theirs = (load_bias_set(Path(out) / "biases.safetensors").values for out in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if tolerance:
+            np.testing.assert_allclose(value, theirs[name], **tolerance, err_msg=name)
+        else:
+            np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_stopped_and_killed_and_resumed(base, pairs, tmp_path):
+    """SIGTERM, then SIGKILL, then a checkpoint that was not finished: the biases are those of an unbroken run."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(arguments(base, pairs, whole, "--steps", 120)) == 0
+
+    process = Process(tmp_path, arguments(base, pairs, broken, "--steps", 120))
+    wait_for_steps(process, broken, 15)
+    process.popen.send_signal(signal.SIGTERM)
+    code, output, errors = process.wait()
+    assert code == 0, errors
+    assert "stopped by SIGTERM" in output
+    assert not (broken / "biases.safetensors").exists()
+    done = len(metrics(broken))
+    assert 15 <= done < 120
+    assert f"after {done} of 120 steps" in output
+    assert metrics(broken) == metrics(whole)[:done]
+
+    process = Process(tmp_path, arguments(base, pairs, broken, "--steps", 120, "--resume"))
+    wait_for_steps(process, broken, done + 25)
+    process.popen.kill()
+    _, output, _ = process.wait()
+    assert f"going on after step {done}" in output
+    killed = len(metrics(broken))
+
+    checkpoints = sorted(int(path.name) for path in (broken / "checkpoints").iterdir() if path.name.isdigit())
+    newest = checkpoints[-1]
+    assert newest > done
+    # What a process leaves that is killed while it writes: no complete checkpoint.
+    shutil.copytree(
+        broken / f"checkpoints/{newest}", broken / f"checkpoints/{newest + 1}.orbax-checkpoint-tmp"
+    )
+    process = Process(tmp_path, arguments(base, pairs, broken, "--steps", 120, "--resume"))
+    code, output, errors = process.wait()
+    assert code == 0, errors
+    assert f"going on after step {newest}" in output
+    assert newest <= killed + 1
+    assert metrics(broken) == metrics(whole)
+    assert_same_biases(broken, whole)
+    for name in ("model.safetensors", "modules.json", "README.md"):
+        assert (broken / name).exists()
+
+
+def test_the_best_by_dev_is_taken(base, pairs, sts, tmp_path):
+    out = tmp_path / "out"
+    options = ("--steps", 12, "--dev", sts, "--eval-every", 2, "--keep-best", 2)
+    assert main(arguments(base, pairs, out, *options)) == 0
+    looks = [json.loads(line) for line in (out / "dev.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [1, 3, 5, 7, 9, 11]
+    best = max(look["dev"] for look in looks)
+    record = load_bias_set(out / "biases.safetensors").header["training"]
+    assert record["chosen_step"] in {look["step"] + 1 for look in looks if look["dev"] == best}
+    assert record["dev"] == pytest.approx(best, abs=1e-6)
+    assert f"{best:.4f}" in (out / "README.md").read_text()
+    kept = [look["dev"] for look in looks if (out / f"best/{look['step'] + 1}").exists()]
+    assert sorted(kept) == sorted(look["dev"] for look in looks)[-2:]
+    # the model in the folder gives that number
+    assert make_judge(sts, "")(BiEncoder.from_pretrained(out)) == pytest.approx(best, abs=1e-6)
+
+
+def test_nan_stops_the_run(base, pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = main(
+        arguments(base, pairs, out, "--steps", 20, "--lr", 1e38, "--save-every", 1, "--warmup-steps", 2)
+    )
+    assert code == 1
+    error = capsys.readouterr().err
+    lines = metrics(out)
+    assert f"error: step {len(lines)}: loss" in error
+    batch = [int(number) for number in error.split("[")[1].split("]")[0].split(",")]
+    assert len(batch) == 8
+    assert all(0 <= number < 30 for number in batch)
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    saved = {int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()}
+    assert max(saved) == len(lines) >= 1
+    assert not (out / "biases.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+
+
+SEVERAL = """
+import json
+from train.__main__ import main
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0
+"""
+
+
+def fixture_run(folder):
+    """A model, the options of the run of which torch's numbers are known, and these numbers."""
+    base = write_model("gpt_neo", folder / "base")
+    options = (
+        f"pairs --model {base} --data {data(1)} --batch-size 8 --max-seq-length 75 --lr 1e-2 --warmup-steps 1 "
+        "--steps 3 --no-shuffle --save-every 2"
+    ).split()
+    return load_file(f"{base}/model.safetensors"), options, expected("gpt_neo")
+
+
+def check_run(folder, before, wanted):
+    """Losses and parameters of a run are those of torch."""
+    losses = [line["loss"] for line in metrics(folder)]
+    np.testing.assert_allclose(losses, wanted["losses"], atol=1e-5)
+    check_parameters(load_file(folder / "model.safetensors"), before, wanted)
+
+
+def test_eight_devices(tmp_path):
+    """Data, weights and heads spread over devices: the numbers of one device, which are torch's."""
+    before, options, wanted = fixture_run(tmp_path)
+    runs = []
+    meshes = ["data={},fsdp={},tensor={}".format(*sizes) for sizes in SHAPES]
+    for mesh in meshes:
+        chunk = "8" if mesh.startswith("data=2") else "0"
+        runs.append([*options, "--output", str(tmp_path / mesh), "--mesh", mesh, "--chunk-size", chunk])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    code, output, errors = Process(tmp_path, [json.dumps(runs)], SEVERAL, **flags).wait()
+    assert code == 0, output + errors
+    for mesh in meshes:
+        check_run(tmp_path / mesh, before, wanted)
+    # A checkpoint of eight devices goes on on one.
+    mixed = tmp_path / "data=2,fsdp=2,tensor=2"
+    shutil.rmtree(mixed / "checkpoints/3")
+    assert main([*options, "--output", str(mixed), "--chunk-size", "3", "--resume"]) == 0
+    check_parameters(load_file(mixed / "model.safetensors"), before, wanted)
+    assert len(metrics(mixed)) == 3
+
+
+def test_two_processes(base, pairs, sts, tmp_path):
+    """The numbers of one process, which are torch's; over a longer run, as near as Adam keeps rounding."""
+    before, options, wanted = fixture_run(tmp_path)
+    mesh = ("--mesh", "data=2,fsdp=2")
+    longer = ("--steps", 12, "--dev", sts, "--eval-every", 4, "--chunk-size", 4)
+    runs = [
+        [*options, "--output", str(tmp_path / "short"), "--chunk-size", "4", *mesh, "--distributed"],
+        arguments(base, pairs, tmp_path / "two", *longer, *mesh),
+    ]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # As Slurm describes a job of two tasks on this machine.
+    job = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+    }
+    job |= {"JAX_COORDINATOR_PORT": str(port), "JAX_PLATFORMS": "cpu"}
+    job |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        Process(
+            tmp_path, [json.dumps(runs)], SEVERAL, **job, SLURM_PROCID=str(number), SLURM_LOCALID=str(number)
+        )
+        for number in range(2)
+    ]
+    results = [process.wait() for process in processes]
+    assert [code for code, *_ in results] == [0, 0], results
+    check_run(tmp_path / "short", before, wanted)
+    assert main(arguments(base, pairs, tmp_path / "one", *longer)) == 0
+    ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], atol=1e-4)
+    looks = [(tmp_path / name / "dev.jsonl").read_text() for name in ("two", "one")]
+    assert looks[0].count("\n") == looks[1].count("\n") == 3
+    assert_same_biases(tmp_path / "two", tmp_path / "one", atol=2e-4)
+
+
+def test_adding_biases(pairs, tmp_path, capsys):
+    """A Llama gets biases and stays a Llama; a Qwen3 cannot, and leaves its bias set alone."""
+    for variant in ("llama", "qwen3"):
+        base, out = write_model(variant, tmp_path / variant), tmp_path / f"{variant}-out"
+        assert main(arguments(base, pairs, out, "--steps", 2)) == 1
+        assert "--add-biases" in capsys.readouterr().err
+        assert not out.exists()  # an error leaves nothing behind
+        assert main(arguments(base, pairs, out, "--steps", 2, "--add-biases")) == 0
+        assert (out / "model.safetensors").exists() == (variant == "llama")
+        assert (
+            len(load_bias_set(out / "biases.safetensors").values)
+            == 7 * decoders.config(variant)["num_hidden_layers"]
+        )
+    config = json.loads((tmp_path / "llama-out/config.json").read_text())
+    assert config["attention_bias"] is config["mlp_bias"] is True
+    assert "no model folder: transformers has no qwen3 config" in capsys.readouterr().out
+    code = main(arguments(base, pairs, tmp_path / "all", "--steps", 2, "--add-biases", "--trainable", "all"))
+    assert code == 1  # refused before training: there would be nothing to save
+    assert "cannot be exported" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+
+
+def test_training_everything(base, pairs, tmp_path):
+    out = tmp_path / "out"
+    options = (
+        "--steps",
+        3,
+        "--trainable",
+        "all",
+        "--matryoshka",
+        "8,32",
+        "--both-directions",
+        "--dtype",
+        "bfloat16",
+    )
+    assert main(arguments(base, pairs, out, *options)) == 0
+    assert not (out / "biases.safetensors").exists()
+    before, after = load_file(f"{base}/model.safetensors"), load_file(out / "model.safetensors")
+    changed = {name for name in before if not np.array_equal(before[name], after[name].astype(np.float32))}
+    assert changed == set(before)
+
+
+def test_the_nli_recipe(base, tmp_path):
+    """From three plain files; symmetric, so a model with brackets in its name gets none here."""
+    draw = np.random.default_rng(2)
+    folder = tmp_path / "snli"
+    folder.mkdir()
+    premises = [" ".join(draw.choice(WORDS, 4)) + f" {n}" for n in range(12)]
+    rows = [(p, f"{p} yes", "entailment") for p in premises] + [
+        (p, f"no {p}", "contradiction") for p in premises
+    ]
+    for name, column in zip(("s1", "s2", "labels"), zip(*rows, strict=True), strict=True):
+        (folder / f"{name}.dev").write_text("\n".join(column))
+    out = tmp_path / "out"
+    common = ["--model", base, "--data", str(folder), "--output", str(out)]
+    assert main(["nli", *common, "--batch-size", "8", "--chunk-size", "4", "--steps", "3"]) == 0
+    header = load_bias_set(out / "biases.safetensors").header
+    assert header["brackets"] is False
+    assert header["max_seq_length"] == 75
+    assert header["training"]["examples"] == 24
+    config = json.loads((out / "config.json").read_text())["run"]
+    assert config["avoid_duplicates"] is True
+    assert config["lr"] == 3.2e-4
+    assert config["epochs"] == 8
+
+
+def test_the_msmarco_recipe(base, tmp_path):
+    """Brackets, rotating negatives, and the cross-encoder's scores for distillation."""
+    records = [{"qid": q, "pos": [q], "neg": {"bm25": [q + 10, q + 20], "dense": [q + 15]}} for q in range(8)]
+    scores = {q: {q: 9.0, q + 10: 1.0, q + 20: 2.5, q + 15: -3} for q in range(8)}
+    folder = write_msmarco(tmp_path / "msmarco", records, scores)
+    (tmp_path / "msmarco/queries.train.tsv").write_text("".join(f"{q}\tquery {WORDS[q]}\n" for q in range(8)))
+    out = tmp_path / "out"
+    options = {"batch-size": 4, "max-seq-length": 60, "steps": 4, "warmup-steps": 1, "negatives": 2}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    losses = {}
+    for kind in ("kl", "margin"):
+        assert (
+            main(
+                [
+                    "msmarco",
+                    "--model",
+                    base,
+                    "--data",
+                    folder,
+                    "--output",
+                    f"{out}-{kind}",
+                    *flags,
+                    "--distill",
+                    kind,
+                ]
+            )
+            == 0
+        )
+        losses[kind] = [line["loss"] for line in metrics(f"{out}-{kind}")]
+        assert load_bias_set(f"{out}-{kind}/biases.safetensors").header["brackets"] is True
+        assert BiEncoder.from_pretrained(f"{out}-{kind}").text.brackets
+    assert np.all(np.isfinite(list(losses.values())))
+    assert losses["kl"][0] != losses["margin"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--batch-size 0", "--batch-size must be at least 1"),
+        ("--lr 0", "--lr must be positive"),
+        ("--distill mse", "distill"),
+        ("--distill kl --steps 1", "no `scores`"),
+        ("--matryoshka 8,64 --steps 1", "--matryoshka"),
+        ("--pooling max", "pooling"),
+        ("--mesh data=3", "mesh"),
+        ("--dev nowhere.csv", "nowhere.csv"),
+        ("--max-seq-length 1000", "positions"),
+        ("--batch-size 31", "30 examples do not fill a batch of 31"),
+    ],
+)
+def test_refused_options(options, message, base, pairs, tmp_path, capsys):
+    assert main(arguments(base, pairs, tmp_path / "out", *options.split())) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_is_not_resumed(base, pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(base, pairs, out, "--steps", 2)) == 0
+    assert main(arguments(base, pairs, out, "--steps", 2)) == 1
+    assert "holds a run" in capsys.readouterr().err
+    assert main(arguments(base, pairs, out, "--steps", 3, "--resume")) == 1
+    assert "steps 2, now 3" in capsys.readouterr().err
+    assert (
+        main(arguments(base, pairs, out, "--steps", 2, "--resume", "--save-every", 7)) == 0
+    )  # complete already
+    assert len(metrics(out)) == 2
+
+
+def test_help_has_every_option(capsys):
+    for recipe in ("nli", "msmarco", "pairs", "mine"):
+        with pytest.raises(SystemExit) as stop:
+            main([recipe, "--help"])
+        assert stop.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "default: None" not in text
+        assert ("--margin" in text) == (recipe == "msmarco")
+        for value in {"nli": ["1024", "0.00032"], "msmarco": ["256", "0.0004", "1000"]}.get(recipe, []):
+            assert f"(default: {value})" in text

@@ -1,0 +1,61 @@
+"""Runs of training and what torch gives for them (fixtures/training/make.py); MS MARCO's files."""
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+
+import decoders
+import numpy as np
+
+from train.msmarco import COLLECTION, NEGATIVES, QUERIES, SCORES
+
+FOLDER = Path(__file__).parent / "fixtures/training"
+
+
+def expected(run):
+    with np.load(FOLDER / "runs.npz") as stored:
+        return {name.removeprefix(f"{run}/"): stored[name] for name in stored if name.startswith(f"{run}/")}
+
+
+def data(negatives):
+    return str(FOLDER / f"{('one_negative', 'two_negatives')[negatives - 1]}.jsonl")
+
+
+def write_model(variant, folder):
+    decoders.write_tokenizer(folder)
+    return str(decoders.write_checkpoint(variant, folder))
+
+
+def check_parameters(tensors, before, wanted):
+    """Trained tensors as in torch, all others bit by bit as they were."""
+    after = {
+        name.removeprefix("after/"): value for name, value in wanted.items() if name.startswith("after/")
+    }
+    matched = 0
+    for name, value in tensors.items():
+        short = next((key for key in after if name == key or name.endswith(f".{key}")), None)
+        if short is None:
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
+            continue
+        matched += 1
+        known = ~np.isnan(after[short])
+        np.testing.assert_allclose(value[known], after[short][known], atol=1e-5, err_msg=name)
+    assert matched == len(after)
+
+
+def write_msmarco(folder, records, scores, compress=False):
+    folder.mkdir(exist_ok=True)
+    files = {
+        COLLECTION: "".join(f"{i}\tpassage {i}\n" for i in range(40)),
+        QUERIES: "\ufeff7\tquery seven\r\n\n3\tquery three\n5\tquery five",
+        NEGATIVES: "\n".join(map(json.dumps, records)),
+    }
+    for name, text in files.items():
+        content = text.encode()
+        if compress and not name.endswith(".gz"):
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(gzip.compress(content) if compress else content)
+    (folder / SCORES).write_bytes(gzip.compress(pickle.dumps(scores)))
+    return str(folder)
