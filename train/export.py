@@ -11,7 +11,8 @@ import jax
 from etils import epath
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.checkpoint.bias_sets import BiasSet, bias_leaves, save_bias_set, to_numpy
+from sgpt_jax.checkpoint.bias_sets import BiasSet, bias_leaves, save_bias_set
+from sgpt_jax.checkpoint.fingerprint import to_numpy
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.errors import InputError
 from train.recipes import TrainConfig

@@ -17,7 +17,8 @@ import jax
 from etils import epath
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias, weights_sha256
+from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias
+from sgpt_jax.checkpoint.fingerprint import weights_sha256
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.decoder.sharding import batch_ways, device_mesh, make_mesh

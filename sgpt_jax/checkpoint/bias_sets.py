@@ -8,19 +8,17 @@ trained.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from sgpt_jax.checkpoint.fingerprint import weights_sha256
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.model import Decoder, abstract_decoder, merge, split
 from sgpt_jax.decoder.sharding import leaf_path, param_shardings
@@ -71,30 +69,6 @@ def add_zero_biases(decoder: Decoder) -> Decoder:
     """
     config = dataclasses.replace(decoder.config, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
     return _with_leaves(decoder, config, {})
-
-
-def weights_sha256(params: Any) -> str:
-    """The sha256 of a decoder's weights: all but biases and the language-model head, rounded to bfloat16.
-
-    It is the same whichever dtype, file format or mesh the model was loaded with, and with or without a bias
-    set.
-    """
-    digest = hashlib.sha256()
-    leaves = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    for name in sorted(leaves):
-        if name.startswith("head/") or name.endswith("/bias"):
-            continue
-        values = to_numpy(leaves[name])
-        digest.update(f"{name} {values.shape}\n".encode())
-        digest.update(np.ascontiguousarray(values.astype(ml_dtypes.bfloat16)).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def to_numpy(leaf: jax.Array) -> np.ndarray:
-    """The whole array on this process, even if other processes hold parts of it (then all must call)."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
 
 
 def save_bias_set(path: Any, biases: BiasSet) -> None:

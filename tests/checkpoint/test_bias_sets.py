@@ -15,8 +15,8 @@ from sgpt_jax.checkpoint.bias_sets import (
     bias_leaves,
     load_bias_set,
     save_bias_set,
-    weights_sha256,
 )
+from sgpt_jax.checkpoint.fingerprint import weights_sha256
 from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.decoder.model import split
