@@ -30,13 +30,13 @@ from eval.models import positive
 from eval.record import circumstances
 from eval.results import make_folder, write_result
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
-from sgpt_jax.checkpoint.weights import export_folder
+from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.cli.commands import peak_memory
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.decoder.sharding import device_mesh, leaf_path
 from sgpt_jax.errors import InputError
-from sgpt_jax.families.registry import read_config
+from sgpt_jax.families import read_config
 from sgpt_jax.files.corpora import read_corpus
 from sgpt_jax.files.lines import write_jsonl
 from sgpt_jax.index.build import build_index

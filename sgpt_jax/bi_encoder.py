@@ -18,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sgpt_jax.checkpoint import bias_sets
+from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.checkpoint.weights import export_folder, load_checkpoint
+from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.pooling import POOLING_MODES, normalize
 from sgpt_jax.decoder.sharding import batch_sharding, batch_ways, on_mesh

@@ -23,7 +23,7 @@ from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.decoder.sharding import batch_ways, device_mesh, make_mesh
 from sgpt_jax.errors import InputError
-from sgpt_jax.families.registry import export_config
+from sgpt_jax.families import export_config
 from sgpt_jax.files.lines import write_json
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.checkpoints import Checkpoints

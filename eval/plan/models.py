@@ -10,7 +10,7 @@ from etils import epath
 
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.errors import InputError
-from sgpt_jax.families.registry import read_config
+from sgpt_jax.families import read_config
 
 
 def _gpt_neo(hidden: int, layers: int, heads: int) -> dict[str, Any]:

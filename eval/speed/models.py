@@ -18,11 +18,11 @@ from eval.data import DataSet
 from eval.plan.models import MODELS
 from eval.speed.benchmark import threads
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.checkpoint.weights import export_folder
+from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.errors import InputError
-from sgpt_jax.families.registry import read_config
+from sgpt_jax.families import read_config
 from sgpt_jax.files.lines import parse_json, read_lines
 from sgpt_jax.text.tokenizer import save_tokenizer
 

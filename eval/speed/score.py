@@ -18,8 +18,8 @@ from eval import bm25
 from eval.data import DataSet
 from eval.speed.benchmark import Contest, Way
 from eval.speed.models import Torch
+from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.checkpoint.weights import export_folder
 from sgpt_jax.cross_encoder import CrossEncoder, ScoreReport
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.flops import forward_flops

@@ -3,7 +3,7 @@
 The cache is a folder of safetensors files, one for each checkpoint and dtype, with the decoder's own leaves in the
 decoder's own layout (kernels [in, out]), so that a CPU computes on the file's pages without a copy. A file's name is a
 digest of all the checkpoint's bytes and of whatever else decides the leaves: a checkpoint that changed has another
-name. It is `converted` in the user's cache folder; the environment variable SGPT_CONVERTED_CACHE names another folder,
+name. It is `decoded` in the user's cache folder; the environment variable SGPT_DECODED_CACHE names another folder,
 or turns the cache off: "off". Whatever goes wrong with the cache, the checkpoint itself is read.
 """
 
@@ -28,7 +28,7 @@ from sgpt_jax.checkpoint.tensors import SAFETENSORS_DTYPES, TensorFiles, map_saf
 from sgpt_jax.errors import InputError
 from sgpt_jax.runtime.compile_cache import user_cache
 
-VARIABLE = "SGPT_CONVERTED_CACHE"
+VARIABLE = "SGPT_DECODED_CACHE"
 
 # To be raised whenever a checkpoint would give other leaves than before.
 FORMAT = 1
@@ -43,9 +43,9 @@ UNUSED_SECONDS = 60 * 86_400
 UNFINISHED_SECONDS = 86_400
 
 
-def place(files: TensorFiles, dtype: jnp.dtype) -> Path | None:
-    """Where the decoded weights of a checkpoint are kept, or would be; None for what is not worth it or turned off."""
-    folder = os.environ.get(VARIABLE) or os.path.join(user_cache(), "converted")
+def find(files: TensorFiles, dtype: jnp.dtype) -> Path | None:
+    """The file that keeps a checkpoint's decoded weights, or would keep them; None where it is not worth it, or off."""
+    folder = os.environ.get(VARIABLE) or os.path.join(user_cache(), "decoded")
     if folder == "off" or not files.encoded:
         return None
     digest = hashlib.sha256()
@@ -63,7 +63,7 @@ def place(files: TensorFiles, dtype: jnp.dtype) -> Path | None:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """The leaves that are kept at a place, memory-mapped and read-only; none when nothing whole is there."""
+    """The leaves that a file keeps, memory-mapped and read-only; none when there is no whole file."""
     try:
         leaves = map_safetensors(path)
     except (OSError, InputError):
@@ -74,7 +74,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def keep(path: Path, leaves: Mapping[str, jax.Array]) -> None:
-    """Writes leaves to a place, in one step; does nothing where the folder cannot be written or is short of room.
+    """Writes leaves to a file, in one step; does nothing where the folder cannot be written or is short of room.
 
     It takes a quarter of the free room at most. What nobody used for two months is removed from the folder, and so is
     what writers left behind that were killed.

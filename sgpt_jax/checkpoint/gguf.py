@@ -1,4 +1,4 @@
-"""GGUF files of llama and qwen2 architecture, as a config and tensors in Hugging Face terms."""
+"""GGUF files as a config and tensors in Hugging Face terms."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gguf
 import numpy as np
 from etils import epath
 
+from sgpt_jax.checkpoint.untrusted import check_content
 from sgpt_jax.decoder.config import RotaryConfig
 from sgpt_jax.decoder.positions import rotary_frequencies
 from sgpt_jax.errors import InputError
+from sgpt_jax.families import FAMILIES
+from sgpt_jax.families.reading import ConfigReader
 
 DECODE_ROWS = 512
 
@@ -41,6 +44,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
     Raises:
         InputError: no such file, or it is damaged.
     """
+    check_content(path)
     try:
         facts = os.stat(path)
         return _open_gguf(os.fspath(path), facts.st_mtime_ns, facts.st_size)
@@ -84,81 +88,80 @@ def _contents(field: gguf.ReaderField) -> Any:
     return last if isinstance(last, list) else field.contents()
 
 
-_GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
 class GgufFile:
-    """A GGUF file of llama or qwen2 architecture; quantised tensors are decoded to float32."""
+    """A GGUF file of an architecture that a family describes; quantised tensors are decoded to float32."""
 
     def __init__(self, path: epath.Path):
         self.path = path
         self.encoded = [path]
         self.file = open_gguf(path)
-        self.architecture = self.file.metadata.get("general.architecture")
-        if self.architecture not in ("llama", "qwen2"):
-            raise InputError(
-                f"{path}: GGUF architecture {self.architecture!r} is not supported; known: llama, qwen2"
-            )
+        self.metadata = ConfigReader(self.file.metadata, f"{path}: GGUF metadata")
+        known = {name: family for name, family in FAMILIES.items() if family.gguf}
+        self.family = self.metadata.choice("general.architecture", options=known, what="architecture")
         self.config = self._config()
+        self.most_values = sum(int(tensor.n_elements) for tensor in self.file.tensors)
 
     def _config(self) -> dict[str, Any]:
-        def of(name: str, default: Any = None) -> Any:
-            value = self.file.metadata.get(f"{self.architecture}.{name}", default)
-            if value is None:
-                raise InputError(f"{self.path}: GGUF metadata lacks {self.architecture}.{name}")
-            return value
-
-        tensors = {tensor.name: tensor for tensor in self.file.tensors}
-        heads, embed_dim = of("attention.head_count"), of("embedding_length")
-        head_dim = of("attention.key_length", embed_dim // heads)
-        if of("rope.dimension_count", head_dim) != head_dim:
+        name = self.family.model_type
+        metadata, tensors = self.metadata, {tensor.name: tensor for tensor in self.file.tensors}
+        self._refuse(name)
+        if "token_embd.weight" not in tensors:
+            raise InputError(f"{self.path}: this GGUF file has no token embedding (token_embd.weight)")
+        heads, embed_dim = (
+            metadata.size(f"{name}.attention.head_count"),
+            metadata.size(f"{name}.embedding_length"),
+        )
+        head_dim = metadata.size(f"{name}.attention.key_length", default=max(1, embed_dim // heads))
+        if metadata.size(f"{name}.rope.dimension_count", default=head_dim) != head_dim:
             raise InputError(f"{self.path}: partial rotation is not supported for GGUF files")
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": of("rope.freq_base", 10_000.0)}
-        scaling = self.file.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        if scaling == "linear":
-            rope |= {"rope_type": "linear", "factor": of("rope.scaling.factor")}
-        elif scaling != "none":
-            raise InputError(f"{self.path}: rotary scaling {scaling!r} is not supported for GGUF files")
-        if "rope_freqs.weight" in tensors:
-            rope |= self._llama3_scaling(np.asarray(tensors["rope_freqs.weight"].data), rope["rope_theta"])
+        theta = metadata.number(f"{name}.rope.freq_base", default=10_000.0, above=0)
+        assert self.family.gguf is not None
         config = {
-            "model_type": self.architecture,
+            "model_type": name,
             "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
             "hidden_size": embed_dim,
-            "intermediate_size": of("feed_forward_length"),
-            "num_hidden_layers": of("block_count"),
+            "intermediate_size": metadata.size(f"{name}.feed_forward_length"),
+            "num_hidden_layers": metadata.size(f"{name}.block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": of("attention.head_count_kv", heads),
-            "max_position_embeddings": of("context_length"),
-            "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
-            "rope_theta": rope["rope_theta"],
-            "rope_parameters": rope,
+            "num_key_value_heads": metadata.size(f"{name}.attention.head_count_kv", default=heads),
+            "max_position_embeddings": metadata.size(f"{name}.context_length"),
+            "rms_norm_eps": metadata.number(f"{name}.attention.layer_norm_rms_epsilon", above=0),
+            "rope_theta": theta,
+            "rope_parameters": {"rope_theta": theta} | self._scaling(theta, tensors),
             "hidden_act": "silu",
             "tie_word_embeddings": "output.weight" not in tensors,
         }
-        if self.architecture == "llama":
-            config |= {
-                "head_dim": head_dim,
-                "attention_bias": "blk.0.attn_q.bias" in tensors,
-                "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-            }
-        for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-            if (value := self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
-                config[key] = int(value)
+        config |= self.family.gguf.settings(tensors, head_dim)
+        for key, token in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+            value = metadata.optional_size(f"tokenizer.ggml.{token}_token_id", least=0, most=2**32)
+            if value is not None:
+                config[key] = value
         return config
+
+    def _refuse(self, name: str) -> None:
+        """Refuses by name what would give other vectors."""
+        if self.metadata.size("split.count", default=1, least=0) > 1:
+            raise InputError(
+                f"{self.path}: one part of a split GGUF file: join the parts (llama-gguf-split --merge)"
+            )
+        if not self.metadata.flag(f"{name}.attention.causal", True):
+            raise InputError(
+                f"{self.path}: {name}.attention.causal is false: bidirectional attention is not supported"
+            )
+
+    def _scaling(self, theta: float, tensors: Mapping[str, gguf.ReaderTensor]) -> dict[str, Any]:
+        name = self.family.model_type
+        _, kind = self.metadata.get(f"{name}.rope.scaling.type")
+        if "rope_freqs.weight" in tensors:
+            return self._llama3_scaling(np.asarray(tensors["rope_freqs.weight"].data), theta)
+        if kind in (None, "none"):
+            return {"rope_type": "default"}
+        if kind == "linear":
+            return {
+                "rope_type": "linear",
+                "factor": self.metadata.number(f"{name}.rope.scaling.factor", above=0),
+            }
+        raise InputError(f"{self.path}: rotary scaling {kind!r} is not supported for GGUF files")
 
     def _llama3_scaling(self, divisors: np.ndarray, base: float) -> dict[str, Any]:
         """GGUF stores what each frequency is divided by; the published Llama settings are found again from it."""
@@ -177,20 +180,21 @@ class GgufFile:
         raise InputError(f"{self.path}: rope_freqs.weight follows none of the published Llama 3 scalings")
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        facts = self.family.gguf
+        assert facts is not None
         heads = {"attn_q": self.config["num_attention_heads"], "attn_k": self.config["num_key_value_heads"]}
         for tensor in self.file.tensors:
             if tensor.name == "rope_freqs.weight":
                 continue
             match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
-            if match is None or match[2] not in _GGUF_NAMES:
+            if match is None or match[2] not in facts.parts:
                 yield tensor.name, np.asarray(tensor.data)  # left for the table to report
                 continue
             layer, part, leaf = match.groups()
             values = _decode(tensor)
-            if self.architecture == "llama" and part in heads:
-                values = _unpermute(values, heads[part])
-            name = f"{_GGUF_NAMES[part]}.{leaf}"
-            yield (f"model.layers.{layer}.{name}" if layer else name), values
+            if part in facts.pairs:
+                values = _unpair(values, heads[part])
+            yield (f"layers.{layer}." if layer else "") + f"{facts.parts[part]}.{leaf}", values
 
 
 def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
@@ -202,7 +206,9 @@ def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
     return values
 
 
-def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp rotates neighbouring pairs, so its llama files interleave the halves of every head's rows."""
+def _unpair(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp rotates neighbouring pairs, so some of its files interleave the halves of every head's rows."""
+    if rows.shape[0] % (2 * heads):
+        return rows  # left for the table to report
     half = math.prod(rows.shape[:1]) // heads // 2
     return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

@@ -14,6 +14,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from sgpt_jax.checkpoint.gguf import GgufFile
+from sgpt_jax.checkpoint.untrusted import check_content, inside, read_object
 from sgpt_jax.errors import InputError
 
 # NumPy's names of what a checkpoint's tensors may be, and those in safetensors files.
@@ -41,10 +42,12 @@ class TensorFiles(Protocol):
     Attributes:
         config: as in config.json.
         encoded: the files whose tensors take time to decode; none for safetensors.
+        most_values: how many values the files can hold at most, told by their sizes.
     """
 
     config: dict[str, Any]
     encoded: list[epath.Path]
+    most_values: int
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of every tensor, read when its turn comes; the arrays may be views of the file."""
@@ -57,41 +60,37 @@ def open_checkpoint(path: epath.Path) -> TensorFiles:
     Raises:
         InputError: when the path holds no checkpoint, naming what is missing.
     """
-    if path.suffix == ".gguf":
+    path = epath.Path(path)
+    if path.suffix.lower() == ".gguf":
         return GgufFile(path)
-    config = _read_json(path / "config.json")
+    if (path / "adapter_config.json").exists():
+        raise InputError(
+            f"{path / 'adapter_config.json'}: PEFT adapters are not supported: merge it into its base"
+        )
+    config = read_object(path / "config.json")
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (path / index).exists():
-            weight_map = _read_json(path / index).get("weight_map") or {}
-            files = [path / name for name in sorted(set(weight_map.values()))]
+            files = _shards(path, index)
         elif (path / single).exists():
             files = [path / single]
         else:
             continue
-        missing = [file.name for file in files if not file.exists()]
-        if missing or not files:
-            raise InputError(
-                f"{path / index}: the index names files that are not there: {', '.join(missing)}"
-            )
-        return (
-            SafetensorsFiles(config, files) if single.endswith("safetensors") else TorchFiles(config, files)
-        )
+        return (SafetensorsFiles if single.endswith("safetensors") else TorchFiles)(config, files)
     raise InputError(f"{path}: no model.safetensors, pytorch_model.bin or index of either")
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise InputError(f"{path.parent}: no {path.name}")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as problem:
-        raise InputError(f"{path}: not valid JSON: {problem}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
+def _shards(path: epath.Path, index: str) -> list[epath.Path]:
+    """The files that an index names."""
+    weight_map = read_object(path / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path / index}: no weight_map that names files")
+    files = list({str(name): inside(path, name, index) for name in weight_map.values()}.values())
+    if missing := sorted(file.name for file in files if not file.exists()):
+        raise InputError(f"{path / index}: the index names files that are not there: {', '.join(missing)}")
+    return sorted(files)
 
 
 class SafetensorsFiles:
@@ -99,6 +98,7 @@ class SafetensorsFiles:
 
     def __init__(self, config: dict[str, Any], files: list[epath.Path]):
         self.config, self.files = config, files
+        self.most_values = sum(file.stat().length for file in files)
         self.encoded: list[epath.Path] = []
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -112,6 +112,7 @@ def map_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
         InputError: the file is damaged, or holds numbers of a kind that NumPy does not have.
     """
+    check_content(path)
     try:
         with safe_open(os.fspath(path), "numpy"):  # checks that header and size are what they should be
             pass
@@ -138,6 +139,7 @@ class TorchFiles:
 
     def __init__(self, config: dict[str, Any], files: list[epath.Path]):
         self.config, self.files = config, files
+        self.most_values = sum(file.stat().length for file in files)
         self.encoded = files
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -149,6 +151,7 @@ class TorchFiles:
                 "safetensors weights do not"
             ) from None
         for file in self.files:
+            check_content(file)
             try:
                 state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
             except Exception as problem:

@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from sgpt_jax import rerank as reranking
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
+from sgpt_jax.checkpoint.export import count_parameters
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.checkpoint.weights import count_parameters
 from sgpt_jax.cli import demo as demonstration
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import abstract_decoder
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
-from sgpt_jax.families.registry import read_config
+from sgpt_jax.families import read_config
 from sgpt_jax.files.corpora import read_corpus, read_queries, read_texts
 from sgpt_jax.files.lines import ReadReport
 from sgpt_jax.files.runs import read_run, write_run

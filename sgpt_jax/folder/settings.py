@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from importlib import metadata
@@ -12,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from sgpt_jax.checkpoint.untrusted import inside, read_json, read_object
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
 
@@ -105,13 +105,15 @@ def _refuse_unlike(path: Path, saved: dict[str, Any]) -> None:
 
 def _read_modules(path: Path) -> list[dict[str, str]]:
     file = path / "modules.json"
-    modules = _read_json(file)
+    modules = read_json(file)
     good = isinstance(modules, list) and all(
         isinstance(m, dict) and isinstance(m.get("type"), str) and isinstance(m.get("path"), str)
         for m in modules
     )
     if not good or not modules:
         raise InputError(f"{file}: expected a list of modules with type and path")
+    for module in modules:
+        inside(epath.Path(path), module["path"], file.name)
     return modules
 
 
@@ -125,7 +127,9 @@ def _read_pooling(file: Path, earlier: str | None, prompts: Mapping[str, str] | 
         )
     if "pooling_mode" in config:
         modes = config["pooling_mode"]
-        modes = [modes] if isinstance(modes, str) else list(modes or [])
+        modes = [modes] if isinstance(modes, str) else modes or []
+        if not isinstance(modes, list):
+            raise InputError(f"{file}: pooling_mode is {modes!r}, expected a name")
     else:
         modes = [mode or key for key, mode in _POOLING_KEYS.items() if config.get(key)] or ["mean"]
     unsupported = [mode for mode in modes if mode not in _POOLING_MODES]
@@ -155,6 +159,12 @@ def _read_limit(path: Path) -> int | None:
 def _prompts(saved: dict[str, Any]) -> dict[str, str] | None:
     """The prompts that sentence-transformers uses in encode_query, encode_document and encode."""
     named = saved.get("prompts") or {}
+    if not isinstance(named, dict) or not all(
+        text is None or isinstance(text, str) for text in named.values()
+    ):
+        raise InputError("config_sentence_transformers.json: prompts must be an object of texts by name")
+    if saved.get("default_prompt_name") is not None and not isinstance(saved["default_prompt_name"], str):
+        raise InputError("config_sentence_transformers.json: default_prompt_name must be a name")
     document = next((named[key] for key in ("document", "passage", "corpus") if key in named), None)
     found = {
         "query": named.get("query"),
@@ -164,21 +174,9 @@ def _prompts(saved: dict[str, Any]) -> dict[str, str] | None:
     return {key: prompt for key, prompt in found.items() if prompt} or None
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON: {error}") from error
-
-
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object, or {} when there is no such file."""
-    if not file.is_file():
-        return {}
-    value = _read_json(file)
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object")
-    return value
+    return read_object(file) if file.is_file() else {}
 
 
 def write_settings(folder: str | os.PathLike[str], settings: ModelSettings, embed_dim: int) -> None:

@@ -52,15 +52,16 @@ class Source:
 def resolve(source: str | os.PathLike[str]) -> Source:
     """Finds a model: an existing folder or `.gguf` file, else `name` or `org/name` on the Hugging Face hub.
 
-    A hub id may end in `@revision`. What the hub has is kept in its cache, and taken from there when the hub cannot
-    be reached. Of the weights, safetensors are fetched, and `.bin` files only where there are none.
+    A folder whose only weights are one `.gguf` file is that file. A hub id may end in `@revision`. What the hub has is
+    kept in its cache, and taken from there when the hub cannot be reached. Of the weights, safetensors are fetched, and
+    `.bin` files only where there are none.
 
     Raises InputError when the source is neither, naming both possibilities.
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
     if text and path.is_dir():
-        return Source(path, path.resolve().name)
+        return Source(_weights_of(path), path.resolve().name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"{text}: a model is a folder, a .gguf file or a hub id, not this kind of file")
@@ -71,7 +72,22 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     if not _HUB_ID.fullmatch(text) or path.suffix.lower() == ".gguf":
         raise InputError(f"{missing}, and it is not the form of a hub id (org/name)")
     repo, _, revision = text.partition("@")
-    return Source(Path(_download(repo, revision or None, missing)), repo)
+    return Source(_weights_of(Path(_download(repo, revision or None, missing))), repo)
+
+
+def _weights_of(folder: Path) -> Path:
+    """The folder, or its GGUF file where it has nothing else to load.
+
+    Raises:
+        InputError: there are several such files.
+    """
+    if (folder / "modules.json").exists() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+        return folder
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{folder}: several GGUF files; name one of them: {names}")
+    return found[0] if found else folder
 
 
 def _download(repo: str, revision: str | None, missing: str) -> str:
@@ -115,11 +131,12 @@ def choose_files(names: list[str]) -> list[str]:
         for name in names
         if any(fnmatch.fnmatchcase(name, p) and name.count("/") == p.count("/") for p in _WANTED)
     ]
-    for pattern in (_SAFETENSORS, r".+\.safetensors", _BIN, r".+\.bin"):
+    for pattern in (_SAFETENSORS, _BIN):
         weights = [name for name in top if re.fullmatch(pattern, name)]
         if weights:
             return chosen + weights
-    return chosen
+    files = [name for name in top if name.lower().endswith(".gguf")]
+    return chosen + files if len(files) == 1 else chosen
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sgpt_jax import BiEncoder, load_decoder, make_mesh
-from sgpt_jax.checkpoint import decoded_cache as converted
+from sgpt_jax.checkpoint import decoded_cache
 from sgpt_jax.checkpoint.gguf import GgufFile
 from sgpt_jax.decoder.model import split
 
@@ -19,8 +19,8 @@ from sgpt_jax.decoder.model import split
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
-    monkeypatch.setenv(converted.VARIABLE, str(folder))
-    monkeypatch.setattr(converted, "MIN_BYTES", 0)
+    monkeypatch.setenv(decoded_cache.VARIABLE, str(folder))
+    monkeypatch.setattr(decoded_cache, "MIN_BYTES", 0)
     return folder
 
 
@@ -49,7 +49,7 @@ def test_the_second_time_gives_the_same_bits_without_decoding(cache, model, dtyp
     first = leaves(model, dtype)
     assert len(list(cache.iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setenv(converted.VARIABLE, "off")
+        patch.setenv(decoded_cache.VARIABLE, "off")
         assert same(leaves(model, dtype), first)
     forbid_decoding(monkeypatch)
     moved = shutil.copy(model, model.with_name("elsewhere.gguf"))
@@ -83,7 +83,7 @@ def test_torch_files_need_torch_once(cache, tmp_path, monkeypatch):
 
 def test_safetensors_and_small_files_are_not_kept(cache, model, tmp_path, monkeypatch):
     load_decoder(decoders.write_checkpoint("llama", tmp_path / "folder"))
-    monkeypatch.setattr(converted, "MIN_BYTES", 10_000_000)
+    monkeypatch.setattr(decoded_cache, "MIN_BYTES", 10_000_000)
     load_decoder(model)
     assert not cache.exists()
 

@@ -11,8 +11,9 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from sgpt_jax.checkpoint import bias_sets as biases
+from sgpt_jax.checkpoint.export import export_folder, export_tensors
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.checkpoint.weights import export_folder, export_tensors, load_checkpoint
+from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.errors import InputError
 
 SAMPLES = (
@@ -152,6 +153,89 @@ def test_a_missing_shard_is_named(tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model._orig_mod."])
+@pytest.mark.parametrize("variant", ["gpt2", "llama_tied"])
+def test_a_wrappers_prefix_is_named_in_one_line(prefix, variant, tmp_path):
+    folder = decoders.write_checkpoint(variant, tmp_path, with_buffers=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({prefix + name: value for name, value in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=rf"the prefix '{prefix}' before the names of") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layers.0.self_attn.q_proj.qweight", "GPTQ or AWQ"),
+        ("layers.0.self_attn.q_proj.weight.absmax", "bitsandbytes"),
+        ("layers.0.self_attn.q_proj.SCB", "bitsandbytes"),
+        ("layers.0.self_attn.q_proj.lora_A.weight", "LoRA"),
+    ],
+)
+def test_quantised_tensors_and_adapters_are_named(name, message, tmp_path):
+    folder = decoders.write_checkpoint("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {f"model.{name}": np.zeros(3, np.uint8)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+def test_an_adapter_folder_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="PEFT adapters"):
+        open_checkpoint(epath.Path(tmp_path))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.gguf", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_is_named(file, tmp_path):
+    folder = decoders.write_checkpoint("gpt2", tmp_path)
+    if file == "pytorch_model.bin":
+        pytest.importorskip("torch")
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_bytes(POINTER)
+    with pytest.raises(InputError, match=rf"{file}: a git-lfs pointer"):
+        load(folder / file if file.endswith("gguf") else folder)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../model.safetensors"}, "leads out"),
+        ({"a": "/etc/passwd"}, "leads out"),
+        ({"a": 3}, "not the name of a file"),
+        ({"a": ["x"]}, "not the name of a file"),
+        (["a"], "no weight_map"),
+        ({}, "no weight_map"),
+        (None, "no weight_map"),
+    ],
+)
+def test_an_index_names_files_of_its_folder(weight_map, message, tmp_path):
+    folder = decoders.write_checkpoint("gpt2", tmp_path, shards=2)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 999, "hidden_size": 4096}, {"vocab_size": 2**31 - 1}]
+)
+def test_a_config_far_beyond_its_files_is_refused_at_once(change, tmp_path):
+    folder = decoders.write_checkpoint("llama", tmp_path)
+    (folder / "config.json").write_text(json.dumps(decoders.config("llama") | change))
+    with pytest.raises(InputError, match=r"describes [\d,]+ parameters, the files can hold"):
+        load(folder)
+
+
+def test_deep_json_is_no_crash(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' + "[" * 200_000)
+    with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("variant", decoders.VARIANTS)
 def test_export_gives_back_every_tensor(variant, tmp_path):
     folder = decoders.write_checkpoint(variant, tmp_path / "in")
@@ -179,7 +263,7 @@ def test_export_of_a_model_without_head(variant, tmp_path):
 
 def test_sharded_export(tmp_path, monkeypatch):
     decoder = load(decoders.write_checkpoint("gpt2", tmp_path / "in"))
-    monkeypatch.setattr("sgpt_jax.checkpoint.weights.MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr("sgpt_jax.checkpoint.export.MAX_SHARD_BYTES", 40_000)
     export_folder(decoder, decoders.config("gpt2"), tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1

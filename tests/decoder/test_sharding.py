@@ -11,7 +11,7 @@ from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import abstract_decoder
 from sgpt_jax.decoder.sharding import AXES, make_mesh, param_shardings
 from sgpt_jax.errors import InputError
-from sgpt_jax.families.registry import read_config
+from sgpt_jax.families import read_config
 
 
 def test_mesh_specs():

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from sgpt_jax import load_decoder
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.card import write_model_card
 from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
@@ -174,7 +175,10 @@ def test_only_what_a_model_needs_is_fetched():
     assert choose_files(["config.json", "pytorch_model.bin", "training_args.bin"])[1:] == [
         "pytorch_model.bin"
     ]
-    assert choose_files(["weights.safetensors", "pytorch_model.bin"]) == ["weights.safetensors"]
+    # What is not named as transformers names it would not be loaded.
+    assert choose_files(["weights.safetensors", "pytorch_model.bin"]) == ["pytorch_model.bin"]
+    assert choose_files(["README.md", "x.Q4_0.gguf"]) == ["README.md", "x.Q4_0.gguf"]
+    assert choose_files(["README.md", "x.Q4_0.gguf", "x.Q8_0.gguf"]) == ["README.md"]
 
 
 # Reading settings
@@ -273,6 +277,50 @@ def test_foreign_modules_and_moved_transformers_are_refused(tmp_path):
     dump(folder / "modules.json", [{"path": "0_Transformer", "type": OLD + "Transformer"}])
     with pytest.raises(InputError, match="0_Transformer"):
         read_settings(folder)
+
+
+@pytest.mark.parametrize("path", ["../1_Pooling", "/etc", "C:\\x", "a/../../b"])
+def test_modules_stay_inside_their_folder(path, tmp_path):
+    folder = st_folder(tmp_path)
+    modules = json.loads((folder / "modules.json").read_text())
+    dump(folder / "modules.json", [modules[0], modules[1] | {"path": path}])
+    with pytest.raises(InputError, match="leads out of the folder"):
+        read_settings(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": 5}, "pooling_mode is 5"),
+        ("config_sentence_transformers.json", {"prompts": ["q: "]}, "prompts"),
+        ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "prompts"),
+        ("config_sentence_transformers.json", {"default_prompt_name": ["x"]}, "default_prompt_name"),
+        ("sentence_bert_config.json", [1], "not a JSON object"),
+    ],
+)
+def test_values_of_other_types(file, content, message, tmp_path):
+    folder = st_folder(tmp_path)
+    dump(folder / file, content)
+    with pytest.raises(InputError, match=message):
+        read_settings(folder)
+
+
+def test_deep_json_is_no_crash(tmp_path):
+    folder = st_folder(tmp_path)
+    (folder / "modules.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_settings(folder)
+
+
+def test_a_folder_of_one_gguf_file_is_that_file(tmp_path):
+    file = decoders.write_gguf("llama", tmp_path / "model.GGUF")
+    assert (resolve(tmp_path).path, resolve(tmp_path).name) == (file, tmp_path.name)
+    assert load_decoder(tmp_path).config == load_decoder(file).config
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"several GGUF files.*model.GGUF, other.gguf"):
+        resolve(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve(tmp_path).path == tmp_path
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '[{"type": 1, "path": ""}]', '["Pooling"]'])

@@ -11,7 +11,7 @@ from training import check_parameters, data, expected, write_model
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
-from sgpt_jax.checkpoint.weights import export_tensors
+from sgpt_jax.checkpoint.export import export_tensors
 from sgpt_jax.decoder.model import merge, split
 from train.__main__ import main
 from train.batches import BatchPlan, PackedBatches

@@ -1,0 +1,99 @@
+"""Exporting decoders as checkpoints that transformers loads, and counting their parameters."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from safetensors.numpy import save_file
+
+from sgpt_jax.decoder.model import Decoder, split
+from sgpt_jax.decoder.sharding import leaf_path
+from sgpt_jax.families import export_config, family_of
+from sgpt_jax.families.family import Family
+from sgpt_jax.families.tables import active_rules, leaf_name
+from sgpt_jax.files.lines import write_json
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def export_tensors(decoder: Decoder, hf: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The decoder's tensors under the names that transformers gives them, one at a time, in the decoder's dtype."""
+    family = family_of(hf)
+    _, params = split(decoder)
+    leaves = {leaf_path(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    prefix = family.base_prefix if decoder.config.head != "none" else _model_prefix(family)
+    for name, (rule, layer) in active_rules(decoder.config, family.rules, leaves).items():
+        parts = tuple(np.asarray(leaves[leaf_name(pattern, layer)]) for pattern in rule.leaves)
+        values = np.ascontiguousarray(rule.layout.dump(parts, decoder.config))
+        yield (name if rule.leaves[0].startswith("head/") else prefix + name), values
+
+
+def _model_prefix(family: Family) -> str:
+    """What stands before tensor names in a checkpoint without a head: OPT keeps the last part of its prefix."""
+    return family.base_prefix.partition(".")[2]
+
+
+def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:
+    """Writes config.json and model.safetensors (several with an index above 5 GB) as transformers reads them.
+
+    Args:
+        decoder: the decoder; its dtype is the files' dtype.
+        hf: the Hugging Face config that it was read from.
+        folder: created where it is not there.
+
+    Raises:
+        InputError: when transformers has no config for the decoder, as for biases added to some families.
+    """
+    folder = epath.Path(folder)
+    config = export_config(hf, decoder.config)
+    family = family_of(config)
+    name = family.causal_lm
+    if decoder.config.head == "none":
+        for ending in ("ForCausalLM", "LMHeadModel"):
+            name = name.removesuffix(ending)
+        name += "Model"
+    config |= {"architectures": [name], "dtype": decoder.dtype.name}
+    config.pop("torch_dtype", None)  # the older spelling of dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    pending: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        save_file(pending, str(folder / f"shard-{len(shards)}.tmp"), metadata={"format": "pt"})
+        pending.clear()
+
+    for tensor_name, values in export_tensors(decoder, config):
+        if pending and size + values.nbytes > MAX_SHARD_BYTES:
+            flush()
+            shards.append([])
+            size = 0
+        pending[tensor_name] = values
+        shards[-1].append(tensor_name)
+        size += values.nbytes
+        total += values.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-1.tmp").rename(folder / "model.safetensors")
+    else:
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            (folder / f"shard-{number}.tmp").rename(folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "config.json", config)
+
+
+def count_parameters(params: Any) -> collections.Counter[str]:
+    """Numbers of values by leaf name: kernel, bias, scale, embedding."""
+    counts: collections.Counter[str] = collections.Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        counts[leaf_path(path).rsplit("/", 1)[-1]] += leaf.size
+    return counts
