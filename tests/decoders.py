@@ -46,6 +46,10 @@ _TIED |= {
     "opt": "model.decoder.embed_tokens.weight",
     "modernbert-decoder": "model.embeddings.tok_embeddings.weight",
 }
+_MULTIMODAL = {  # model type of the text part: model type, architecture and vision part of the whole
+    "gemma3_text": ("gemma3", "Gemma3ForConditionalGeneration", "siglip_vision_model"),
+    "ministral3": ("mistral3", "Mistral3ForConditionalGeneration", "pixtral"),
+}
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -133,6 +137,35 @@ def write_checkpoint(
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(a.nbytes for a in arrays.values())}, "weight_map": weight_map}
     (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index, indent=2), "utf-8")
+    return folder
+
+
+def write_multimodal(variant: str, folder: str | Path, *, layout: str = "inner") -> Path:
+    """Writes a variant as the text part of a folder that also sees pictures (only a stub of that part is there).
+
+    Args:
+        variant: of the model types in `_MULTIMODAL`.
+        folder: created when missing.
+        layout: of the names: "inner" is language_model.model.layers... (as Hub folders, and transformers 5.24 on
+            saving), "outer" is model.language_model.layers... (transformers 4.52 and later).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = config(variant)
+    family, architecture, vision = _MULTIMODAL[text["model_type"]]
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision_config = sizes | {"model_type": vision, "image_size": 28, "patch_size": 14}
+    settings = {"architectures": [architecture], "model_type": family, "dtype": "float32"}
+    settings |= {"text_config": text, "vision_config": vision_config, "image_token_index": 379}
+    settings["tie_word_embeddings"] = text["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(settings, indent=2), "utf-8")
+    start = "language_model." if layout == "inner" else ""
+    arrays = {}
+    for name, value in tensors(variant).items():
+        new = name if layout == "inner" else name.replace("model.", "model.language_model.", 1)
+        arrays[start + new] = value
+    arrays[("" if layout == "inner" else "model.") + "vision_tower.stub.weight"] = np.ones((2, 2), np.float32)
+    _write_arrays(arrays, folder / "model.safetensors")
     return folder
 
 
