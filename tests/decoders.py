@@ -60,7 +60,9 @@ def config(variant: str, spelling: str = "new") -> dict[str, Any]:
 
 def tensors(variant: str) -> dict[str, np.ndarray]:
     """All float32 tensors of a variant under the names that transformers saves for its ForCausalLM class."""
-    return {name: _random(variant, name, tuple(shape)) for name, shape in SPECS[variant]["tensors"].items()}
+    return {
+        name: random_tensor(variant, name, tuple(shape)) for name, shape in SPECS[variant]["tensors"].items()
+    }
 
 
 def expected(variant: str) -> dict[str, np.ndarray]:
@@ -126,14 +128,14 @@ def write_checkpoint(
 
     stem, end = ("model", "safetensors") if fmt == "safetensors" else ("pytorch_model", "bin")
     if shards == 1:
-        _write_arrays(arrays, folder / f"{stem}.{end}")
+        write_arrays(arrays, folder / f"{stem}.{end}")
         return folder
     weight_map: dict[str, str] = {}
     names = list(arrays)
     for i in range(shards):
         part = names[i::shards]
         file = f"{stem}-{i + 1:05d}-of-{shards:05d}.{end}"
-        _write_arrays({name: arrays[name] for name in part}, folder / file)
+        write_arrays({name: arrays[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(a.nbytes for a in arrays.values())}, "weight_map": weight_map}
     (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index, indent=2), "utf-8")
@@ -165,7 +167,7 @@ def write_multimodal(variant: str, folder: str | Path, *, layout: str = "inner")
         new = name if layout == "inner" else name.replace("model.", "model.language_model.", 1)
         arrays[start + new] = value
     arrays[("" if layout == "inner" else "model.") + "vision_tower.stub.weight"] = np.ones((2, 2), np.float32)
-    _write_arrays(arrays, folder / "model.safetensors")
+    write_arrays(arrays, folder / "model.safetensors")
     return folder
 
 
@@ -317,7 +319,7 @@ def _expected(file: str) -> Mapping[str, np.ndarray]:
         return dict(stored)
 
 
-def _random(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def random_tensor(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Normal numbers: softmax and activations are far from linear, no norm and no bias is trivial."""
     values = np.random.RandomState(seed_from(variant, name)).standard_normal(shape)
     if len(shape) == 1 or "norm" in name:  # Cohere's norms of queries and keys have a row for each head
@@ -366,7 +368,7 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
-def _write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     if path.suffix == ".bin":
         import torch
 
