@@ -3,6 +3,7 @@
 Only names, shapes and config.json contents are stored (`fixtures/decoders/variants.json`); the numbers come
 from numpy's legacy `RandomState`, whose streams never change. `fixtures/decoders/make.py` loads the very same
 checkpoints into transformers and records what torch gives for them (`fixtures/decoders/expected.npz`).
+The decoders of 2026 (`NEW_VARIANTS`) have their own script and files there, named `..._2026`.
 """
 
 import json
@@ -25,17 +26,29 @@ from sgpt_jax.decoder.model import merge, split
 FIXTURES = Path(__file__).parent / "fixtures"
 SPECS: dict[str, dict[str, Any]] = json.loads((FIXTURES / "decoders/variants.json").read_text("utf-8"))
 VARIANTS = tuple(SPECS)
+NEW_SPECS: dict[str, dict[str, Any]] = json.loads(
+    (FIXTURES / "decoders/variants_2026.json").read_text("utf-8")
+)
+NEW_VARIANTS = tuple(NEW_SPECS)
+SPECS |= NEW_SPECS
 
 VOCAB_SIZE = 384  # 256 bytes, 124 merges, then the special tokens below
 EOS, BOS = "<|endoftext|>", "<s>"
 EOS_ID, BOS_ID = 380, 381
 PLACEHOLDERS = {"[SOS]": 382, "{SOS}": 383}  # what the released bracket models add to their vocabulary
 
-_PREFIX = {"gpt_neox": "gpt_neox."} | dict.fromkeys(("gpt2", "gpt_neo", "gptj", "bloom"), "transformer.")
-_HEADS = ("lm_head.", "embed_out.")
-_TIED = {"gpt2": "transformer.wte.weight", "gpt_neo": "transformer.wte.weight"} | {
-    "bloom": "transformer.word_embeddings.weight",
+_PREFIX = {"gpt_neox": "gpt_neox."}
+_PREFIX |= dict.fromkeys(("gpt2", "gpt_neo", "gptj", "bloom", "falcon", "mpt"), "transformer.")
+_HEADS = ("lm_head.", "embed_out.", "decoder.")
+_TIED = dict.fromkeys(("gpt2", "gpt_neo", "mpt"), "transformer.wte.weight")
+_TIED |= dict.fromkeys(("bloom", "falcon"), "transformer.word_embeddings.weight")
+_TIED |= {
     "opt": "model.decoder.embed_tokens.weight",
+    "modernbert-decoder": "model.embeddings.tok_embeddings.weight",
+}
+_MULTIMODAL = {  # model type of the text part: model type, architecture and vision part of the whole
+    "gemma3_text": ("gemma3", "Gemma3ForConditionalGeneration", "siglip_vision_model"),
+    "ministral3": ("mistral3", "Mistral3ForConditionalGeneration", "pixtral"),
 }
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -47,7 +60,9 @@ def config(variant: str, spelling: str = "new") -> dict[str, Any]:
 
 def tensors(variant: str) -> dict[str, np.ndarray]:
     """All float32 tensors of a variant under the names that transformers saves for its ForCausalLM class."""
-    return {name: _random(variant, name, tuple(shape)) for name, shape in SPECS[variant]["tensors"].items()}
+    return {
+        name: random_tensor(variant, name, tuple(shape)) for name, shape in SPECS[variant]["tensors"].items()
+    }
 
 
 def expected(variant: str) -> dict[str, np.ndarray]:
@@ -56,9 +71,13 @@ def expected(variant: str) -> dict[str, np.ndarray]:
     input_ids, attention_mask [B, T] (right padded, rows of different length, random ids in the padding);
     hidden [B, T, E] after the final norm (AutoModel's last_hidden_state; zero in the padding);
     logits [B, V] of the ForCausalLM class at the last valid place of each row.
+    Of `NEW_VARIANTS` also long_ids [1, L], one row without padding, L > 256, and long_hidden [2, E] at its last
+    two positions.
     """
-    stored = _expected()
-    names = ("input_ids", "attention_mask", f"{variant}/hidden", f"{variant}/logits")
+    stored = _expected("expected_2026" if variant in NEW_SPECS else "expected")
+    names = ["input_ids", "attention_mask", f"{variant}/hidden", f"{variant}/logits"]
+    if variant in NEW_SPECS:
+        names += ["long_ids", f"{variant}/long_hidden"]
     return {name.rpartition("/")[2]: stored[name] for name in names}
 
 
@@ -77,7 +96,7 @@ def write_checkpoint(
     """Writes config.json and the weights of a variant as transformers would.
 
     Args:
-        variant: one of `VARIANTS`.
+        variant: one of `VARIANTS` or `NEW_VARIANTS`.
         folder: created when missing.
         dtype: float32, float16 or bfloat16; goes into config.json too.
         prefix: whether names carry `transformer.`, `model.` or `gpt_neox.`; None follows `model_class`.
@@ -95,6 +114,7 @@ def write_checkpoint(
     if model_class == "base":
         settings["architectures"] = [settings["architectures"][0].replace("ForCausalLM", "Model")]
         settings["architectures"] = [settings["architectures"][0].replace("LMHeadModel", "Model")]
+        settings["architectures"] = [settings["architectures"][0].replace("ForMaskedLM", "Model")]
     (folder / "config.json").write_text(json.dumps(settings, indent=2), "utf-8")
 
     arrays: dict[str, Any] = {k: v.astype(_DTYPES[dtype]) for k, v in tensors(variant).items()}
@@ -108,17 +128,46 @@ def write_checkpoint(
 
     stem, end = ("model", "safetensors") if fmt == "safetensors" else ("pytorch_model", "bin")
     if shards == 1:
-        _write_arrays(arrays, folder / f"{stem}.{end}")
+        write_arrays(arrays, folder / f"{stem}.{end}")
         return folder
     weight_map: dict[str, str] = {}
     names = list(arrays)
     for i in range(shards):
         part = names[i::shards]
         file = f"{stem}-{i + 1:05d}-of-{shards:05d}.{end}"
-        _write_arrays({name: arrays[name] for name in part}, folder / file)
+        write_arrays({name: arrays[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(a.nbytes for a in arrays.values())}, "weight_map": weight_map}
     (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index, indent=2), "utf-8")
+    return folder
+
+
+def write_multimodal(variant: str, folder: str | Path, *, layout: str = "inner") -> Path:
+    """Writes a variant as the text part of a folder that also sees pictures (only a stub of that part is there).
+
+    Args:
+        variant: of the model types in `_MULTIMODAL`.
+        folder: created when missing.
+        layout: of the names: "inner" is language_model.model.layers... (as Hub folders, and transformers 5.24 on
+            saving), "outer" is model.language_model.layers... (transformers 4.52 and later).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = config(variant)
+    family, architecture, vision = _MULTIMODAL[text["model_type"]]
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision_config = sizes | {"model_type": vision, "image_size": 28, "patch_size": 14}
+    settings = {"architectures": [architecture], "model_type": family, "dtype": "float32"}
+    settings |= {"text_config": text, "vision_config": vision_config, "image_token_index": 379}
+    settings["tie_word_embeddings"] = text["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(settings, indent=2), "utf-8")
+    start = "language_model." if layout == "inner" else ""
+    arrays = {}
+    for name, value in tensors(variant).items():
+        new = name if layout == "inner" else name.replace("model.", "model.language_model.", 1)
+        arrays[start + new] = value
+    arrays[("" if layout == "inner" else "model.") + "vision_tower.stub.weight"] = np.ones((2, 2), np.float32)
+    write_arrays(arrays, folder / "model.safetensors")
     return folder
 
 
@@ -265,16 +314,16 @@ def seed_from(variant: str, name: str) -> int:
 
 
 @lru_cache
-def _expected() -> Mapping[str, np.ndarray]:
-    with np.load(FIXTURES / "decoders/expected.npz") as stored:
+def _expected(file: str) -> Mapping[str, np.ndarray]:
+    with np.load(FIXTURES / f"decoders/{file}.npz") as stored:
         return dict(stored)
 
 
-def _random(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def random_tensor(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Normal numbers: softmax and activations are far from linear, no norm and no bias is trivial."""
     values = np.random.RandomState(seed_from(variant, name)).standard_normal(shape)
-    if len(shape) == 1:
-        is_scale = name.endswith(".weight")
+    if len(shape) == 1 or "norm" in name:  # Cohere's norms of queries and keys have a row for each head
+        is_scale = name.endswith(".weight") and not variant.startswith("gemma")  # Gemma adds the one itself
         return (0.3 * values + is_scale).astype(np.float32)
     std = 0.7 if any(part in name for part in ("wte", "wpe", "embed_", "word_emb")) else 0.3
     return (std * values).astype(np.float32)
@@ -292,13 +341,16 @@ def _buffers(variant: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.nda
         "gpt_neo": {"attn.attention.bias": causal, "attn.attention.masked_bias": masked},
         "gptj": {"attn.bias": causal, "attn.masked_bias": masked},
         "gpt_neox": {"attention.bias": causal, "attention.masked_bias": masked},
-    }.get(family, {} if family in ("bloom", "opt") else {"self_attn.rotary_emb.inv_freq": inv_freq})
+    }.get(family, {"self_attn.rotary_emb.inv_freq": inv_freq})
+    if family in ("bloom", "opt", "mpt", "falcon"):
+        per_layer = {}
     if family == "gpt_neox":
         per_layer["attention.rotary_emb.inv_freq"] = inv_freq
     layers = sorted({".".join(n.split(".")[:3]) for n in arrays if n.split(".")[1] in ("h", "layers")})
     extra = {f"{layer}.{name}": value for layer in layers for name, value in per_layer.items()}
     if settings["tie_word_embeddings"]:
-        extra["lm_head.weight"] = arrays[_TIED.get(family, "model.embed_tokens.weight")]
+        head = "decoder.weight" if family == "modernbert-decoder" else "lm_head.weight"
+        extra[head] = arrays[_TIED.get(family, "model.embed_tokens.weight")]
     return extra
 
 
@@ -316,7 +368,7 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
 
 
-def _write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     if path.suffix == ".bin":
         import torch
 
