@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
 
-from sgpt_jax.errors import InputError
-from sgpt_jax.runtime import compile_cache, processes
+from sgpt_jax import __version__
+from sgpt_jax.runtime.command import run_command
 
 # task -> (its module, with add_arguments(parser) and main(args); what it does)
 TASKS = {
@@ -26,9 +27,10 @@ TASKS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one task. Returns 0, or 1 after a message about the input; argparse exits with 2 on wrong usage."""
+    """Runs one task; returns its exit code, see `run_command`. argparse exits with 2 on wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"sgpt-jax {__version__}")
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     module = None
     for name, (path, summary) in TASKS.items():
@@ -44,18 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 1
             task.description = module.__doc__
             module.add_arguments(task)
-    args = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     assert module is not None  # argparse has left otherwise
     # These two measure compiling, or compile for machines that are not here.
-    if args.task not in ("speed", "plan"):
-        compile_cache.enable()
-    try:
-        with processes.session(args):
-            module.main(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    cache = options.task not in ("speed", "plan")
+    return run_command(functools.partial(module.main, options), options, cache_programs=cache)
 
 
 if __name__ == "__main__":

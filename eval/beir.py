@@ -34,6 +34,7 @@ from eval.models import (
 )
 from eval.results import Result, make_folder, mean_metrics, read_result, write_result
 from eval.stages import Stages, measure
+from sgpt_jax.cli.options import PROCESSES, add_options
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.runs import write_json_run, write_run
 from sgpt_jax.runtime import processes
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-stage", metavar="RUN", help="a run (TREC or JSON), or a folder with NAME.trec files"
     )
     add_common_arguments(parser)
-    processes.add_arguments(parser)
+    add_options(parser, PROCESSES)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ documents, the model and the index are made in a temporary folder and removed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import tempfile
 import time
@@ -31,7 +30,6 @@ from eval.record import circumstances
 from eval.results import make_folder, write_result
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
 from sgpt_jax.checkpoint.export import export_folder
-from sgpt_jax.cli.commands import peak_memory
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.decoder.sharding import device_mesh, leaf_path
@@ -42,6 +40,7 @@ from sgpt_jax.files.lines import write_jsonl
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.columns import normalized
 from sgpt_jax.index.search import Index
+from sgpt_jax.runtime.memory import peak_memory, resident_memory
 from sgpt_jax.text.tokenizer import save_tokenizer
 
 WORDS = 20_000
@@ -169,7 +168,7 @@ def build(
         def progress(rows: int) -> None:
             bar.update(rows - bar.n)
             if not curve or rows - curve[-1]["documents"] >= every or rows == result["documents"]:
-                anonymous, mapped = resident()
+                anonymous, mapped = resident_memory() or (peak_memory(), 0)
                 point = {"documents": rows, "seconds": time.perf_counter() - begin, "waited": report.waited}
                 point |= {"anonymous_mb": anonymous / 1e6, "mapped_mb": mapped / 1e6}
                 curve.append({name: round(value, 2) for name, value in point.items()})
@@ -204,18 +203,6 @@ def build(
         "recall": index.info()["recall"],
     }
     return index, curve
-
-
-def resident() -> tuple[int, int]:
-    """Bytes of memory that this process has now: its own (all, where Linux's /proc is missing), and of mapped files."""
-    sizes = {"RssAnon": 0, "RssFile": 0}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in sizes:
-                sizes[name] = int(value.split()[0]) * 1024
-        return sizes["RssAnon"], sizes["RssFile"]
-    return peak_memory(), 0
 
 
 def search(index: Index, model: BiEncoder, store: str) -> dict[str, Any]:

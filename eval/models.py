@@ -13,6 +13,9 @@ from etils import epath
 
 from eval.record import revision
 from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cli.options import BATCH_TOKENS, BI_ENCODER, MESH, Group, positive
+from sgpt_jax.cli.options import dtype as dtype_option
+from sgpt_jax.cli.options import model as model_option
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.model import split
 from sgpt_jax.decoder.sharding import device_mesh
@@ -50,17 +53,7 @@ PROMPTS = {
 
 def add_bi_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The options of a bi-encoder; what is not given comes from the model folder."""
-    group = parser.add_argument_group("bi-encoder")
-    group.add_argument("--model", required=required, help="model folder, hub id, or .gguf file")
-    group.add_argument("--pooling", choices=("weightedmean", "mean", "lasttoken", "cls"))
-    group.add_argument(
-        "--brackets",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="put [ ] around queries and { } around documents",
-    )
-    group.add_argument("--max-seq-length", type=positive, metavar="N", help="tokens of a text that are read")
-    group.add_argument("--biases", metavar="FILE", help="trained biases to apply (biases.safetensors)")
+    Group("bi-encoder", (model_option(required=required), *BI_ENCODER)).add_to(parser)
 
 
 def add_cross_encoder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,24 +74,9 @@ def add_depth_argument(group: Any) -> None:
     group.add_argument("--rerank-depth", type=positive, default=100, metavar="N", help="default: %(default)s")
 
 
-def positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
-    return int(text)
-
-
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every model takes."""
-    group = parser.add_argument_group("computing")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    group.add_argument(
-        "--mesh",
-        metavar="SPEC",
-        help="devices of this process, such as data=2,fsdp=4,tensor=1 "
-        "(default: all accelerators on data; of CPUs the first)",
-    )
-    group.add_argument("--batch-tokens", type=positive, metavar="N", help="padded tokens computed at a time")
+    Group("computing", (dtype_option(), MESH, BATCH_TOKENS)).add_to(parser)
 
 
 class LazyModel:

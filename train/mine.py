@@ -13,7 +13,6 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import read_corpus, read_queries
 from sgpt_jax.files.lines import write_jsonl
 from sgpt_jax.files.runs import read_qrels
-from train.dev import find_file
 
 
 def add_mine_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
@@ -56,6 +55,8 @@ def mine(data: str, output: str, split: str, negatives: int, depth: int, skip: i
     Raises:
         InputError: the data are not as they should be, or a query finds too few documents.
     """
+    from train.dev import find_file  # which imports JAX
+
     try:
         import bm25s
     except ImportError:

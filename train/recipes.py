@@ -5,11 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sgpt_jax.errors import InputError
-from train.data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
-from train.losses import LossConfig
-from train.msmarco import open_msmarco
-
 
 def _option(default: Any, meaning: str, shown: str | None = None) -> Any:
     """A field that is also an option of the command line; `shown` explains a default that is worked out later."""
@@ -58,7 +53,7 @@ class TrainConfig:
     dropout: bool = _option(
         False, "use the dropout rates of the model's config (0 for GPT-Neo, GPT-J and BLOOM)"
     )
-    dtype: str = _option("float32", "float32 or bfloat16, for frozen weights and matrix products")
+    dtype: str = _option("float32", "float32 or bfloat16, for frozen weights and matmuls")
 
     scale: float = _option(20.0, "factor on the cosine, the inverse temperature")
     both_directions: bool = _option(False, "also find each positive's query among all queries")
@@ -75,7 +70,7 @@ class TrainConfig:
         "the last step is taken",
     )
     dev_split: str = _option("dev", "judgements of a BEIR folder: qrels/NAME.tsv")
-    eval_every: int | None = _option(None, "steps between looks at --dev", "a tenth of all steps")
+    eval_every: int | None = _option(None, "steps between evaluations on --dev", "a tenth of all steps")
     save_every: int = _option(100, "steps between checkpoints")
     keep_best: int = _option(1, "checkpoints kept by --dev")
 
@@ -91,19 +86,6 @@ class TrainConfig:
     negatives_per_system: int = _option(5, "the most negatives that a mining system gives to a query")
     margin: float = _option(3.0, "cross-encoder score by which a negative must be below every positive")
 
-    def loss(self) -> LossConfig:
-        """The loss part of the options.
-
-        Raises:
-            InputError: for a value that is not possible.
-        """
-        try:
-            return LossConfig(
-                self.scale, self.both_directions, self.matryoshka, self.distill, self.distill_weight
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from None
-
     def total_steps(self, examples: int) -> int:
         """How many steps the run has."""
         return max(1, int(self.epochs * examples) // self.batch_size) if self.steps is None else self.steps
@@ -114,17 +96,8 @@ ONLY: dict[str, tuple[str, ...]] = {"msmarco": ("systems", "negatives_per_system
 
 # Options that may differ between a run and its continuation.
 FREE = (
-    "output",
-    "resume",
-    "save_every",
-    "keep_best",
-    "eval_every",
-    "dev",
-    "dev_split",
-    "wandb",
-    "mesh",
-    "chunk_size",
-)
+    "output", "resume", "save_every", "keep_best", "eval_every", "dev", "dev_split", "wandb", "mesh", "chunk_size",
+)  # fmt: skip
 
 NLI = TrainConfig(
     recipe="nli",
@@ -174,49 +147,3 @@ RECIPES: dict[str, tuple[TrainConfig, str]] = {
         "columns, a prepared TFDS folder with these features, or tfds:NAME.",
     ),
 }
-
-
-def open_examples(config: TrainConfig) -> ExampleSource:
-    """The examples of a run.
-
-    Raises:
-        InputError: the data are not there or not as they should be.
-    """
-    if config.recipe == "msmarco":
-        return open_msmarco(
-            config.data,
-            negatives=1 if config.negatives is None else config.negatives,
-            per_system=config.negatives_per_system,
-            systems=config.systems,
-            margin=config.margin,
-            seed=config.seed,
-            keep_scores=config.distill is not None,
-        )
-    if config.recipe == "nli":
-        examples = nli_triplets(read_nli(config.data, config.split), config.seed)
-    else:
-        examples = read_pairs(config.data, config.split)
-    return ListExamples(examples, config.negatives)
-
-
-def check(config: TrainConfig) -> None:
-    """Refuses options that make no sense, before anything is loaded.
-
-    Raises:
-        InputError: naming the option.
-    """
-    for name in ("model", "data", "output"):
-        if not getattr(config, name):
-            raise InputError(f"--{name} is needed")
-    at_least = {
-        "batch_size": 1, "chunk_size": 0, "max_seq_length": 1, "negatives": 0, "warmup_steps": 0, "steps": 1,
-        "eval_every": 1, "save_every": 1, "keep_best": 1, "negatives_per_system": 1, "seed": 0,
-    }  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    for name in ("epochs", "lr", "scale"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name} must be positive, not {getattr(config, name)}")
-    config.loss()

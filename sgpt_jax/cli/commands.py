@@ -1,18 +1,15 @@
-"""What the subcommands of `sgpt` do. `cli.py` has their options."""
+"""What the subcommands of `sgpt` do. `parser.py` has their options."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import resource
-import sys
 import textwrap
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from sgpt_jax import rerank as reranking
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
@@ -26,7 +23,7 @@ from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import read_config
 from sgpt_jax.files.corpora import read_corpus, read_queries, read_texts
-from sgpt_jax.files.lines import ReadReport
+from sgpt_jax.files.lines import ReadReport, atomic_write
 from sgpt_jax.files.runs import read_run, write_run
 from sgpt_jax.folder.settings import read_settings
 from sgpt_jax.folder.source import resolve
@@ -35,6 +32,10 @@ from sgpt_jax.index.export import export_index
 from sgpt_jax.index.files import MANIFEST
 from sgpt_jax.index.search import Index
 from sgpt_jax.runtime import processes
+from sgpt_jax.runtime.command import printable
+from sgpt_jax.runtime.memory import peak_memory
+from sgpt_jax.runtime.progress import progress
+from sgpt_jax.text.pairs import DEFAULT_PROMPT
 
 EMBED_CHUNK = 4096
 
@@ -57,56 +58,40 @@ def _load(settings: dict[str, Any], mesh: str | None) -> BiEncoder:
 
 
 def demo(options: argparse.Namespace) -> None:
+    """Searches the abstracts that ship with the package."""
     demonstration.run(options.model, options.query, device_mesh(options.mesh))
 
 
 def embed(options: argparse.Namespace) -> None:
-    model = _load(vars(options), options.mesh)
-    reading = _reading(options)
-    encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[
-        options.side
-    ]
-    part = f"{options.output}.part"
-    count = 0
-    try:
-        with open(part, "wb") as stream, _bar("embedding", "text") as bar:
-            for chunk in _chunks(read_texts(options.input, **reading), EMBED_CHUNK):
+    """Writes the vectors of a file of texts, in constant memory."""
+    with atomic_write(options.output) as stream:
+        if not stream.seekable():
+            raise InputError(f"{options.output}: must be a file: its header is written last")
+        model = _load(vars(options), options.mesh)
+        reading = _reading(options)
+        encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[
+            options.side
+        ]
+        count = 0
+        _write_npy_header(stream, (count, model.dimension))
+        texts = read_texts(options.input, **reading)
+        with progress("embedding", "text") as bar:
+            while chunk := list(itertools.islice(texts, EMBED_CHUNK)):
                 stream.write(encode(chunk, normalize=options.normalize, show_progress=False).tobytes())
                 count += len(chunk)
                 bar.update(len(chunk))
-        _finish_npy(part, options.output, (count, model.dimension))
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-    print(f"{count} vectors of {model.dimension} numbers: {options.output} ({reading['report']})")
+        stream.seek(0)
+        _write_npy_header(stream, (count, model.dimension))
+    print(f"{count} vectors of dimension {model.dimension}: {options.output} ({reading['report']})")
 
 
-def _finish_npy(part: str, output: str, shape: tuple[int, int]) -> None:
-    """Makes a .npy file of raw float32 rows, under its name only when it is whole."""
-    whole = f"{output}.tmp"
-    with open(whole, "wb") as target, open(part, "rb") as source:
-        np.lib.format.write_array_header_1_0(target, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        while block := source.read(1 << 24):
-            target.write(block)
-    os.replace(whole, output)
-
-
-def _chunks(items: Iterator[str], size: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _bar(description: str, unit: str, total: int | None = None) -> tqdm:
-    return tqdm(desc=description, unit=unit, total=total, delay=1, disable=None)
+def _write_npy_header(stream: BinaryIO, shape: tuple[int, int]) -> None:
+    """The header of a .npy file of float32; NumPy pads it to the same length for any number of rows."""
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
 
 
 def index(options: argparse.Namespace) -> None:
+    """Builds an index, or goes on with it."""
     model = _load(vars(options), options.mesh)
     # What the vectors depend on; a build that goes on must have the same.
     metadata = {
@@ -119,9 +104,9 @@ def index(options: argparse.Namespace) -> None:
     }
     reading = _reading(options)
     report = EncodeReport()
-    with _bar("indexing", "doc") as bar:
+    with progress("indexing", "doc") as bar:
 
-        def progress(rows: int) -> None:
+        def show(rows: int) -> None:
             bar.update(rows - bar.n)
 
         index = build_index(
@@ -132,38 +117,32 @@ def index(options: argparse.Namespace) -> None:
             chunk_size=options.chunk_size,
             store_texts=not options.no_texts,
             metadata=metadata,
-            on_progress=progress,
+            on_progress=show,
         )
-    work = _work(report)
-    if not processes.first():
-        return
-    print(
-        f"{options.output}: {len(index)} documents, {index.info()['bytes'] / 1e6:.1f} MB ({reading['report']})"
-    )
-    print(work)
+    work = _describe_work(report)
+    if processes.first():
+        size = index.info()["bytes"] / 1e6
+        print(f"{options.output}: {len(index)} documents, {size:.1f} MB ({reading['report']})\n{work}")
 
 
-def _work(report: EncodeReport) -> str:
+def _describe_work(report: EncodeReport) -> str:
     """What encoding took, of all processes together."""
-    numbers = [report.texts, report.tokens, report.seconds, report.waited, peak_memory(), report.cut]
-    columns = list(zip(*processes.gather(numbers), strict=True))
-    texts, tokens, waited = sum(columns[0]), sum(columns[1]), sum(columns[3])
-    seconds = max(columns[2])
-    if not texts:
+    ours = [report.texts, report.tokens, report.seconds, report.waited, peak_memory(), report.cut]
+    texts, tokens, seconds, waited, peak, cut = zip(*processes.gather(ours), strict=True)
+    if not sum(texts):
         return "nothing was left to encode"
-    cut = f", {sum(columns[5])} of them cut as they were too long" if sum(columns[5]) else ""
-    several = f", {processes.count()} processes" if processes.count() > 1 else ""
+    took = max(seconds)
+    parts = [f"{sum(texts)} encoded"]
+    if sum(cut):
+        parts.append(f"{sum(cut)} of them cut as they were too long")
+    text = ", ".join(parts) + f" in {took:.1f} s"
+    if processes.count() > 1:
+        text += f", {processes.count()} processes"
     return (
-        f"{texts} encoded{cut} in {seconds:.1f} s{several}: {texts / seconds:,.0f} documents/s, "
-        f"{tokens / seconds:,.0f} tokens/s; {waited / sum(columns[2]):.1%} of the time "
-        f"spent waiting for the tokenizer; peak memory {max(columns[4]) / 1e6:,.0f} MB"
+        f"{text}: {sum(texts) / took:,.0f} documents/s, {sum(tokens) / took:,.0f} tokens/s; "
+        f"{sum(waited) / sum(seconds):.1%} of the time spent waiting for the tokenizer; "
+        f"peak memory {max(peak) / 1e6:,.0f} MB"
     )
-
-
-def peak_memory() -> int:
-    """The most bytes of memory that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _absolute(source: str) -> str:
@@ -171,47 +150,57 @@ def _absolute(source: str) -> str:
 
 
 def search(options: argparse.Namespace) -> None:
+    """Answers one query or a file of them, and prints the documents or writes a run."""
     if (options.query is None) == (options.queries is None):
         raise InputError("give either a query or --queries FILE")
     k = options.k or min(10, options.rerank or 10)
     if 0 < options.rerank < k:
         raise InputError(f"-k {k} asks for more documents than --rerank {options.rerank} scores")
     index = Index.open(options.index)
-    reading = _reading(options)
     queries = (
-        {"query": options.query} if options.queries is None else read_queries(options.queries, **reading)
+        {"query": options.query}
+        if options.queries is None
+        else read_queries(options.queries, **_reading(options))
     )
     settings = dict(index.metadata)
     settings["model"] = options.model or settings["model"]
     settings["dtype"] = options.dtype or settings["dtype"]
-    model = _load(settings, options.mesh)
-    vectors = model.encode_query(list(queries.values()))
-    scores, rows = index.search(vectors, max(k, options.rerank))
-    run = {
-        query: dict(zip(index.ids(found), map(float, values), strict=True))
-        for query, found, values in zip(queries, rows, scores, strict=True)
-    }
-    places = {
-        query: dict(zip(run[query], found, strict=True)) for query, found in zip(queries, rows, strict=True)
-    }
+    vectors = _load(settings, options.mesh).encode_query(list(queries.values()))
+    scores, found = index.search(vectors, max(k, options.rerank))
+    run: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, int]] = {}  # query -> document -> its row in the index
+    for query, query_rows, values in zip(queries, found, scores, strict=True):
+        ids = index.ids(query_rows)
+        run[query] = dict(zip(ids, map(float, values), strict=True))
+        rows[query] = dict(zip(ids, map(int, query_rows), strict=True))
     if options.rerank:
-        run = _reranked(options, index, settings, queries, run, places)
+        run = _reranked(options, index, settings, queries, run, rows)
     run = {query: dict(list(hits.items())[:k]) for query, hits in run.items()}
     if options.output:
         write_run(options.output, run)
         return
-    for query, text in queries.items():
-        found = [places[query][id] for id in run[query]]
-        texts = index.texts(found) if index.manifest.store_texts else [""] * len(found)
-        hits = [(id, score, content) for (id, score), content in zip(run[query].items(), texts, strict=True)]
+    for query, hits in run.items():
+        texts = (
+            index.texts([rows[query][id] for id in hits]) if index.manifest.store_texts else [""] * len(hits)
+        )
+        documents = [(id, score, text) for (id, score), text in zip(hits.items(), texts, strict=True)]
         if options.json:
-            print(json.dumps({"_id": query, "query": text, "hits": [
-                {"_id": id, "score": score, "text": content} for id, score, content in hits
-            ]}, ensure_ascii=False))  # fmt: skip
-            continue
-        print(text if options.queries is None else f"{query}: {text}")
-        for place, (id, score, content) in enumerate(hits, 1):
-            print(f"{place:>4}  {score:.4f}  {id}  {textwrap.shorten(content, 90, placeholder=' ...')}")
+            _print_json(query, queries[query], documents)
+        else:
+            title = queries[query] if options.queries is None else f"{query}: {queries[query]}"
+            _print_listing(title, documents)
+
+
+def _print_json(query: str, text: str, documents: list[tuple[str, float, str]]) -> None:
+    hits = [{"_id": id, "score": score, "text": content} for id, score, content in documents]
+    print(json.dumps({"_id": query, "query": text, "hits": hits}, ensure_ascii=False))
+
+
+def _print_listing(title: str, documents: list[tuple[str, float, str]]) -> None:
+    print(printable(title))
+    for rank, (id, score, text) in enumerate(documents, 1):
+        shortened = textwrap.shorten(text, 90, placeholder=" ...")
+        print(f"{rank:>4}  {score:.4f}  {printable(id)}  {printable(shortened)}")
 
 
 def _reranked(
@@ -220,14 +209,13 @@ def _reranked(
     settings: dict[str, Any],
     queries: dict[str, str],
     run: dict[str, dict[str, float]],
-    places: dict[str, dict[str, Any]],
+    rows: dict[str, dict[str, int]],
 ) -> dict[str, dict[str, float]]:
     """The run with its first documents in the order of the cross-encoder, best first, with its scores."""
-    mesh = device_mesh(options.mesh)
     source = options.cross_encoder or settings["model"]
-    model = CrossEncoder.from_pretrained(source, dtype=settings["dtype"], mesh=mesh)
+    model = CrossEncoder.from_pretrained(source, dtype=settings["dtype"], mesh=device_mesh(options.mesh))
     pairs = [(query, id) for query, hits in run.items() for id in list(hits)[: options.rerank]]
-    texts = index.texts([places[query][id] for query, id in pairs])
+    texts = index.texts([rows[query][id] for query, id in pairs])
     scores = model.predict([(queries[query], text) for (query, _), text in zip(pairs, texts, strict=True)])
     found: dict[str, dict[str, float]] = {query: {} for query in run}
     for (query, id), score in sorted(
@@ -238,12 +226,13 @@ def _reranked(
 
 
 def rerank(options: argparse.Namespace) -> None:
+    """Re-ranks a run, or goes on with it."""
     reading = _reading(options)
     queries = read_queries(options.queries, **reading)
     run = read_run(options.run, errors=options.encoding_errors)
     model = CrossEncoder.from_pretrained(
         options.model,
-        prompt=options.prompt,
+        prompt=DEFAULT_PROMPT if options.prompt is None else options.prompt,
         max_seq_length=options.max_seq_length,
         dtype=options.dtype,
         mesh=device_mesh(options.mesh),
@@ -266,6 +255,7 @@ def rerank(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
+    """Prints what a model or an index is."""
     if os.path.exists(os.path.join(options.source, MANIFEST)):
         _index_info(Index.open(options.source))
     else:
@@ -274,19 +264,15 @@ def info(options: argparse.Namespace) -> None:
 
 def _index_info(index: Index) -> None:
     facts = index.info()
-    print(
-        f"index of {facts['documents']:,} documents, {facts['dimension']} numbers each, as {facts['dtype']}"
-    )
-    print(
-        f"similarity {facts['similarity']}; {facts['bytes'] / 1e6:.1f} MB, vectors {facts['vector_bytes'] / 1e6:.1f} MB"
-    )
+    print(f"index of {facts['documents']:,} documents, dimension {facts['dimension']}, as {facts['dtype']}")
+    megabytes, vectors = facts["bytes"] / 1e6, facts["vector_bytes"] / 1e6
+    print(f"similarity {facts['similarity']}; {megabytes:.1f} MB, vectors {vectors:.1f} MB")
     if facts["recall"]:
-        kept = ", ".join(
-            f"{name} {value:.4f}" for name, value in facts["recall"].items() if name != "queries"
-        )
+        names = [name for name in facts["recall"] if name != "queries"]
+        kept = ", ".join(f"{name} {facts['recall'][name]:.4f}" for name in names)
         print(f"against float32, over {facts['recall']['queries']} documents as queries: {kept}")
     for name, value in facts["metadata"].items():
-        print(f"{name}: {value}")
+        print(printable(f"{name}: {value}"))
 
 
 def _model_info(source: str) -> None:
@@ -296,23 +282,27 @@ def _model_info(source: str) -> None:
     settings = read_settings(resolved.path, resolved.name)
     _, params = abstract_decoder(config, compute_dtype("float32"))
     counts = count_parameters(params)
-    total = counts.total()
-    print(f"{resolved.name}: {files.config['model_type']}, {config.num_layers} layers, {config.embed_dim} wide, "
-          f"{config.num_heads} heads ({config.num_kv_heads} key/value), vocabulary {config.vocab_size:,}, "
-          f"positions {config.max_positions or 'unlimited'} ({config.positions})")  # fmt: skip
-    print(f"{total:,} parameters, of which {counts['bias']:,} in biases ({counts['bias'] / total:.4%})"
-          + ("" if counts["bias"] else ": none to train; python -m train ... --add-biases gives it some"))  # fmt: skip
-    print(f"memory for weights: {4 * total / 1e9:.2f} GB in float32, {2 * total / 1e9:.2f} GB in bfloat16")
-    print(f"pooling {settings.pooling or 'weightedmean'}, brackets {'on' if settings.brackets else 'off'}, "
-          f"max_seq_length {settings.max_seq_length or config.max_positions or 'unlimited'}")  # fmt: skip
+    total, biases = counts.total(), counts["bias"]
+    positions = config.max_positions or "unlimited"
+    limit = settings.max_seq_length or positions
+    untrainable = "" if biases else ": none to train; python -m train ... --add-biases gives it some"
+    print(
+        f"{printable(resolved.name)}: {files.config['model_type']}, {config.num_layers} layers, "
+        f"dimension {config.embed_dim}, {config.num_heads} heads ({config.num_kv_heads} key/value), "
+        f"vocabulary {config.vocab_size:,}, positions {positions} ({config.positions})\n"
+        f"{total:,} parameters, of which {biases:,} in biases ({biases / total:.4%}){untrainable}\n"
+        f"memory for weights: {4 * total / 1e9:.2f} GB in float32, {2 * total / 1e9:.2f} GB in bfloat16\n"
+        f"pooling {settings.pooling or 'weightedmean'}, brackets {'on' if settings.brackets else 'off'}, "
+        f"max_seq_length {limit}"
+    )
 
 
 def export(options: argparse.Namespace) -> None:
+    """Writes a model folder, or an index for another library."""
     if os.path.exists(os.path.join(options.source, MANIFEST)):
         ids = export_index(Index.open(options.source), options.output)
         print(f"{options.output}: row numbers are its keys; {ids} has the document of each row, one a line")
         return
-    options.model = options.source
-    model = _load(vars(options), None)
+    model = _load(vars(options) | {"model": options.source}, None)
     model.save_pretrained(options.output)
-    print(f"{options.output}: {model.name}, {model.decoder.dtype.name}")
+    print(f"{options.output}: {printable(model.name)}, {model.decoder.dtype.name}")

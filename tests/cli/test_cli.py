@@ -111,7 +111,7 @@ def test_embed_writes_the_vectors_in_order(model, corpus, tmp_path):
 
 def test_embed_reads_standard_input(model, tmp_path):
     output = tmp_path / "vectors.npy"
-    command = [sys.executable, "-m", "sgpt_jax.cli.parser", "embed", "-", "-o", str(output), "--model", model]
+    command = [sys.executable, "-m", "sgpt_jax.cli", "embed", "-", "-o", str(output), "--model", model]
     subprocess.run(command, input=b"a heron\r\n\xef\xbb\xbfthe bay\n", check=True, capture_output=True)
     assert np.load(output).shape == (2, 32)
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_1(
 def test_a_killed_index_goes_on_bit_for_bit(model, corpus, tmp_path):
     def command(folder):
         options = ["--model", model, "--chunk-size", "4", "--store", "int8"]
-        return [sys.executable, "-m", "sgpt_jax.cli.parser", "index", corpus, "-o", str(folder), *options]
+        return [sys.executable, "-m", "sgpt_jax.cli", "index", corpus, "-o", str(folder), *options]
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     process = subprocess.Popen(

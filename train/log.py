@@ -24,7 +24,7 @@ class RunLog:
     """Writes down a run; on other processes than the first it does nothing. A context manager.
 
     `metrics.jsonl` has a line a step, {"step", "loss", "lr"}, with `step` counted from 0; `dev.jsonl` has a line for
-    each look at the dev data, {"step", "dev"}, with `step` the last one done.
+    each evaluation on the dev data, {"step", "dev"}, with `step` the last one done.
 
     Args:
         config: of the run.
@@ -52,25 +52,36 @@ class RunLog:
             self.wandb = wandb
             wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=str(self.folder))
         hidden = not sys.stderr.isatty()
-        self._last_end = 0.0
+        self._clock = time.perf_counter()
         self.bar = tqdm(
             total=total, initial=start, unit="step", desc=config.recipe, disable=hidden, smoothing=0.1
         )
 
-    def step(self, step: int, loss: float, rate: float, tokens: int, since: float) -> None:
-        """Notes a step that has just ended: number from 0, loss, learning rate, tokens of the global batch, start."""
+    def start_clock(self) -> None:
+        """Begins to measure the time of the next step: at the start, and after what is no step."""
+        self._clock = time.perf_counter()
+
+    def step(self, step: int, loss: float, rate: float, tokens: int) -> None:
+        """Writes down a step whose result has just been fetched; it took the time since the fetch before.
+
+        Args:
+            step: counted from 0.
+            loss: of the global batch.
+            rate: the learning rate.
+            tokens: of the global batch.
+        """
         if not self.active:
             return
         now = time.perf_counter()
-        speed = tokens / (now - max(since, self._last_end))  # it waited for the step before
-        self._last_end = now
+        speed = tokens / (now - self._clock)
+        self._clock = now
         self._write(METRICS, self.losses, {"step": step, "loss": loss, "lr": rate})
         self._scalars(step, {"loss": loss, "lr": rate, "tokens_per_second": speed})
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update()
 
     def dev(self, step: int, name: str, value: float) -> None:
-        """Notes a look at the dev data after a step."""
+        """Writes down the dev metric after a step."""
         if self.active:
             self._write(DEV, self.devs, {"step": step, "dev": value})
             self._scalars(step, {"dev": value})
@@ -148,8 +159,8 @@ def _smooth(values: tuple[float, ...]) -> list[float]:
     """The mean of each value and those around it, a tenth of all in the middle and fewer at the ends."""
     reach = len(values) // 20
     smooth = []
-    for place in range(len(values)):
-        near = min(reach, place, len(values) - 1 - place)
-        around = values[place - near : place + near + 1]
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        around = values[i - near : i + near + 1]
         smooth.append(sum(around) / len(around))
     return smooth

@@ -1,0 +1,133 @@
+"""The options that several commands have, written once: of `sgpt`, `python -m train` and `python -m eval`.
+
+Nothing here imports JAX, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option: the flags, and the settings that `ArgumentParser.add_argument` takes."""
+
+    flags: tuple[str, ...]
+    settings: dict[str, Any]
+
+    def add_to(self, parser: Any) -> None:
+        """Adds it to a parser or to a group of one."""
+        parser.add_argument(*self.flags, **self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Options that stand under a title of their own in `--help`."""
+
+    title: str
+    options: tuple[Option, ...]
+    description: str | None = None
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds them to a parser."""
+        add_options(parser.add_argument_group(self.title, self.description), *self.options)
+
+
+def option(*flags: str, **settings: Any) -> Option:
+    """An option, written like a call of `ArgumentParser.add_argument`."""
+    return Option(flags, settings)
+
+
+def add_options(parser: Any, *options: Option | Group) -> None:
+    """Adds options and groups to a parser, in their order."""
+    for each in options:
+        each.add_to(parser)
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a whole number above 0."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+SOURCE = "folder, hub id, or .gguf file"
+
+# As sgpt_jax.decoder.pooling.POOLING_MODES, which cannot be imported without JAX.
+POOLING = ("weightedmean", "mean", "lasttoken", "cls")
+
+
+def model(*, required: bool = True, default: str | None = None) -> Option:
+    """`--model`; `default` is what it says of its default."""
+    return option("--model", required=required, help=SOURCE + (f" (default: {default})" if default else ""))
+
+
+def dtype(
+    *, default: str | None = "float32", of: str = "of weights and matmuls (default: float32)"
+) -> Option:
+    """`--dtype`; `of` is what it says of itself."""
+    return option("--dtype", choices=("float32", "bfloat16"), default=default, help=of)
+
+
+MESH = option(
+    "--mesh",
+    metavar="SPEC",
+    help="devices of this process, such as data=2,fsdp=4,tensor=1 "
+    "(default: all accelerators on data; of CPUs the first)",
+)
+BATCH_TOKENS = option(
+    "--batch-tokens",
+    type=positive,
+    metavar="N",
+    help="tokens computed at a time, padding included (default: by device)",
+)
+MAX_SEQ_LENGTH = option(
+    "--max-seq-length",
+    type=positive,
+    metavar="N",
+    help="tokens of a text that are read, brackets included (default: the model's limit)",
+)
+
+# How a bi-encoder makes vectors: what the model folder says, unless these say otherwise.
+BI_ENCODER = (
+    option("--pooling", choices=POOLING, help="default: what the model folder says, or weightedmean"),
+    option(
+        "--brackets",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="[ ] around queries and { } around documents (default: as the model folder says)",
+    ),
+    MAX_SEQ_LENGTH,
+    option("--biases", metavar="FILE", help="trained biases to apply, a biases.safetensors"),
+)
+
+# How files of texts are read.
+FORMAT = option(
+    "--format", choices=("jsonl", "tsv", "text"), help="of the input (default: by name and content)"
+)
+ENCODING_ERRORS = option(
+    "--encoding-errors",
+    choices=("strict", "replace"),
+    default="strict",
+    help="invalid UTF-8: stop (default), or replace and count",
+)
+SKIP_BAD_LINES = option("--skip-bad-lines", action="store_true", help="skip and count lines of broken JSON")
+READING = (FORMAT, ENCODING_ERRORS, SKIP_BAD_LINES)
+
+# What `sgpt_jax.runtime.processes.session` reads.
+PROCESSES = Group(
+    "several processes",
+    (
+        option(
+            "--distributed",
+            action="store_true",
+            help="one of several, found out from the TPU pod, Slurm or Open MPI that runs it",
+        ),
+        option("--coordinator", metavar="HOST:PORT", help="one of several: where process 0 listens"),
+        option("--processes", type=int, metavar="N", help="with --coordinator: how many there are"),
+        option("--process", type=int, metavar="I", help="with --coordinator: which this is, from 0"),
+    ),
+    "start the same command once for each, on file systems that all of them see",
+)

@@ -1,0 +1,313 @@
+"""Everything before the first step: options checked, model, data, step and checkpoints set up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias
+from sgpt_jax.checkpoint.fingerprint import weights_sha256
+from sgpt_jax.decoder.config import compute_dtype
+from sgpt_jax.decoder.model import merge, split
+from sgpt_jax.decoder.sharding import batch_ways, device_mesh, make_mesh
+from sgpt_jax.errors import InputError
+from sgpt_jax.families import export_config
+from sgpt_jax.files.lines import write_json
+from train.batches import BatchPlan, PackedBatches, iterate
+from train.checkpoints import Checkpoints
+from train.data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
+from train.dev import Judge, make_judge
+from train.export import BIASES
+from train.losses import LossConfig
+from train.msmarco import open_msmarco
+from train.optimizer import (
+    describe_split,
+    join_params,
+    linear_schedule,
+    make_optimizer,
+    split_params,
+    trainable_mask,
+)
+from train.recipes import FREE, TrainConfig
+from train.step import TrainState, init_state, jit_step, make_step
+
+RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what transformers has there
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to go.
+
+    Attributes:
+        config: its options.
+        mesh: the devices, or None for the first one.
+        model: the bi-encoder before training.
+        base_sha256: of the weights before training.
+        graphdef: the decoder's structure.
+        frozen: the parameters that do not train, None in place of the others.
+        state: what the steps change.
+        run_step: the jitted step, see `train.step.make_step`.
+        chunk_rows: rows encoded at a time, see `train.grad_cache.encode_in_chunks`.
+        rate: the learning rate by step.
+        examples: how many there are.
+        batches: the iterator over batches; its position is part of a checkpoint.
+        evaluate: the dev metric, or None.
+        eval_every: steps between its evaluations.
+        checkpoints: of the run.
+        start: steps done already.
+        total: steps of the whole run.
+        warmup: how many of these are warm-up.
+        notes: what the user should know before the first step.
+    """
+
+    config: TrainConfig
+    mesh: Mesh | None
+    model: BiEncoder
+    base_sha256: str
+    graphdef: Any
+    frozen: Any
+    state: TrainState
+    run_step: Callable[..., Any]
+    chunk_rows: int
+    rate: Callable[[Any], jax.Array]
+    examples: int
+    batches: Any
+    evaluate: Judge | None
+    eval_every: int
+    checkpoints: Checkpoints
+    start: int
+    total: int
+    warmup: int
+    notes: list[str]
+
+    def trained_model(self, trainable: Any) -> BiEncoder:
+        """The bi-encoder with these trained parameters."""
+        params = join_params(trainable, self.frozen, compute_dtype(self.config.dtype))
+        return dataclasses.replace(self.model, decoder=merge(self.graphdef, params))
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Sets a run up, or finds where it stopped. Nothing is written before everything else has succeeded.
+
+    Raises:
+        InputError: an option or a file does not fit.
+    """
+    check(config)
+    first = jax.process_index() == 0
+    if first:
+        check_output(config)
+    mesh = make_mesh(config.mesh) if jax.process_count() > 1 else device_mesh(config.mesh)
+    shards = batch_ways(mesh)
+    if config.batch_size % shards or config.batch_size % jax.process_count():
+        raise InputError(f"--batch-size {config.batch_size} cannot be split over {shards} devices (--mesh)")
+    examples = open_examples(config)
+    model = _load_model(config, mesh)
+    graphdef, params = split(model.decoder)
+    base_sha256 = weights_sha256(params)
+    mask = trainable_mask(params, config.trainable)
+    notes = _check_export(model, mask)
+    trainable, frozen = split_params(params, mask)
+    notes.append(describe_split(trainable, frozen))
+
+    total = config.total_steps(len(examples))
+    share = math.ceil(config.warmup_share * total)
+    warmup = share if config.warmup_steps is None else config.warmup_steps
+    rate = linear_schedule(config.lr, warmup, total)
+    optimizer = make_optimizer(mask, rate)
+    state = init_state(trainable, optimizer, config.seed, mesh)
+    chunk_rows = -(-config.chunk_size // shards) * shards
+    step = make_step(
+        graphdef,
+        pooling=model.pooling,
+        loss=loss_config(config),
+        optimizer=optimizer,
+        dtype=compute_dtype(config.dtype),
+        chunk_rows=chunk_rows,
+        dropout=config.dropout,
+    )
+    batches = _open_batches(config, examples, model, total)
+    evaluate = make_judge(config.dev, config.dev_split) if config.dev else None
+
+    if first:
+        write_config(config)
+    checkpoints = Checkpoints(epath.Path(config.output), config.keep_best)
+    start = 0
+    if config.resume and (found := checkpoints.restore(state)) is not None:
+        start, state, position = found
+        batches.set_state(position)
+    notes.append(_describe_steps(len(examples), examples.negatives, total, warmup, start))
+    if total == 1 and warmup:
+        notes.append(
+            "the only step is warm-up, at learning rate 0, and trains nothing: give more --steps, or --warmup-steps 0"
+        )
+    return Run(
+        config, mesh, model, base_sha256, graphdef, frozen, state, jit_step(step, state, mesh), chunk_rows, rate,
+        len(examples), batches, evaluate, config.eval_every or max(1, total // 10), checkpoints, start, total,
+        warmup, notes,
+    )  # fmt: skip
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses options that make no sense, before anything is loaded.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for name in ("model", "data", "output"):
+        if not getattr(config, name):
+            raise InputError(f"--{name} is needed")
+    at_least = {
+        "batch_size": 1, "chunk_size": 0, "max_seq_length": 1, "negatives": 0, "warmup_steps": 0, "steps": 1,
+        "eval_every": 1, "save_every": 1, "keep_best": 1, "negatives_per_system": 1, "seed": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for name in ("epochs", "lr", "scale"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name} must be positive, not {getattr(config, name)}")
+    loss_config(config)
+
+
+def loss_config(config: TrainConfig) -> LossConfig:
+    """The loss part of the options.
+
+    Raises:
+        InputError: for a value that is not possible.
+    """
+    try:
+        return LossConfig(
+            config.scale, config.both_directions, config.matryoshka, config.distill, config.distill_weight
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def check_output(config: TrainConfig) -> None:
+    """Looks at what is in the folder of the run: nothing, or the run to resume, with the same options.
+
+    Raises:
+        InputError: there is a run already and `resume` is off, or it had other options.
+    """
+    output = epath.Path(config.output)
+    path = output / "config.json"
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    try:
+        theirs = json.loads(path.read_text()).get(RUN) if path.exists() else None
+    except (ValueError, AttributeError):
+        theirs = None
+    if path.exists() and not config.resume:
+        raise InputError(
+            f"{output}: holds a run or a model already; go on with --resume, or name another folder"
+        )
+    if not config.resume or theirs is None:
+        return
+    other = [name for name, value in ours.items() if name not in FREE and theirs.get(name, value) != value]
+    if other:
+        differences = ", ".join(
+            f"{name.replace('_', '-')} {theirs.get(name)!r}, now {ours[name]!r}" for name in other
+        )
+        raise InputError(f"{output}: this run was started with other options: {differences}")
+
+
+def write_config(config: TrainConfig) -> None:
+    """Writes the run's configuration into config.json, beside what the model may have there (transformers keeps it)."""
+    path = epath.Path(config.output) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, model | {RUN: dataclasses.asdict(config)})
+
+
+def open_examples(config: TrainConfig) -> ExampleSource:
+    """The examples of a run.
+
+    Raises:
+        InputError: the data are not there or not as they should be.
+    """
+    if config.recipe == "msmarco":
+        return open_msmarco(
+            config.data,
+            negatives=1 if config.negatives is None else config.negatives,
+            per_system=config.negatives_per_system,
+            systems=config.systems,
+            margin=config.margin,
+            seed=config.seed,
+            keep_scores=config.distill is not None,
+        )
+    if config.recipe == "nli":
+        examples = nli_triplets(read_nli(config.data, config.split), config.seed)
+    else:
+        examples = read_pairs(config.data, config.split)
+    return ListExamples(examples, config.negatives)
+
+
+def _load_model(config: TrainConfig, mesh: Mesh | None) -> BiEncoder:
+    model = BiEncoder.from_pretrained(
+        config.model,
+        pooling=config.pooling,
+        brackets=config.brackets,
+        max_seq_length=config.max_seq_length,
+        dtype=config.dtype,
+        mesh=mesh,
+    )
+    if config.add_biases:
+        model = dataclasses.replace(model, decoder=add_zero_biases(model.decoder))
+    if any(size > model.dimension for size in config.matryoshka):
+        raise InputError(
+            f"--matryoshka {config.matryoshka}: the model's vectors have dimension {model.dimension}"
+        )
+    return model
+
+
+def _check_export(model: BiEncoder, mask: Any) -> list[str]:
+    """Says at the start what could not be saved at the end.
+
+    Raises:
+        InputError: transformers has no config for the model, and more than biases is to be trained.
+    """
+    try:
+        export_config(model.hf_config, model.decoder.config)
+    except InputError as error:
+        trained = jax.tree_util.tree_leaves_with_path(mask)
+        if not all(is_bias(path) for path, trains in trained if trains):
+            raise
+        return [
+            f"this run will leave {BIASES}, which --biases applies to the base model, and no model folder: {error}"
+        ]
+    return []
+
+
+def _open_batches(config: TrainConfig, examples: ExampleSource, model: BiEncoder, total: int) -> Any:
+    """The iterator over packed batches; the first batch is made at once, so that no bad examples start a run."""
+    plan = BatchPlan(
+        examples,
+        config.batch_size,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        no_duplicates=config.avoid_duplicates,
+    )
+    batches = PackedBatches(
+        plan,
+        model.text,
+        vocab_size=model.decoder.config.vocab_size,
+        symmetric=config.symmetric,
+        steps=total,
+        process=(jax.process_index(), jax.process_count()),
+        scores=config.distill is not None,
+    )
+    batches[0]
+    return iterate(batches)
+
+
+def _describe_steps(examples: int, negatives: int, total: int, warmup: int, start: int) -> str:
+    text = f"{examples:,} examples with up to {negatives} hard negatives; {total:,} steps, {warmup:,} of them warm-up"
+    return text + (f"; going on after step {start:,}" if start else "")
