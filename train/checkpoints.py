@@ -7,6 +7,10 @@ all.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +21,9 @@ from etils import epath
 from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
 from train.step import TrainState
+
+# What a background thread could not do is raised by the next call, too: no need for its stack.
+logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in record.getMessage())
 
 # Newest checkpoints kept: one to go on from, and one in case the newest is damaged.
 _NEWEST = 2
@@ -52,21 +59,23 @@ class Checkpoints:
             return
         self.wait()  # one write at a time: the processes number their meeting points in the order of the writes
         leaves = ocp.args.StandardSave(_flatten(_own(state)))
-        self.newest.save(step, args=ocp.args.Composite(state=leaves, data=ocp.args.JsonSave(data)))
+        with self._writing():
+            self.newest.save(step, args=ocp.args.Composite(state=leaves, data=ocp.args.JsonSave(data)))
 
     def save_best(self, step: int, trainable: Any, dev: float) -> None:
         """Saves trainable leaves with their dev metric, in the background, if they are among the best."""
         if step not in self.best.all_steps():
             self.wait()
             leaves = ocp.args.StandardSave(_flatten(_own(trainable)))
-            self.best.save(step, args=leaves, metrics={"dev": dev})
+            with self._writing():
+                self.best.save(step, args=leaves, metrics={"dev": dev})
 
     def restore(self, state: TrainState) -> tuple[int, TrainState, dict] | None:
         """The newest complete checkpoint: (steps done, state, data position); None when there is none.
 
         Args:
-            state: a fresh state, whose shapes and places on the devices the restored one gets; they need not be those
-                it was saved with.
+            state: a fresh state, whose shapes and shardings the restored one gets; they need not be those it was
+                saved with.
 
         Raises:
             InputError: the checkpoint is of another model or of other trainable parameters.
@@ -95,14 +104,36 @@ class Checkpoints:
         return step, _unflatten(trainable, found), float(self.best.metrics(step)["dev"])
 
     def wait(self) -> None:
-        """Returns when everything is written."""
-        self.newest.wait_until_finished()
-        self.best.wait_until_finished()
+        """Returns when everything is written.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        with self._writing():
+            self.newest.wait_until_finished()
+            self.best.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the background threads."""
-        self.newest.close()
-        self.best.close()
+        """Waits, and ends the background threads.
+
+        Raises:
+            InputError: see `wait`.
+        """
+        with self._writing():
+            self.newest.close()
+            self.best.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Names the folder and the reason where orbax, or its background thread before, could not write."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            found = re.search(r"([^:]+) \[os_error_code", str(error))
+            reason = found[1].strip() if found else str(error).partition("\n")[0][:300]
+            raise InputError(
+                f"{self.newest.directory}: a checkpoint could not be written: {reason}"
+            ) from error
 
 
 def _own(tree: Any) -> Any:

@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from sgpt_jax.errors import InputError
@@ -42,7 +44,7 @@ class RunLog:
         write_jsonl(self.folder / METRICS, self.losses)
         write_jsonl(self.folder / DEV, self.devs)
         self._files = {name: (self.folder / name).open("a") for name in (METRICS, DEV)}
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
+        self.board = _TensorBoard(self.folder / "tensorboard", start)
         self.wandb: Any = None
         if config.wandb:
             try:
@@ -122,8 +124,7 @@ class RunLog:
         self._files[name].flush()
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        self.board.write(step, values)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
@@ -140,6 +141,30 @@ class RunLog:
                 stream.close()
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
+
+
+class _TensorBoard:
+    """Writes scalars for TensorBoard, at once: tensorboardX's own writer has a thread, whose errors nobody hears of.
+
+    Args:
+        folder: of the event files.
+        start: the first step to come; TensorBoard drops what earlier files have from there on.
+    """
+
+    def __init__(self, folder: epath.Path, start: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(f"{folder}/events")
+        session = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=start, session_log=session))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            self._events.write_event(event)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _read_before(path: epath.Path, start: int) -> list[dict]:
