@@ -22,8 +22,9 @@ from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
 from train.step import TrainState
 
-# What a background thread could not do is raised by the next call, too: no need for its stack.
-logging.getLogger("absl").addFilter(lambda record: "raised an exception" not in record.getMessage())
+# What a background thread could not do is raised by the next call as well: nobody needs its stack.
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(lambda record: not record.exc_info)
 
 # Newest checkpoints kept: one to go on from, and one in case the newest is damaged.
 _NEWEST = 2
@@ -129,8 +130,12 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError) as error:
-            found = re.search(r"([^:]+) \[os_error_code", str(error))
-            reason = found[1].strip() if found else str(error).partition("\n")[0][:300]
+            found = re.search(
+                r"([^:]+) \[os_error_code", str(error)
+            )  # what tensorstore's long account ends in
+            reason = (
+                found[1].strip() if found else getattr(error, "strerror", None) or str(error).split("\n")[0]
+            )
             raise InputError(
                 f"{self.newest.directory}: a checkpoint could not be written: {reason}"
             ) from error

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.sharding import leaf_path
+from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config, family_of
 from sgpt_jax.families.family import Family
 from sgpt_jax.families.tables import active_rules, leaf_name
@@ -65,7 +67,13 @@ def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:
     pending: dict[str, np.ndarray] = {}
 
     def flush() -> None:
-        save_file(pending, str(folder / f"shard-{len(shards)}.tmp"), metadata={"format": "pt"})
+        path = folder / f"shard-{len(shards)}.tmp"
+        try:
+            save_file(pending, str(path), metadata={"format": "pt"})
+        except SafetensorError as error:  # the disk is full, for example
+            for unfinished in folder.glob("shard-*.tmp"):
+                unfinished.unlink()
+            raise InputError(f"{folder}: the weights cannot be written: {error}") from error
         pending.clear()
 
     for tensor_name, values in export_tensors(decoder, config):

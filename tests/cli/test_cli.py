@@ -116,6 +116,51 @@ def test_embed_reads_standard_input(model, tmp_path):
     assert np.load(output).shape == (2, 32)
 
 
+@pytest.mark.parametrize("output", [".", "nowhere/vectors.npy", "/proc/vectors.npy"])
+def test_embed_refuses_where_it_cannot_write(output, model, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["embed", corpus, "-o", output, "--model", model]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {output}: ") and error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of processes")
+def test_a_full_disk_is_one_line_and_leaves_nothing(model, corpus, tmp_path):
+    code = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+from sgpt_jax.cli.parser import main
+sys.exit(main(sys.argv[1:]))
+"""
+    for command, name in ((["embed", corpus], "v.npy"), (["export", model], "m")):
+        output = tmp_path / name
+        more = ["-o", str(output), *(["--model", model] if command[0] == "embed" else [])]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command, *more],
+            capture_output=True, text=True, check=False, env=os.environ | {"SGPT_COMPILATION_CACHE": "off"},
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith(f"error: {output}: ") and "File too large" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert [
+        path.name for path in tmp_path.rglob("*") if path.suffix in (".npy", ".safetensors", ".tmp")
+    ] == []
+
+
+def test_a_listing_escapes_what_a_terminal_would_obey(model, tmp_path, capsys):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"_id": "d\x1b[31m\n0", "text": "night\x00 \x1b]0;evil\x07"}) + "\n")
+    assert main(["index", str(corpus), "-o", str(tmp_path / "index"), "--model", model]) == 0
+    capsys.readouterr()
+    assert main(["search", str(tmp_path / "index"), "a\x1b[1m"]) == 0
+    query, hit = capsys.readouterr().out.splitlines()
+    assert query == "a\\x1b[1m" and hit.endswith("  d\\x1b[31m\\n0  night\\x00 \\x1b]0;evil\\x07")
+    assert main(["search", str(tmp_path / "index"), "a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["hits"][0]["_id"] == "d\x1b[31m\n0"
+
+
 def test_info_of_a_model_and_of_an_index(model, index, capsys):
     assert main(["info", model]) == 0
     text = capsys.readouterr().out
@@ -161,7 +206,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_1(
     assert main(filled) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "Traceback" not in error
-    assert not (tmp_path / "out.npy").exists() and not (tmp_path / "out.npy.part").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
 def test_a_killed_index_goes_on_bit_for_bit(model, corpus, tmp_path):

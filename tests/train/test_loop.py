@@ -23,6 +23,7 @@ from sgpt_jax.checkpoint.bias_sets import load_bias_set
 from sgpt_jax.files.lines import write_jsonl
 from train.__main__ import main
 from train.dev import make_judge
+from train.log import RunLog
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -167,6 +168,81 @@ def test_stopped_and_killed_and_resumed(base, pairs, tmp_path):
         assert (broken / name).exists()
 
 
+def test_interrupted_by_the_keyboard(base, pairs, tmp_path):
+    process = Process(tmp_path, arguments(base, pairs, tmp_path / "out", "--steps", 100_000))
+    wait_for_steps(process, tmp_path / "out", 3)
+    process.popen.send_signal(signal.SIGINT)
+    code, _, errors = process.wait()
+    assert (code, errors) == (130, "interrupted\n")
+
+
+def test_a_disk_that_is_full_during_training(base, pairs, tmp_path):
+    """Large files fail as on a full disk; the last line says so, whatever orbax's threads print before."""
+    code = (
+        "import signal, resource, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+        "from train.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    options = arguments(base, pairs, tmp_path / "out", "--steps", 30, "--save-every", 2)
+    environment = os.environ | {"SGPT_COMPILATION_CACHE": "off"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'out'}") and "File too large" in last, done.stderr
+
+
+def test_tokens_a_second_are_not_invented(base, pairs, tmp_path, monkeypatch):
+    """By the rates in TensorBoard, every step took about as long as the others, and all of them no longer than the run.
+
+    (When the clock started after the work, the rate was a hundred thousand times too high.)
+    """
+    tokens, step = {}, RunLog.step
+    monkeypatch.setattr(
+        RunLog,
+        "step",
+        lambda log, number, *more: (tokens.update({number: more[-1]}), step(log, number, *more)),
+    )
+    start = time.perf_counter()
+    assert main(arguments(base, pairs, tmp_path / "out", "--steps", 30, "--save-every", 7)) == 0
+    elapsed = time.perf_counter() - start
+    rates = scalars(tmp_path / "out/tensorboard", "tokens_per_second")
+    seconds = [tokens[number] / rates[number] for number in range(30)]
+    assert sum(seconds) < elapsed
+    assert min(seconds) > 0.05 * np.median(seconds)
+    losses = scalars(tmp_path / "out/tensorboard", "loss")
+    assert [losses[number] for number in range(30)] == pytest.approx(
+        [line["loss"] for line in metrics(tmp_path / "out")]
+    )
+
+
+def scalars(folder, name):
+    """What TensorBoard reads of a scalar: {step: value}."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")  # a TFRecord: length, checksum, event, checksum
+            event = Event.FromString(data[12 : 12 + length])
+            for value in event.summary.value:
+                if value.tag == name:
+                    found[event.step] = value.simple_value
+            data = data[16 + length :]
+    return found
+
+
+def test_one_step_of_warm_up_trains_nothing_and_says_so(base, pairs, tmp_path, capsys):
+    assert main(arguments(base, pairs, tmp_path / "one", "--steps", 1)) == 0
+    assert "trains nothing" in capsys.readouterr().out
+    assert main(arguments(base, pairs, tmp_path / "none", "--steps", 1, "--warmup-steps", 0)) == 0
+    assert "trains nothing" not in capsys.readouterr().out
+    changed = [load_bias_set(tmp_path / name / "biases.safetensors").values for name in ("one", "none")]
+    assert any(np.any(changed[0][name] != changed[1][name]) for name in changed[0])
+
+
 def test_the_best_by_dev_is_taken(base, pairs, sts, tmp_path):
     out = tmp_path / "out"
     options = ("--steps", 12, "--dev", sts, "--eval-every", 2, "--keep-best", 2)
@@ -302,7 +378,11 @@ def test_adding_biases(pairs, tmp_path, capsys):
         )
     config = json.loads((tmp_path / "llama-out/config.json").read_text())
     assert config["attention_bias"] is config["mlp_bias"] is True
-    assert "no model folder: transformers has no qwen3 config" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    said = output.index("and no model folder: transformers has no qwen3 config")
+    assert "biases.safetensors" in output[:said]
+    assert said < output.rindex("hard negatives; 2 steps")  # before the first step
+    assert "no model folder: transformers has no qwen3 config" in output[said + 100 :]
     code = main(arguments(base, pairs, tmp_path / "all", "--steps", 2, "--add-biases", "--trainable", "all"))
     assert code == 1  # refused before training: there would be nothing to save
     assert "cannot be exported" in capsys.readouterr().err
