@@ -225,20 +225,20 @@ def write_tokenizer(folder: str | Path, bos: bool = False, placeholders: bool = 
 
 
 def write_gguf(variant: str, path: str | Path, *, dtype: str = "float32", bos: bool = False) -> Path:
-    """Writes a llama or qwen2 variant with its tokenizer as one GGUF file, as llama.cpp's converter does.
+    """Writes a llama, qwen2 or qwen3 variant with its tokenizer as one GGUF file, as llama.cpp's converter does.
 
-    Rows of q and k are permuted for llama (not for qwen2), llama3 frequencies become the tensor rope_freqs, norms and
+    Rows of q and k are permuted for llama alone, llama3 frequencies become the tensor rope_freqs, norms and
     biases stay float32, a tied head is left out.
 
     Args:
-        variant: one of the llama variants, or "qwen2".
+        variant: one of the llama variants, "qwen2", or "qwen3".
         path: the file.
         dtype: of the matrices, float32 or float16.
         bos: `tokenizer.ggml.add_bos_token`.
     """
     settings = config(variant)
     family = settings["model_type"]
-    if family not in ("llama", "qwen2") or settings.get("use_sliding_window"):
+    if family not in ("llama", "qwen2", "qwen3") or settings.get("use_sliding_window"):
         raise ValueError(f"no GGUF architecture for {variant}")
     heads, kv_heads = settings["num_attention_heads"], settings["num_key_value_heads"]
     head_dim = settings.get("head_dim") or settings["hidden_size"] // heads
@@ -277,7 +277,7 @@ def write_gguf(variant: str, path: str | Path, *, dtype: str = "float32", bos: b
     writer.add_unk_token_id(EOS_ID)
     writer.add_add_bos_token(bos)
 
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA if family == "llama" else MODEL_ARCH.QWEN2, 99)
+    names = get_tensor_name_map(MODEL_ARCH[family.upper()], 99)
     for name, value in tensors(variant).items():
         if family == "llama" and ".self_attn.q_proj." in name:
             value = _permuted(value, heads)

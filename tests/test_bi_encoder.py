@@ -72,7 +72,8 @@ def test_tokenizers_with_bos(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "dtype"), [("llama", "float32"), ("llama_tied", "float16"), ("qwen2", "float32")]
+    ("variant", "dtype"),
+    [("llama", "float32"), ("llama_tied", "float16"), ("qwen2", "float32"), ("qwen3", "float32")],
 )
 def test_gguf_equals_the_folder(variant, dtype, tmp_path):
     folder = decoders.write_checkpoint(variant, tmp_path / "folder")

@@ -5,6 +5,10 @@ decoder's own layout (kernels [in, out]), so that a CPU computes on the file's p
 digest of all the checkpoint's bytes and of whatever else decides the leaves: a checkpoint that changed has another
 name. It is `decoded` in the user's cache folder; the environment variable SGPT_DECODED_CACHE names another folder,
 or turns the cache off: "off". Whatever goes wrong with the cache, the checkpoint itself is read.
+
+What it brings: SmolLM2-135M from its Q4_1 file (98 MB) loads in 4.5 s without it and in 1.0 s with it (538 MB on disk,
+float32). Exported to a folder of safetensors (542 MB) it takes 1.9 s, since kernels are transposed there. Medians of
+five starts each, in turn, on two busy cores.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from sgpt_jax.families import (
     llama,
     mistral,
     opt,
+    phi3,
     qwen2,
     qwen3,
 )
@@ -27,7 +28,7 @@ from sgpt_jax.families.family import Family, HfConfig
 from sgpt_jax.families.keys import check_untaken
 from sgpt_jax.families.reading import ConfigReader, short
 
-_MODULES = (gpt2, gpt_neo, gptj, gpt_neox, bloom, opt, llama, mistral, qwen2, qwen3)
+_MODULES = (gpt2, gpt_neo, gptj, gpt_neox, bloom, opt, llama, mistral, qwen2, qwen3, phi3)
 FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 # More than any decoder has: what a config must not ask for, whatever its tensors are.

@@ -114,7 +114,9 @@ def _check_code(hf: ConfigReader, value: Any, known: Collection[str]) -> None:
     if not value:
         return
     classes = value.values() if isinstance(value, dict) else [value]
-    others = [str(name) for name in classes if str(name) not in known]
+    others = [
+        str(name) for name in classes if str(name).rpartition("--")[2] not in known
+    ]  # repository--class
     if others:
         raise InputError(
             f"{hf.what}: auto_map names code of its own ({short(', '.join(others))}), which is never run; it may "
