@@ -142,9 +142,8 @@ def _leaves(
                 problems.append(f"{name} gives {leaf} {list(part.shape)}, the config wants {list(wanted)}")
     _refuse_prefix(unknown, target)
     problems += [f"no place for {name} {list(shape)}" for name, shape in unknown.items()]
-    seen = [
-        target.rules[key] for key in origin
-    ]  # a leaf whose tensor came with a wrong shape is reported once
+    # A leaf whose tensor came with a wrong shape is reported once.
+    seen = [target.rules[key] for key in origin]
     filled = {leaf_name(pattern, layer) for rule, layer in seen for pattern in rule.leaves}
     headless = not any(leaf.startswith("head/") for leaf in filled)
     missing = [leaf for leaf in target.expected if leaf not in filled]
