@@ -20,7 +20,7 @@ from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias, weights_sha256
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import merge, split
-from sgpt_jax.decoder.sharding import batch_ways, device_mesh, make_mesh
+from sgpt_jax.decoder.sharding import device_mesh, make_mesh, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.families.registry import export_config
 from sgpt_jax.files.lines import write_json
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> bool:
 
     # Model
     mesh = make_mesh(config.mesh) if jax.process_count() > 1 else device_mesh(config.mesh)
-    ways = batch_ways(mesh)
+    ways = num_shards(mesh)
     if config.batch_size % ways or config.batch_size % jax.process_count():
         raise InputError(f"--batch-size {config.batch_size} cannot be split over {ways} devices (--mesh)")
     examples = open_examples(config)
@@ -160,7 +160,7 @@ def train(config: TrainConfig) -> bool:
         running: _Running | None = None
         for step in range(start, total):
             batch = next(iterator)
-            (rows,) = agree(len(batch["rows"]["segments"]))
+            (rows,) = agree(len(batch["rows"].segments))
             arrays = place_batch(batch, rows=rows, chunk_rows=chunk_rows, pad_id=model.text.pad_id, mesh=mesh)
             state, loss, norm = run_step(state, frozen, arrays)
             # The step before is looked at while this one runs.
