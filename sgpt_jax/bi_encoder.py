@@ -2,68 +2,47 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.sharding import Mesh
 
 from sgpt_jax.checkpoint import bias_sets
 from sgpt_jax.checkpoint.export import export_folder
-from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.pooling import POOLING_MODES, normalize
-from sgpt_jax.decoder.sharding import batch_sharding, batch_ways, on_mesh
+from sgpt_jax.decoder.sharding import batch_sharding, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.card import read_license, write_model_card
 from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.packing.rows import RowBatch, encode_rows, lay_out, plan_batches
+from sgpt_jax.load import load_parts, token_limit
+from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, lay_out
+from sgpt_jax.packing.rows import embed, plan_texts, texts_per_row, vector_indices
+from sgpt_jax.runtime.one_behind import one_behind
+from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.prefetch import ahead
+from sgpt_jax.runtime.progress import progress
 from sgpt_jax.text.encoder import Side, TextEncoder, check_ids
-from sgpt_jax.text.tokenizer import load_tokenizer, save_tokenizer
+from sgpt_jax.text.tokenizer import save_tokenizer
 
-# Tokens a batch: enough to keep matrix products large, and on accelerators to hide the launch of each program.
-DEFAULT_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
-
-# The default limit where positions are unlimited: what the released ALiBi decoders were trained on.
-UNLIMITED_DEFAULT = 2048
+# CPU: tokens of a batch; more make no matmul faster.
+CPU_BATCH_TOKENS = 4096
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "pooling", "slots", "unit", "mesh"))
-def embed(
-    graphdef: Any,
-    params: Any,
-    rows: dict[str, jax.Array],
-    *,
-    pooling: str,
-    slots: int,
-    unit: bool,
-    mesh: Mesh | None,
-) -> jax.Array:
-    """Packed rows (see `encode_rows`) to vectors, float32 [R, slots, E], of length 1 if `unit`; whole on every device
-    of the mesh."""
-    with on_mesh(mesh):
-        vectors = encode_rows(graphdef, params, rows, pooling, slots)
-    if unit:
-        vectors = normalize(vectors)
-    if mesh is not None:
-        vectors = jax.lax.with_sharding_constraint(vectors, NamedSharding(mesh, PartitionSpec()))
-    return vectors
+class EncodeOptions(TypedDict, total=False):
+    """The options of `BiEncoder.encode`."""
 
-
-Planned = tuple[list[list[int]], list[RowBatch]]
-"""Token ids of texts, and the batches that they run in."""
+    normalize: bool
+    batch_tokens: int | None
+    show_progress: bool | None
 
 
 @dataclasses.dataclass
@@ -74,7 +53,7 @@ class EncodeReport:
         texts: texts that became vectors.
         cut: those of them that were too long, for which there is no warning.
         tokens: their tokens, padding not counted.
-        tokens_padded: tokens that went through the decoder, with padding.
+        tokens_padded: tokens that went through the decoder, padding included.
         seconds: how long it took, with what the caller did meanwhile.
         waited: how much of that was spent waiting for texts to be read, tokenised and joined into rows. The device may
             have been busy with one more batch during a part of it.
@@ -86,6 +65,25 @@ class EncodeReport:
     tokens_padded: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Token ids of some texts, the batches that they run in, and the vectors that are to come, float32 [n, E]."""
+
+    ids: list[list[int]]
+    plans: list[PlannedBatch]
+    vectors: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Started:
+    """A batch that the device may still be working on; without a plan and a result, a chunk that has no texts."""
+
+    chunk: _Chunk
+    plan: PlannedBatch | None = None
+    room: int = 0
+    result: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +133,7 @@ class BiEncoder:
             pooling: weightedmean, mean, lasttoken or cls.
             brackets: put `[` `]` around queries and `{` `}` around documents.
             max_seq_length: tokens of a text that are read, brackets included.
-            dtype: "float32" or "bfloat16", for weights and matrix products; vectors are float32 always.
+            dtype: "float32" or "bfloat16", for weights and matmuls; vectors are float32 always.
             mesh: spread model and batches over it (`make_mesh`); None uses the first device.
             biases: a file of trained biases to apply (`python -m train` writes them as biases.safetensors).
 
@@ -150,23 +148,15 @@ class BiEncoder:
         brackets = _first(brackets, recorded.get("brackets"), settings.brackets, False)
         if pooling not in POOLING_MODES:
             raise InputError(f"pooling must be one of {', '.join(POOLING_MODES)}, not {pooling!r}")
-        files = open_checkpoint(resolved.path)
-        decoder = load_checkpoint(files, dtype, mesh)
-        limit = decoder.config.max_positions
-        if max_seq_length is not None and limit is not None and max_seq_length > limit:
-            raise InputError(f"max_seq_length {max_seq_length}, but the model has {limit} positions")
-        length = _first(max_seq_length, settings.max_seq_length, limit, UNLIMITED_DEFAULT)
+        parts = load_parts(resolved, dtype, mesh)
+        length = token_limit(parts.decoder.config, max_seq_length, settings.max_seq_length)
+        decoder = parts.decoder
         if bias_set is not None:
             decoder = bias_sets.apply_bias_set(decoder, bias_set)
         return cls(
             decoder=decoder,
-            hf_config=files.config,
-            text=TextEncoder(
-                load_tokenizer(resolved.path),
-                length if limit is None else min(length, limit),
-                brackets,
-                settings.prompts,
-            ),
+            hf_config=parts.hf_config,
+            text=TextEncoder(parts.tokenizer, length, brackets, settings.prompts),
             pooling=pooling,
             normalized=bool(settings.normalize),
             name=resolved.name,
@@ -183,14 +173,17 @@ class BiEncoder:
         self,
         texts: str | Sequence[str],
         *,
+        side: Side | None = None,
         normalize: bool = False,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
     ) -> np.ndarray:
-        """Vectors of texts as they are, without brackets.
+        """Vectors of texts.
 
         Args:
             texts: a list, or one str.
+            side: "query" or "document" for the brackets or prompts of a model that has them; None for texts as they
+                are, or with the model's prompt for these.
             normalize: scale vectors to length 1.
             batch_tokens: padded tokens computed at a time; None picks by device.
             show_progress: None shows a bar on a terminal after a second.
@@ -201,29 +194,20 @@ class BiEncoder:
         Raises:
             TypeError: for anything that is not a str, naming its index.
         """
-        return self._encode(texts, None, normalize, batch_tokens, show_progress)
+        asked = [texts] if isinstance(texts, str) else texts
+        ids = self.text.ids(asked, side, show_progress=show_progress)
+        chunk = self._plan(ids, batch_tokens)
+        with progress("embedding", "text", len(ids), show=show_progress) as bar:
+            (vectors,) = self._vectors([chunk], normalize, lambda plan: bar.update(len(plan.texts)))
+        return vectors[0] if isinstance(texts, str) else vectors
 
-    def encode_query(
-        self,
-        texts: str | Sequence[str],
-        *,
-        normalize: bool = False,
-        batch_tokens: int | None = None,
-        show_progress: bool | None = None,
-    ) -> np.ndarray:
-        """Vectors of search queries, in `[` `]` if the model has brackets; see `encode`."""
-        return self._encode(texts, "query", normalize, batch_tokens, show_progress)
+    def encode_query(self, texts: str | Sequence[str], **options: Unpack[EncodeOptions]) -> np.ndarray:
+        """Vectors of search queries, in `[` `]` if the model has brackets; options and result as of `encode`."""
+        return self.encode(texts, side="query", **options)
 
-    def encode_document(
-        self,
-        texts: str | Sequence[str],
-        *,
-        normalize: bool = False,
-        batch_tokens: int | None = None,
-        show_progress: bool | None = None,
-    ) -> np.ndarray:
-        """Vectors of documents, in `{` `}` if the model has brackets; see `encode`."""
-        return self._encode(texts, "document", normalize, batch_tokens, show_progress)
+    def encode_document(self, texts: str | Sequence[str], **options: Unpack[EncodeOptions]) -> np.ndarray:
+        """Vectors of documents, in `{` `}` if the model has brackets; options and result as of `encode`."""
+        return self.encode(texts, side="document", **options)
 
     def encode_chunks(
         self,
@@ -241,8 +225,7 @@ class BiEncoder:
 
         Args:
             chunks: lists of texts, read in another thread.
-            side: "query" or "document" for models with brackets or prompts.
-            normalize, batch_tokens: see `encode`.
+            side, normalize, batch_tokens: see `encode`.
             report: counts are added here.
 
         Yields:
@@ -255,29 +238,31 @@ class BiEncoder:
             report.waited += seconds
             report.seconds = time.perf_counter() - begin
 
-        def count(batch: RowBatch) -> None:
-            report.texts += len(batch.indices)
-            report.tokens_padded += batch.rows * batch.length
+        def count(plan: PlannedBatch) -> None:
+            report.texts += len(plan.texts)
+            report.tokens_padded += plan.padded_tokens
             report.seconds = time.perf_counter() - begin
 
         def cut(texts: int) -> None:
             report.cut += texts
 
-        def planned() -> Iterator[Planned]:
+        def planned() -> Iterator[_Chunk]:
             for texts in chunks:
-                ids = self._tokenise(texts, side, False, cut)
+                ids = self.text.ids(texts, side, show_progress=False, on_cut=cut)
                 report.tokens += sum(map(len, ids))
-                yield ids, self._plan(ids, batch_tokens)
+                yield self._plan(ids, batch_tokens)
 
         with contextlib.closing(ahead(planned(), 2, wait)) as ready:
-            yield from self._stream(ready, normalize, count)
+            yield from self._vectors(ready, normalize, count)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cosine similarities: vectors [n, E] (or [E]) and [m, E] (or [E]) to float32 [n, m]."""
         a, b = np.atleast_2d(a), np.atleast_2d(b)
         return np.asarray(
             jnp.matmul(
-                normalize(jnp.asarray(a)), normalize(jnp.asarray(b)).T, precision=jax.lax.Precision.HIGHEST
+                normalize(jnp.asarray(a)),
+                normalize(jnp.asarray(b)).T,
+                precision=jax.lax.Precision.HIGHEST,
             )
         )
 
@@ -322,96 +307,52 @@ class BiEncoder:
             results=results,
         )
 
-    def _encode(
-        self,
-        texts: str | Sequence[str],
-        side: Side | None,
-        unit: bool,
-        batch_tokens: int | None,
-        show_progress: bool | None,
-    ) -> np.ndarray:
-        single = isinstance(texts, str)
-        ids = self._tokenise([texts] if isinstance(texts, str) else texts, side, show_progress)
-        with tqdm(
-            total=len(ids),
-            unit="text",
-            desc="embedding",
-            delay=1,
-            disable=None if show_progress is None else not show_progress,
-        ) as bar:
-            plan = self._plan(ids, batch_tokens)
-            (vectors,) = self._stream([(ids, plan)], unit, lambda batch: bar.update(len(batch.indices)))
-        return vectors[0] if single else vectors
-
-    def _tokenise(
-        self,
-        texts: Sequence[str],
-        side: Side | None,
-        show_progress: bool | None,
-        on_cut: Callable[[int], object] | None = None,
-    ) -> list[list[int]]:
-        ids = self.text.ids(texts, side, show_progress=show_progress, on_cut=on_cut)
+    def _plan(self, ids: list[list[int]], batch_tokens: int | None) -> _Chunk:
         check_ids(ids, self.decoder.config.vocab_size)
-        return ids
-
-    def _plan(self, ids: list[list[int]], batch_tokens: int | None) -> list[RowBatch]:
-        return plan_batches(
-            [len(row) for row in ids],
-            batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS.get(jax.default_backend(), 32768),
+        plans = plan_texts(
+            [len(text) for text in ids],
+            batch_tokens=batch_tokens or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS),
             max_length=self.text.max_seq_length,
-            row_multiple=batch_ways(self.mesh),
+            row_multiple=num_shards(self.mesh),
         )
+        return _Chunk(ids, plans, np.zeros((len(ids), self.dimension), np.float32))
 
-    def _stream(
-        self,
-        chunks: Iterable[Planned],
-        unit: bool,
-        on_batch: Callable[[RowBatch], object],
+    def _vectors(
+        self, chunks: Iterable[_Chunk], normalize: bool, on_batch: Callable[[PlannedBatch], object]
     ) -> Iterator[np.ndarray]:
-        """The vectors of each chunk of token ids, [n, E] float32."""
-        # One batch behind, also from chunk to chunk: the host fetches a result while the device works on the next.
-        started: collections.deque[tuple[np.ndarray, tuple[RowBatch, np.ndarray] | None, Any]]
-        started = collections.deque()
+        """The vectors of each chunk; the device goes on from chunk to chunk."""
 
-        def finished(left: int) -> Iterator[np.ndarray]:
-            while started and (started[0][1] is None or running() > left):
-                vectors, placed, result = started.popleft()
-                if placed is None:
-                    yield vectors
-                else:
-                    batch, places = placed
-                    vectors[list(batch.indices)] = np.asarray(result).reshape(-1, self.dimension)[places]
-                    on_batch(batch)
+        def fetch(started: _Started) -> _Started:
+            if (plan := started.plan) is not None:
+                vectors = np.asarray(started.result).reshape(-1, self.dimension)
+                started.chunk.vectors[plan.texts] = vectors[vector_indices(plan, started.room)]
+                on_batch(plan)
+            return started
 
-        def running() -> int:
-            return sum(placed is not None for _, placed, _ in started)
+        for done in one_behind(self._start(chunks, normalize or self.normalized), fetch):
+            if done.plan is None or done.plan is done.chunk.plans[-1]:
+                yield done.chunk.vectors
 
-        for ids, plan in chunks:
-            vectors = np.zeros((len(ids), self.dimension), np.float32)
-            for batch, places, result in self._run(ids, plan, unit or self.normalized):
-                started.append((vectors, (batch, places), result))
-                yield from finished(1)
-            started.append((vectors, None, None))
-        yield from finished(0)
-
-    def _run(
-        self, ids: list[list[int]], plan: list[RowBatch], unit: bool
-    ) -> Iterator[tuple[RowBatch, np.ndarray, jax.Array]]:
-        """Starts each batch and yields it with its texts' places in its vectors, which may still be in the making."""
+    def _start(self, chunks: Iterable[_Chunk], normalize: bool) -> Iterator[_Started]:
+        """Starts one batch after the other."""
         graphdef, params = split(self.decoder)
-        place = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
-        for batch in plan:
-            rows, places = lay_out(ids, batch, self.text.pad_id)
-            vectors = embed(
-                graphdef,
-                params,
-                jax.device_put(rows, place),
-                pooling=self.pooling,
-                slots=batch.slots,
-                unit=unit,
-                mesh=self.mesh,
-            )
-            yield batch, places, vectors
+        sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
+        for chunk in chunks:
+            for plan in chunk.plans:
+                room = texts_per_row(plan)
+                batch = jax.device_put(lay_out(plan, chunk.ids, self.text.pad_id), sharding)
+                result = embed(
+                    graphdef,
+                    params,
+                    batch,
+                    pooling=self.pooling,
+                    room=room,
+                    normalize=normalize,
+                    mesh=self.mesh,
+                )
+                yield _Started(chunk, plan, room, result)
+            if not chunk.plans:
+                yield _Started(chunk)
 
 
 def _first(*values: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -11,31 +10,31 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from sgpt_jax.bi_encoder import UNLIMITED_DEFAULT
-from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.checkpoint.weights import load_checkpoint
-from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
+from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import Decoder, split
-from sgpt_jax.decoder.sharding import batch_sharding, batch_ways
+from sgpt_jax.decoder.sharding import batch_sharding, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import fix_surrogates
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.packing import shared as packing
+from sgpt_jax.load import load_parts, token_limit
+from sgpt_jax.packing.layout import BATCH_TOKENS, lay_out, plan_batches
+from sgpt_jax.packing.shared import lay_out_targets, shared_rows
+from sgpt_jax.runtime.one_behind import one_behind
+from sgpt_jax.runtime.platform import by_platform
+from sgpt_jax.runtime.progress import progress
 from sgpt_jax.text.encoder import TextEncoder, check_ids
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt, TokenPairs, query_room, tokenise_pairs
-from sgpt_jax.text.tokenizer import load_tokenizer
 
 Reduction = Literal["sum", "mean", "search-endpoint"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
-# Tokens a batch. On a CPU, small batches stay in the caches, and little of the last one is padding.
-BATCH_TOKENS = {"cpu": 1024, "gpu": 32768, "tpu": 32768}
+# CPU: tokens of a batch. Small batches stay in the caches, and little of the last one is padding.
+CPU_BATCH_TOKENS = 1024
 
 
 class NaNScoreError(InputError):
-    """A score is NaN: the model's numbers overflow, or its weights are damaged. `index` is that of the pair."""
+    """A score is NaN: the model's activations overflow, or its weights are damaged. `index` is that of the pair."""
 
     def __init__(self, message: str, index: int):
         super().__init__(message)
@@ -52,7 +51,7 @@ class ScoreReport:
     tokens_alone: int = 0
     """Tokens that one pass for each pair would have taken."""
     tokens_padded: int = 0
-    """Tokens that went through the decoder, with padding."""
+    """Tokens that went through the decoder, padding included."""
     documents_cut: int = 0
     """Pairs whose document was too long."""
     queries_cut: int = 0
@@ -88,7 +87,7 @@ class ScoreReport:
 class CrossEncoder:
     """Scores (query, document) pairs by the query's log-probability after a prompt with the document (SGPT paper).
 
-    Make one with `from_pretrained`. How pairs become tokens, and what is cut, is in `prompts.tokenise_pairs`.
+    Make one with `from_pretrained`. How pairs become tokens, and what is cut, is in `tokenise_pairs`.
 
     Attributes:
         decoder: the decoder, with a language-model head.
@@ -96,7 +95,7 @@ class CrossEncoder:
         prompt: the text around documents.
         reduction: "sum" of the query's log-probabilities (SGPT paper), their "mean", or "search-endpoint": 100 times
             (the mean minus the mean after the prompt with an empty document), the score of OpenAI's former search
-            endpoint (the SGPT repository has it), to be used with `prompts.SEARCH_ENDPOINT_PROMPT`.
+            endpoint (the SGPT repository has it), to be used with `SEARCH_ENDPOINT_PROMPT`.
         name: the source's name, for reports.
         mesh: the devices it runs on, or None for the first one.
     """
@@ -128,7 +127,7 @@ class CrossEncoder:
                 repository has "Question Body: {} Question Title:" for Quora.
             reduction: "sum", "mean" or "search-endpoint", see the class.
             max_seq_length: tokens that the decoder reads for one pair at most; None is the model's own limit.
-            dtype: "float32" or "bfloat16", for weights and matrix products; log-probabilities are float32 always.
+            dtype: "float32" or "bfloat16", for weights and matmuls; log-probabilities are float32 always.
             mesh: spread model and batches over it (`make_mesh`); None uses the first device.
 
         Raises:
@@ -136,13 +135,10 @@ class CrossEncoder:
                 not fit it.
         """
         resolved = resolve(source)
-        decoder = load_checkpoint(open_checkpoint(resolved.path), dtype, mesh)
-        length = decoder.config.max_positions or UNLIMITED_DEFAULT
-        if max_seq_length is not None:
-            length = max_seq_length
+        parts = load_parts(resolved, dtype, mesh)
         return cls(
-            decoder=decoder,
-            text=TextEncoder(load_tokenizer(resolved.path), length),
+            decoder=parts.decoder,
+            text=TextEncoder(parts.tokenizer, token_limit(parts.decoder.config, max_seq_length)),
             prompt=prompt if isinstance(prompt, Prompt) else Prompt.parse(prompt),
             reduction=reduction,
             name=resolved.name,
@@ -150,13 +146,11 @@ class CrossEncoder:
         )
 
     def __post_init__(self) -> None:
-        limit, length = self.decoder.config.max_positions, self.text.max_seq_length
         if self.decoder.config.head == "none":
             raise InputError(
                 f"{self.name or 'the checkpoint'} has no language-model head, so it cannot score queries"
             )
-        if limit is not None and length > limit:
-            raise InputError(f"max_seq_length {length}, but the model has {limit} positions")
+        token_limit(self.decoder.config, self.text.max_seq_length)
         if self.reduction not in REDUCTIONS:
             raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {self.reduction!r}")
         query_room(self.text, self.prompt)
@@ -165,7 +159,6 @@ class CrossEncoder:
         self,
         pairs: Sequence[tuple[str, str]],
         *,
-        share: bool = True,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
         report: ScoreReport | None = None,
@@ -177,7 +170,6 @@ class CrossEncoder:
 
         Args:
             pairs: (query, document), any number, in any order.
-            share: False computes every pair in a row of its own, for comparison.
             batch_tokens: padded tokens computed at a time; None picks by device.
             show_progress: None shows a bar on a terminal after a second.
             report: counts are added here.
@@ -196,17 +188,16 @@ class CrossEncoder:
         if self.reduction == "search-endpoint":
             queries, documents = [*queries, *alone], documents + [""] * len(alone)
         tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=show_progress)
-        for ids in (tokens.contexts, tokens.queries):
-            check_ids(ids, self.decoder.config.vocab_size)
         done = _count(tokens, count)
         if (warning := done.warning()) is not None:
             warnings.warn(warning, stacklevel=2)
-        # The extra place at the end is where those without query tokens point to.
-        sums = np.zeros(len(tokens.pairs) + 1)
-        sums[:-1] = self._sums(tokens, share, batch_tokens, show_progress, done)
+        # The 0 at the end is for those without query tokens, whose index is -1.
+        sums = np.append(
+            self.sums(tokens, batch_tokens=batch_tokens, show_progress=show_progress, report=done), 0
+        )
         if report is not None:
             report.add(done)
-        scores = sums[tokens.places]
+        scores = sums[tokens.indices]
         if self.reduction != "sum":
             scores = scores / np.maximum(tokens.lengths, 1)
         if self.reduction == "search-endpoint":
@@ -253,76 +244,55 @@ class CrossEncoder:
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [{"corpus_id": int(index), "score": float(scores[index])} for index in order]
 
-    def _sums(
+    def sums(
         self,
         tokens: TokenPairs,
-        share: bool,
-        batch_tokens: int | None,
-        show_progress: bool | None,
-        report: ScoreReport,
+        *,
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+        report: ScoreReport | None = None,
     ) -> np.ndarray:
-        """The sum of log-probabilities of every pair, float64."""
+        """The sum of the query's log-probabilities for each of `tokens.pairs`, float64; see `predict`."""
+        for ids in (tokens.contexts, tokens.queries):
+            check_ids(ids, self.decoder.config.vocab_size)
+        report = ScoreReport() if report is None else report
         sums = np.zeros(len(tokens.pairs))
-        with tqdm(
-            total=len(tokens.pairs),
-            unit="pair",
-            desc="scoring",
-            delay=1,
-            disable=None if show_progress is None else not show_progress,
-        ) as bar:
-            # One batch behind: the host fetches a result while the device works on the next.
-            waiting: tuple[packing.Pass, jax.Array] | None = None
-            for started in itertools.chain(self._run(tokens, share, batch_tokens, report), [None]):
-                if waiting is not None:
-                    done, result = waiting
-                    for numbers, scores in zip(done.pairs, np.asarray(result, np.float64), strict=True):
-                        ends = np.cumsum([len(tokens.queries[tokens.pairs[number][1]]) for number in numbers])
-                        if numbers:
-                            sums[numbers] = np.add.reduceat(scores[: ends[-1]], [0, *ends[:-1]])
-                        bar.update(len(numbers))
-                waiting = started
+        with progress("scoring", "pair", len(sums), show=show_progress) as bar:
+            for owners, log_probs in one_behind(self._start(tokens, batch_tokens, report), _fetch):
+                np.add.at(sums, owners, log_probs)
+                bar.update(len(np.unique(owners)))
         return sums
 
-    def _run(
-        self, tokens: TokenPairs, share: bool, batch_tokens: int | None, report: ScoreReport
-    ) -> Iterator[tuple[packing.Pass, jax.Array]]:
-        """Starts each batch and yields it with its log-probabilities, which may still be in the making."""
-        config = self.decoder.config
+    def _start(
+        self, tokens: TokenPairs, batch_tokens: int | None, report: ScoreReport
+    ) -> Iterator[tuple[np.ndarray, jax.Array]]:
+        """Starts one batch after the other: of which pair each target is, and the targets' log-probabilities."""
+        pairs, contexts, queries = tokens.pairs, tokens.contexts, tokens.queries
         graphdef, params = split(self.decoder)
-        ways = batch_ways(self.mesh)
-        context_lengths, query_lengths = (list(map(len, ids)) for ids in (tokens.contexts, tokens.queries))
-        rows = packing.plan_rows(tokens.pairs, context_lengths, query_lengths, config, share=share)
-        budget = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 32768)
-        place = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
-        # Blocks of a vocabulary that is spread over devices would be gathered one by one.
-        spread = self.mesh is not None and self.mesh.shape["tensor"] > 1
-        entries = config.vocab_size if spread else min(HEAD_ENTRIES, config.vocab_size)
-        positions = HEAD_POSITIONS.get(jax.default_backend(), 2048)
-        for batch in packing.plan_batches(rows, batch_tokens=budget, row_multiple=ways):
-            report.tokens_padded += batch.rows * batch.length
-            work = packing.make_pass(
-                batch,
-                rows,
-                tokens.pairs,
-                tokens.contexts,
-                tokens.queries,
-                pad_id=self.text.pad_id,
-                block=positions,
-                ways=ways,
+        shards = num_shards(self.mesh)
+        sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
+        plans = plan_batches(
+            shared_rows(pairs, list(map(len, contexts)), list(map(len, queries)), self.decoder.config),
+            batch_tokens=batch_tokens or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS),
+            row_multiple=shards,
+        )
+        read = [queries[query][:-1] for _, query in pairs]  # the last token is predicted, but not read
+        for plan in plans:
+            batch = lay_out(plan, read, self.text.pad_id, contexts)
+            targets, owners = lay_out_targets(plan, pairs, contexts, queries, shards)
+            report.tokens += int((batch.segments >= 0).sum())
+            report.tokens_padded += plan.padded_tokens
+            log_probs = score_tokens(
+                graphdef, params, *jax.device_put((batch, targets), sharding), mesh=self.mesh
             )
-            arrays = (work.input_ids, work.positions, work.segments, work.slots, work.targets)
-            blocks = np.int32(-(-max(work.counts) // positions))
-            report.tokens += int((work.segments >= 0).sum())
-            scores = score_tokens(
-                graphdef,
-                params,
-                *jax.device_put(arrays, place),
-                blocks,
-                positions_block=positions,
-                entries_block=entries,
-                mesh=self.mesh,
-            )
-            yield work, scores
+            yield owners, log_probs
+
+
+def _fetch(started: tuple[np.ndarray, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+    """The targets' pairs and log-probabilities, [n] each, without what is no target."""
+    owners, log_probs = started
+    used = owners >= 0
+    return owners[used], np.asarray(log_probs, np.float64)[used]
 
 
 def _check_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
@@ -343,8 +313,8 @@ def _check_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]
 def _count(tokens: TokenPairs, count: int) -> ScoreReport:
     """What the first `count` pairs are; the tokens are those of all."""
     used = [
-        (tokens.pairs[place], length)
-        for place, length in zip(tokens.places, tokens.lengths, strict=True)
+        (tokens.pairs[index], length)
+        for index, length in zip(tokens.indices, tokens.lengths, strict=True)
         if length
     ]
     return ScoreReport(

@@ -20,11 +20,12 @@ from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError, ScoreReport
 from sgpt_jax.decoder import log_probs
+from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.model import Decoder, merge, split
 from sgpt_jax.errors import InputError
-from sgpt_jax.packing import shared as packing
-from sgpt_jax.packing.shared import make_pass, plan_batches, plan_rows
+from sgpt_jax.packing.layout import lay_out, plan_batches
+from sgpt_jax.packing.shared import lay_out_targets, row_room, shared_rows
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, SEARCH_ENDPOINT_PROMPT, Prompt, tokenise_pairs
 from sgpt_jax.text.tokenizer import load_tokenizer
@@ -85,6 +86,17 @@ def predict(model, pairs, **options):
         return model.predict(pairs, **options)
 
 
+def without_sharing(model, pairs):
+    """Scores where every pair has a context, and so a row, of its own."""
+    tokens = tokenise_pairs(model.text, model.prompt, *zip(*pairs, strict=True))
+    alone = dataclasses.replace(
+        tokens,
+        contexts=[tokens.contexts[context] for context, _ in tokens.pairs],
+        pairs=[(index, query) for index, (_, query) in enumerate(tokens.pairs)],
+    )
+    return model.sums(alone)[tokens.indices]
+
+
 def assert_close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -101,7 +113,7 @@ def test_token_ids_are_the_references(plan, tokenizer):
             assert tokens.documents_cut[0] == (case["document_cut"] > 0)
             assert tokens.contexts[0] + tokens.queries[0] == case["ids"]
         else:
-            assert tokens.places[0] == -1 and not tokens.pairs
+            assert tokens.indices[0] == -1 and not tokens.pairs
 
 
 @pytest.mark.parametrize("variant", decoders.VARIANTS)
@@ -127,8 +139,8 @@ def test_scores_do_not_depend_on_the_batch(variant, tokenizer, decoder_of):
     assert_close(np.concatenate([predict(model, pairs_of([number])) for number in numbers]), expected)
     order = np.random.RandomState(1).permutation(len(numbers)).tolist()
     shuffled = pairs_of([numbers[i] for i in order + order])
-    for options in ({"batch_tokens": 1}, {"batch_tokens": 700, "share": False}):
-        assert_close(predict(model, shuffled, **options), expected[order + order])
+    for batch_tokens in (1, 700):
+        assert_close(predict(model, shuffled, batch_tokens=batch_tokens), expected[order + order])
 
 
 @pytest.mark.parametrize("variant", POSITIONS)
@@ -138,7 +150,8 @@ def test_queries_of_one_document_share_its_pass(variant, tokenizer, decoder_of, 
     draw = np.random.RandomState(2)
     queries = [" ".join(draw.choice(words, draw.randint(1, 6))) for _ in range(70)]
     pairs = [(query, document) for query in queries for document in (HERON, "Boats.")]
-    alone = model.predict(pairs, share=False)
+    alone = without_sharing(model, pairs)
+    assert_close(alone[:4], np.concatenate([model.predict([pair]) for pair in pairs[:4]]))
     # Rows become longer than a text may be; positions do not.
     monkeypatch.setattr("sgpt_jax.packing.shared.row_room", lambda *_: 1000)
     together = ScoreReport()
@@ -184,18 +197,19 @@ def test_room_of_a_row_is_where_a_query_token_costs_least(prefix):
         vocab_size=384, embed_dim=768, num_layers=1, num_heads=12, num_kv_heads=12, head_dim=64,
         mlp_dim=4 * 768, max_positions=None, positions="alibi",
     )  # fmt: skip
-    room = packing.row_room(prefix, config)
+    room = row_room(prefix, config)
 
     def cost(x):  # multiplications of the weights and of attention in a layer, per token after the prefix
         return (12 * 768**2 * (prefix + x) + 2 * 768 * (prefix + x) ** 2) / x
 
     assert cost(room) < min(cost(room // 2), cost(room * 2))
-    assert packing.row_room(3000, config) < 500  # attention scores would take too much memory
+    assert row_room(3000, config) < 500  # attention scores would take too much memory
 
 
 @pytest.mark.parametrize("entries", [5, 100, 383, 384])
 def test_vocabulary_blocks(entries, tokenizer, decoder_of, monkeypatch):
-    monkeypatch.setattr("sgpt_jax.cross_encoder.HEAD_ENTRIES", entries)
+    monkeypatch.setattr(log_probs, "HEAD_ENTRIES", entries)
+    log_probs.score_tokens.clear_cache()  # programs with other blocks
     plan = next(iter(PLANS))
     for variant in ("gpt2", "gptj"):  # a tied head; an untied one with a bias
         model = encoder(decoder_of(variant), tokenizer, prompt_of(plan), plan[2])
@@ -211,20 +225,14 @@ def test_memory_does_not_hold_all_logits():
     graphdef, params = split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
     array = jax.ShapeDtypeStruct((1, positions), jnp.int32)
     program = log_probs.score_tokens.lower(
-        graphdef,
-        params,
-        *[array] * 5,
-        jax.ShapeDtypeStruct((), jnp.int32),
-        positions_block=256,
-        entries_block=log_probs.HEAD_ENTRIES,
-        mesh=None,
+        graphdef, params, Batch(array, array, array), Targets(array, array), mesh=None
     )
     used = program.compile().memory_analysis().temp_size_in_bytes
     assert used < positions * vocabulary * 4 / 3
 
 
 def random_rows(share):
-    """400 pairs of 40 prefixes and 90 continuations, as numbers."""
+    """400 pairs of 40 prefixes and 90 continuations, as token ids. Without sharing, each has a prefix of its own."""
     draw = np.random.RandomState(3)
     pairs = list(
         dict.fromkeys((int(draw.randint(40) ** 1.3) % 40, int(draw.randint(90))) for _ in range(400))
@@ -235,51 +243,54 @@ def random_rows(share):
         vocab_size=384, embed_dim=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=128,
         max_positions=None, positions="alibi",
     )  # fmt: skip
-    rows = plan_rows(pairs, list(map(len, prefixes)), list(map(len, continuations)), config, share=share)
+    if not share:
+        prefixes = [prefixes[prefix] for prefix, _ in pairs]
+        pairs = [(index, continuation) for index, (_, continuation) in enumerate(pairs)]
+    rows = shared_rows(pairs, list(map(len, prefixes)), list(map(len, continuations)), config)
     return pairs, prefixes, continuations, rows
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize(("batch_tokens", "ways"), [(2048, 1), (4096, 4), (1, 2)])
-def test_plans_hold_every_pair_once_in_few_shapes(share, batch_tokens, ways):
+@pytest.mark.parametrize(("batch_tokens", "num_shards"), [(2048, 1), (4096, 4), (1, 2)])
+def test_plans_hold_every_pair_once_in_few_shapes(share, batch_tokens, num_shards):
     pairs, prefixes, continuations, rows = random_rows(share)
-    assert sorted(number for row in rows for number in row.pairs) == list(range(len(pairs)))
+    assert sorted(index for row in rows for index in row.texts) == list(range(len(pairs)))
     assert share == (len(rows) < len(pairs))
-    batches = plan_batches(rows, batch_tokens=batch_tokens, row_multiple=ways)
-    assert sorted(index for batch in batches for index in batch.indices) == list(range(len(rows)))
-    # A shape for each bucket of each doubling, and one for the last batch.
-    shapes = {(batch.rows, batch.length) for batch in batches}
-    assert len(shapes) <= len({batch.length for batch in batches}) + 1
+    plans = plan_batches(rows, batch_tokens=batch_tokens, row_multiple=num_shards)
+    assert sorted(index for plan in plans for index in plan.texts) == list(range(len(pairs)))
+    # A shape for each length, and one for the last batch.
+    shapes = {(plan.num_rows, plan.length) for plan in plans}
+    assert len(shapes) <= len({plan.length for plan in plans}) + 1
     assert len(shapes) <= 4 * np.log2(max(row.length for row in rows)) + 1
-    seen = []
-    for batch in batches:
-        assert batch.rows % ways == 0
-        assert batch.rows * batch.length <= max(batch_tokens, ways * batch.length)
-        work = make_pass(batch, rows, pairs, prefixes, continuations, pad_id=0, block=64, ways=ways)
-        assert work.slots.shape == work.targets.shape and work.slots.shape[1] % 64 == 0
-        for way, numbers in enumerate(work.pairs):
-            share_of_rows = slice(way * batch.rows // ways, (way + 1) * batch.rows // ways)
-            ids, places, segments = (
-                array[share_of_rows].ravel() for array in (work.input_ids, work.positions, work.segments)
+    read = [continuations[continuation][:-1] for _, continuation in pairs]
+    for plan in plans:
+        assert plan.num_rows % num_shards == 0
+        assert plan.padded_tokens <= max(batch_tokens, num_shards * plan.length)
+        batch = lay_out(plan, read, 0, prefixes)
+        targets, owners = lay_out_targets(plan, pairs, prefixes, continuations, num_shards)
+        assert sorted(set(owners[owners >= 0].tolist())) == sorted(plan.texts)
+        for shard in range(num_shards):
+            shard_rows = slice(shard * plan.num_rows // num_shards, (shard + 1) * plan.num_rows // num_shards)
+            ids, positions, segments = (
+                array[shard_rows].ravel() for array in (batch.input_ids, batch.positions, batch.segments)
             )
-            done = 0
-            for number in numbers:
-                prefix, tokens = prefixes[pairs[number][0]], continuations[pairs[number][1]]
-                slots = work.slots[way, done : done + len(tokens)]
-                assert work.targets[way, done : done + len(tokens)].tolist() == tokens
-                # What the first target follows is the whole prefix, in front of the slot in the same row.
-                start = slots[0] + 1 - len(prefix)
-                assert start % batch.length == 0
-                assert ids[start : slots[0] + 1].tolist() == prefix
-                assert places[start : slots[0] + 1].tolist() == list(range(len(prefix)))
-                assert not segments[start : slots[0] + 1].any()
-                assert ids[slots[1:]].tolist() == tokens[:-1]
-                assert places[slots].tolist() == list(range(len(prefix) - 1, len(prefix) - 1 + len(tokens)))
-                assert len(set(segments[slots[1:]])) <= 1 and (segments[slots[1:]] > 0).all()
-                done += len(tokens)
-                seen.append(number)
-            assert work.counts[way] == done
-    assert sorted(seen) == list(range(len(pairs)))
+            used = owners[shard] >= 0
+            assert not used[used.sum() :].any() and (targets.token_ids[shard] >= 0).tolist() == used.tolist()
+            for index in set(owners[shard][used].tolist()):
+                prefix, tokens = prefixes[pairs[index][0]], continuations[pairs[index][1]]
+                states = targets.states[shard][owners[shard] == index]
+                assert targets.token_ids[shard][owners[shard] == index].tolist() == tokens
+                # The first target is predicted by the end of the prefix, which begins the same row.
+                start = states[0] + 1 - len(prefix)
+                assert start % plan.length == 0
+                assert ids[start : states[0] + 1].tolist() == prefix
+                assert positions[start : states[0] + 1].tolist() == list(range(len(prefix)))
+                assert not segments[start : states[0] + 1].any()
+                assert ids[states[1:]].tolist() == tokens[:-1]
+                assert positions[states].tolist() == list(
+                    range(len(prefix) - 1, len(prefix) - 1 + len(tokens))
+                )
+                assert len(set(segments[states[1:]])) <= 1 and (segments[states[1:]] > 0).all()
 
 
 def test_rank_is_best_first_and_stable(tokenizer, decoder_of):

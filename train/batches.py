@@ -9,22 +9,53 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from sgpt_jax.decoder.batch import Batch
 from sgpt_jax.errors import InputError
+from sgpt_jax.packing.layout import PlannedBatch, lay_out, round_up
+from sgpt_jax.packing.rows import fill_rows, most_texts, round_length, vector_indices
 from sgpt_jax.text.encoder import TextEncoder, check_ids
 from train.data import Example, ExampleSource, text_key
-from train.packing import pack, row_length
+
+# Where a row ends up shorter than this, it is not worth a program of its own.
+_SHORTEST_MAX_ROW = 512
+
+
+def row_length(longest: int, max_seq_length: int) -> int:
+    """The length of rows where the longest text has `longest` tokens, a multiple of 8.
+
+    It is the first of 512, 1024, 2048, ... that holds the text, but not more than `max_seq_length`.
+    """
+    return min(round_up(longest, _SHORTEST_MAX_ROW), round_length(max_seq_length))
+
+
+def pack(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[Batch, np.ndarray]:
+    """Packs texts into few rows of one length: nearly every step, on every process, then has the same shapes.
+
+    Args:
+        ids: the texts' token ids, none longer than `length`.
+        length: of a row, T; each has room for S = `most_texts(length)` texts.
+        pad_id: a valid token id for padding.
+
+    Returns:
+        the rows, and int32 [n]: where each text's vector stands in those of all rows, [R * S, E].
+    """
+    rows = tuple(fill_rows([len(text) for text in ids], lambda _: length))
+    plan = PlannedBatch(rows, len(rows), length)
+    indices = np.zeros(len(ids), np.int32)
+    indices[plan.texts] = vector_indices(plan, most_texts(length))
+    return lay_out(plan, ids, pad_id), indices
 
 
 class BatchPlan:
     """The examples of every batch, worked out as far as asked for.
 
-    A place in the plan is `epoch * len(source) + index`. Examples run on from epoch to epoch: what does not
+    A number in the plan is `epoch * len(source) + index`. Examples run on from epoch to epoch: what does not
     fill a batch at the end of an epoch begins the first batch of the next.
 
     Args:
@@ -50,15 +81,15 @@ class BatchPlan:
         self._lock = threading.Lock()
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """Places `[batch_size]` of the batch of a step."""
+        """The numbers `[batch_size]` of the examples of a step."""
         with self._lock:
             while len(self._batches) <= step:
                 self._batches.append(next(self._making))
             return self._batches[step]
 
-    def split(self, place: int) -> tuple[int, int]:
-        """(index, epoch) of a place."""
-        epoch, index = divmod(int(place), len(self.source))
+    def split(self, number: int) -> tuple[int, int]:
+        """(index, epoch) of a number of the plan."""
+        epoch, index = divmod(int(number), len(self.source))
         return index, epoch
 
     def _order(self) -> Iterator[int]:
@@ -78,11 +109,11 @@ class BatchPlan:
             texts: set[int] = set()
             again: list[int] = []
             while len(batch) < self.batch_size:
-                place = waiting.popleft() if waiting else next(fresh)
+                number = waiting.popleft() if waiting else next(fresh)
                 if self.no_duplicates:
-                    keys = self.source.keys(*self.split(place))
+                    keys = self.source.keys(*self.split(number))
                     if not texts.isdisjoint(keys):
-                        again.append(place)
+                        again.append(number)
                         if len(again) > 2 * len(self.source):
                             raise InputError(
                                 f"the texts repeat too often for batches of {self.batch_size} without duplicates; "
@@ -90,7 +121,7 @@ class BatchPlan:
                             )
                         continue
                     texts.update(keys)
-                batch.append(place)
+                batch.append(number)
             waiting.extendleft(reversed(again))
             yield np.array(batch, np.int64)
 
@@ -132,14 +163,13 @@ class PackedBatches:
         """One batch, b being this process's share of it and K the most negatives that any example has.
 
         Returns:
-            `rows`: packed texts, see `train.packing.pack`; `places`: where the texts lie in them, int32,
-            queries `[b]`, positives `[b]` and negatives `[b, K]`; `ids`: identities of the same texts, int32
+            `rows`: a `Batch` of packed texts; `indices`: where their vectors stand, see `pack`, int32, queries
+            `[b]`, positives `[b]` and negatives `[b, K]`; `ids`: identities of the same texts, int32
             `[..., 2]`; `negative_mask`: bool `[b, K]`; `scores`: float32 `[b, 1 + K]`; `tokens`: how many;
             `examples`: their numbers, from 0 in the order of the data.
         """
-        number, count = self.process
-        places = self.plan[step][number::count]
-        split = [self.plan.split(place) for place in places]
+        process, count = self.process
+        split = [self.plan.split(number) for number in self.plan[step][process::count]]
         examples = [self.plan.source.get(index, epoch) for index, epoch in split]
         most = self.plan.source.negatives
         queries = [example.query for example in examples]
@@ -151,17 +181,16 @@ class PackedBatches:
         # Several processes must agree on the length, and each sees its own texts alone.
         longest = max(map(len, tokens)) if count == 1 else self.encoder.max_seq_length
         length = row_length(longest, self.encoder.max_seq_length)
-        rows, slots = pack(tokens, length, self.encoder.pad_id)
+        rows, vectors = pack(tokens, length, self.encoder.pad_id)
         size = len(examples)
         present = np.array([[k < len(example.negatives) for k in range(most)] for example in examples], bool)
         present = present.reshape(size, most)
-        # A negative that is not there points to the first query: a real vector, which the mask keeps out of
-        # the loss.
+        # A negative that is not there has the first query's vector, which the mask keeps out of the loss.
         of_negatives = np.zeros((size, most), np.int32)
-        of_negatives[present] = slots[2 * size :]
+        of_negatives[present] = vectors[2 * size :]
         return {
             "rows": rows,
-            "places": (slots[:size], slots[size : 2 * size], of_negatives),
+            "indices": (vectors[:size], vectors[size : 2 * size], of_negatives),
             "ids": (_ids(queries), _ids(positives), _spread(_ids(negatives), present)),
             "negative_mask": present,
             "scores": self._scores(examples, split, most),

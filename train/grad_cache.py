@@ -43,8 +43,8 @@ def encode_in_chunks(encode: Callable[[Any, Any], Array], params: Any, rows: Any
     def split(leaf: Array) -> Array:
         if chunks * chunk_size != count:
             leaf = leaf[surplus]
-        # Row r goes to place r // chunks of chunk r % chunks. So a device that holds a contiguous block of
-        # rows holds the same places of every chunk, and splitting moves nothing between devices.
+        # Row r becomes row r // chunks of chunk r % chunks. So a device that holds a contiguous block of rows
+        # holds the same rows of every chunk, and splitting moves nothing between devices.
         return jnp.moveaxis(leaf.reshape(chunk_size, chunks, *leaf.shape[1:]), 1, 0)
 
     one = jax.checkpoint(encode, policy=jax.checkpoint_policies.nothing_saveable)

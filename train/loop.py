@@ -124,7 +124,7 @@ class _Started:
 def _start(run: Run, step: int) -> _Started:
     """Starts a step on the devices with the next batch."""
     batch = next(run.batches)
-    (rows,) = agree(len(batch["rows"]["segments"]))
+    (rows,) = agree(len(batch["rows"].segments))
     arrays = place_batch(
         batch, rows=rows, chunk_rows=run.chunk_rows, pad_id=run.model.text.pad_id, mesh=run.mesh
     )

@@ -17,7 +17,7 @@ from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias
 from sgpt_jax.checkpoint.fingerprint import weights_sha256
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import merge, split
-from sgpt_jax.decoder.sharding import batch_ways, device_mesh, make_mesh
+from sgpt_jax.decoder.sharding import device_mesh, make_mesh, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
 from sgpt_jax.files.lines import write_json
@@ -105,7 +105,7 @@ def prepare(config: TrainConfig) -> Run:
     if first:
         check_output(config)
     mesh = make_mesh(config.mesh) if jax.process_count() > 1 else device_mesh(config.mesh)
-    shards = batch_ways(mesh)
+    shards = num_shards(mesh)
     if config.batch_size % shards or config.batch_size % jax.process_count():
         raise InputError(f"--batch-size {config.batch_size} cannot be split over {shards} devices (--mesh)")
     examples = open_examples(config)

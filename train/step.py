@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,13 +14,14 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgpt_jax.decoder.sharding import batch_sharding, batch_ways, on_mesh
+from sgpt_jax.decoder.batch import Batch
+from sgpt_jax.decoder.sharding import batch_sharding, num_shards, on_mesh
 from sgpt_jax.errors import InputError
-from sgpt_jax.packing.rows import encode_rows, texts_per_row
+from sgpt_jax.packing.layout import round_up
+from sgpt_jax.packing.rows import encode_rows, most_texts
 from train.grad_cache import encode_in_chunks
 from train.losses import LossConfig, total_loss
 from train.optimizer import join_params
-from train.packing import pad_rows, round_rows
 
 
 class TrainState(NamedTuple):
@@ -41,7 +43,7 @@ class TrainState(NamedTuple):
 def init_state(
     trainable: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None
 ) -> TrainState:
-    """The state before the first step; on a mesh, what is not spread over it is whole on every device."""
+    """The state before the first step; on a mesh, what is not sharded over it is replicated."""
     state = TrainState(
         trainable,
         optimizer.init(trainable),
@@ -51,14 +53,14 @@ def init_state(
     if mesh is None:
         return jax.device_put(state, jax.devices()[0])
 
-    def place(leaf: Array) -> Array:
+    def replicate(leaf: Array) -> Array:
         if isinstance(leaf.sharding, NamedSharding):
             return leaf
-        whole = NamedSharding(mesh, PartitionSpec())
+        replicated = NamedSharding(mesh, PartitionSpec())
         values = np.asarray(leaf)
-        return jax.make_array_from_callback(values.shape, whole, lambda index: values[index])
+        return jax.make_array_from_callback(values.shape, replicated, lambda index: values[index])
 
-    return jax.tree.map(place, state)
+    return jax.tree.map(replicate, state)
 
 
 def make_step(
@@ -73,7 +75,7 @@ def make_step(
 ) -> Callable[[TrainState, Any, dict], tuple[TrainState, Array, Array]]:
     """The step as a pure function, not jitted: (state, frozen, batch) to (new state, loss, gradient norm).
 
-    The norm is that of the whole gradient before clipping: it is finite exactly when every number of it is.
+    The norm is that of the whole gradient before clipping: it is finite exactly when all of its entries are.
 
     Args:
         graphdef: the decoder's structure.
@@ -86,23 +88,23 @@ def make_step(
     """
 
     def step(state: TrainState, frozen: Any, batch: dict) -> tuple[TrainState, Array, Array]:
-        rows = dict(batch["rows"])
+        rows: Batch = batch["rows"]
+        count, length = rows.segments.shape
         if dropout:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            numbers = jnp.arange(rows["segments"].shape[0])
-            rows["dropout_keys"] = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+            rows = dataclasses.replace(rows, dropout_keys=keys)
 
         def loss_of(trainable: Any) -> Array:
             params = join_params(trainable, frozen, dtype)
-            slots = texts_per_row(rows["segments"].shape[1])
             vectors = encode_in_chunks(
-                lambda params, rows: encode_rows(graphdef, params, rows, pooling, slots),
+                lambda params, rows: encode_rows(graphdef, params, rows, pooling, most_texts(length)),
                 params,
                 rows,
                 chunk_rows,
             )
             vectors = vectors.reshape(-1, vectors.shape[-1])  # [R * S, E]
-            queries, positives, negatives = (vectors[places] for places in batch["places"])
+            queries, positives, negatives = (vectors[indices] for indices in batch["indices"])
             return total_loss(loss, queries, positives, negatives, batch)
 
         value, gradient = jax.value_and_grad(loss_of)(state.trainable)
@@ -114,17 +116,17 @@ def make_step(
 
 
 def jit_step(step: Callable, state: TrainState, mesh: Mesh | None) -> jax.stages.Wrapped:
-    """Compiles a step that updates its state in place; on a mesh the new state lies where the old one did."""
+    """Compiles a step that updates its state in place; on a mesh the new state is sharded as the old one."""
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def step_on_mesh(state: TrainState, frozen: Any, batch: dict) -> tuple[TrainState, Array, Array]:
         with on_mesh(mesh):
             return step(state, frozen, batch)
 
-    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(shardings, whole, whole))
+    return jax.jit(step_on_mesh, donate_argnums=0, out_shardings=(shardings, replicated, replicated))
 
 
 def agree(*values: int) -> list[int]:
@@ -150,17 +152,18 @@ def place_batch(
         InputError: the mesh gives this process more or fewer rows than its part has.
     """
     count = jax.process_count()
-    multiple = chunk_rows if chunk_rows and rows * count > chunk_rows else batch_ways(mesh)
-    local = round_rows(rows * count, multiple) // count
+    multiple = chunk_rows if chunk_rows and rows * count > chunk_rows else num_shards(mesh)
+    local = round_up(rows * count, multiple, steps=4) // count
     sharding = None if mesh is None else batch_sharding(mesh)
-    slots = texts_per_row(batch["rows"]["segments"].shape[1])
-    of_row = np.arange(local)
+    global_rows = np.arange(local)
     if sharding is not None:
-        of_row = np.concatenate([np.arange(*span) for span in _spans(sharding, local)])
+        global_rows = np.concatenate([np.arange(*span) for span in _spans(sharding, local)])
+    room = most_texts(batch["rows"].segments.shape[1])
     arrays = {
         "rows": pad_rows(batch["rows"], local, pad_id),
-        "places": tuple(
-            (of_row[places // slots] * slots + places % slots).astype(np.int32) for places in batch["places"]
+        "indices": tuple(
+            (global_rows[indices // room] * room + indices % room).astype(np.int32)
+            for indices in batch["indices"]
         ),
         "ids": batch["ids"],
         "negative_mask": batch["negative_mask"],
@@ -169,7 +172,7 @@ def place_batch(
     if sharding is None:
         return jax.device_put(arrays, jax.devices()[0])
 
-    def place(values: np.ndarray) -> Array:
+    def shard(values: np.ndarray) -> Array:
         starts, at = {}, 0
         for start, stop in _spans(sharding, len(values)):
             starts[start], at = at, at + stop - start
@@ -180,13 +183,23 @@ def place_batch(
 
         return jax.make_array_from_callback((len(values) * count, *values.shape[1:]), sharding, part)
 
-    return jax.tree.map(place, arrays)
+    return jax.tree.map(shard, arrays)
+
+
+def pad_rows(rows: Batch, count: int, pad_id: int) -> Batch:
+    """Adds empty rows up to `count`."""
+    missing = ((0, count - len(rows.segments)), (0, 0))
+    return Batch(
+        np.pad(rows.input_ids, missing, constant_values=pad_id),
+        np.pad(rows.positions, missing),
+        np.pad(rows.segments, missing, constant_values=-1),
+    )
 
 
 def _spans(sharding: NamedSharding, local: int) -> list[tuple[int, int]]:
     """Which rows of a global array are this process's `local` ones, as (start, stop).
 
-    They need not lie together: JAX orders the devices of a pod by their places in its network, not by their hosts.
+    They need not be adjacent: JAX orders the devices of a pod by their coordinates in its network, not by host.
     """
     total = local * jax.process_count()
     indices = sharding.addressable_devices_indices_map((total,)).values()

@@ -26,12 +26,12 @@ from eval.plan.models import MODELS, find_model, with_biases
 from eval.plan.programs import Work, at_depth
 from eval.plan.table import describe, write_table
 from eval.record import circumstances
-from sgpt_jax.bi_encoder import DEFAULT_BATCH_TOKENS, UNLIMITED_DEFAULT
-from sgpt_jax.cross_encoder import BATCH_TOKENS
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.sharding import mesh_sizes
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
+from sgpt_jax.load import UNLIMITED_DEFAULT
+from sgpt_jax.packing.layout import BATCH_TOKENS
 from train.recipes import RECIPES
 
 # Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
@@ -173,8 +173,7 @@ def works(args: argparse.Namespace, ways: int) -> Iterator[Work]:
     """The batches and chunks to try where rows are split `ways` ways."""
     fixed: dict[str, Any] = {"task": args.task, "length": args.length, "dtype": args.dtype}
     if args.task != "train":
-        budget = (DEFAULT_BATCH_TOKENS if args.task == "encode" else BATCH_TOKENS)["tpu"]
-        rows = args.batch_size or max(1, budget // (args.length * ways)) * ways
+        rows = args.batch_size or max(1, BATCH_TOKENS // (args.length * ways)) * ways
         if args.batch_size and rows % ways:
             return
         each = rows // ways

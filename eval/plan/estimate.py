@@ -16,9 +16,9 @@ from eval.plan.programs import Work, abstract_params, abstract_state, at_depth
 from sgpt_jax.decoder.attention import QUERY_BLOCK
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.flops import forward_flops, layer_weights
-from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_POSITIONS
+from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_TARGETS, head_targets
 from sgpt_jax.decoder.sharding import AXES
-from sgpt_jax.packing.rows import texts_per_row
+from sgpt_jax.packing.rows import most_texts
 
 Sizes = tuple[int, int, int]
 """Sizes of the mesh axes data, fsdp and tensor."""
@@ -107,13 +107,13 @@ def flops(config: DecoderConfig, work: Work, *, loops_once: bool = False) -> flo
         return weights + attention
     if work.task == "score":
         targets = work.rows * QUERY_TOKENS * config.vocab_size
-        if loops_once:  # one block of places and of the vocabulary
-            targets = HEAD_POSITIONS[jax.default_backend()] * min(HEAD_ENTRIES, config.vocab_size)
+        if loops_once:  # one block of targets and of the vocabulary
+            targets = head_targets() * min(HEAD_ENTRIES, config.vocab_size)
         return weights + attention + 2.0 * targets * config.hidden_dim
     trained = _trained_share(config, work.trainable)
     passes = 2 + again
     total = weights * (passes + trained) + attention * (passes + 1)
-    pooling = 2.0 * rows * work.length * texts_per_row(work.length) * config.hidden_dim
+    pooling = 2.0 * rows * work.length * most_texts(work.length) * config.hidden_dim
     return total + pooling * passes
 
 
@@ -143,7 +143,7 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes) -> Memory:
         widest = attention + mlp if config.parallel else max(attention, mlp)
         activations = tokens * (12 * config.embed_dim + widest / tensor) + masks
         if work.task == "score":
-            gathered += 3 * 4 * HEAD_POSITIONS["tpu"] * min(HEAD_ENTRIES, config.vocab_size)
+            gathered += 3 * 4 * HEAD_TARGETS * min(HEAD_ENTRIES, config.vocab_size)
         return Memory(parameters, 0, 0, activations, gathered)
     parameters, optimizer, trainable = held(config, work.trainable, work.dtype, sizes)
     # In the compute dtype q, k, v and the MLP, in both dtypes the weights of attention, in float32 its sums and norms.
@@ -151,7 +151,7 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes) -> Memory:
     kept += (4 + item) * scores
     kept = kept / tensor + (item + 8) * config.embed_dim * (1 if config.shared_norm else 2)
     activations = tokens * kept * config.num_layers + masks
-    vectors = 4 * work.rows * texts_per_row(work.length) * config.hidden_dim / mesh_ways
+    vectors = 4 * work.rows * most_texts(work.length) * config.hidden_dim / mesh_ways
     once_more = tokens * 4 * (2 * config.mlp_dim / tensor + 4 * config.embed_dim)
     gradients = trainable * (4 + 2 * item)
     return Memory(parameters, optimizer, gradients, activations, gathered + 2 * vectors + once_more)

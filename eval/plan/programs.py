@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgpt_jax.bi_encoder import embed
+from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
-from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
+from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder
-from sgpt_jax.decoder.sharding import batch_sharding, batch_ways, leaf_path, param_shardings
+from sgpt_jax.decoder.sharding import batch_sharding, leaf_path, num_shards, param_shardings
+from sgpt_jax.packing.rows import embed
 from train.losses import LossConfig
 from train.optimizer import make_optimizer, trainable_mask
 from train.step import TrainState, jit_step, make_step
@@ -33,7 +34,7 @@ class Work:
         chunk: in training, rows at a time over all devices (GradCache); 0 takes all rows at once.
         examples: in training, examples of a step.
         trainable: in training, what trains, see `train.optimizer.trainable_mask`.
-        dtype: of frozen weights and matrix products.
+        dtype: of frozen weights and matmuls.
     """
 
     task: Task
@@ -51,13 +52,13 @@ def at_depth(config: DecoderConfig, layers: int) -> DecoderConfig:
 
 
 def abstract_params(config: DecoderConfig, dtype: str, mesh: Mesh) -> tuple[Any, Any]:
-    """(graphdef, params): each leaf a `jax.ShapeDtypeStruct` with its place on the mesh."""
+    """(graphdef, params): each leaf a `jax.ShapeDtypeStruct` with its sharding."""
     graphdef, params = abstract_decoder(config, compute_dtype(dtype))
-    return graphdef, jax.tree.map(_placed, params, param_shardings(params, config, mesh))
+    return graphdef, jax.tree.map(_sharded, params, param_shardings(params, config, mesh))
 
 
 def abstract_state(params: Any, work: Work, mesh: Mesh) -> tuple[TrainState, Any, Any]:
-    """(state, frozen, optimizer) of a training run, placed as `train.step.init_state` places them."""
+    """(state, frozen, optimizer) of a training run, sharded as by `train.step.init_state`."""
     mask = trainable_mask(params, work.trainable)
     trainable = jax.tree.map(
         lambda leaf, trains: (
@@ -68,17 +69,19 @@ def abstract_state(params: Any, work: Work, mesh: Mesh) -> tuple[TrainState, Any
     )
     frozen = jax.tree.map(lambda leaf, trains: None if trains else leaf, params, mask)
     optimizer = make_optimizer(mask, lambda _: jnp.float32(1e-4))
-    whole = NamedSharding(mesh, PartitionSpec())
-    places = {leaf_path(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = {
+        leaf_path(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
+    }
 
-    def place_moment(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    def shard_moment(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         # A moment's path ends in that of its parameter, behind those of the optimizer's parts.
         ends = (leaf_path(path[start:]) for start in range(len(path)))
-        return _placed(leaf, next((places[end] for end in ends if end in places), whole))
+        return _sharded(leaf, next((shardings[end] for end in ends if end in shardings), replicated))
 
-    moments = jax.tree_util.tree_map_with_path(place_moment, jax.eval_shape(optimizer.init, trainable))
+    moments = jax.tree_util.tree_map_with_path(shard_moment, jax.eval_shape(optimizer.init, trainable))
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    rest: Any = (jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), _placed(key, whole))
+    rest: Any = (jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), _sharded(key, replicated))
     return TrainState(trainable, moments, *rest), frozen, optimizer
 
 
@@ -91,22 +94,14 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
         mesh: of real devices, or of described ones (`jax.experimental.topologies`).
     """
     graphdef, params = abstract_params(config, work.dtype, mesh)
-    tokens = _rows(mesh, work.rows, work.length)
+    rows = _packed(mesh, work)
     if work.task == "encode":
-        rows = {"input_ids": tokens, "segments": tokens, "positions": tokens}
-        options = {"pooling": "weightedmean", "slots": 1, "unit": True, "mesh": mesh}
+        options = {"pooling": "weightedmean", "room": 1, "normalize": True, "mesh": mesh}
         return embed.lower(graphdef, params, rows, **options)
     if work.task == "score":
-        platform = mesh.devices.flat[0].platform
-        positions, ways = HEAD_POSITIONS[platform], batch_ways(mesh)
-        slots = _rows(mesh, ways, -(-work.rows * work.length // ways // positions) * positions)
-        spread = mesh.shape["tensor"] > 1  # as in `CrossEncoder`
-        return score_tokens.lower(
-            graphdef, params, tokens, tokens, tokens, slots, slots, jax.ShapeDtypeStruct((), jnp.int32),
-            positions_block=positions,
-            entries_block=config.vocab_size if spread else min(HEAD_ENTRIES, config.vocab_size),
-            mesh=mesh,
-        )  # fmt: skip
+        shards = num_shards(mesh)
+        targets = _rows(mesh, shards, work.rows * work.length // shards)
+        return score_tokens.lower(graphdef, params, rows, Targets(targets, targets), mesh=mesh)
     state, frozen, optimizer = abstract_state(params, work, mesh)
     step = make_step(
         graphdef,
@@ -121,20 +116,25 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _batch(mesh: Mesh, work: Work) -> dict[str, Any]:
-    """A batch as `train.step.place_batch` puts it on the devices; each example with one hard negative."""
+    """A batch as `train.step.place_batch` shards it; each example with one hard negative."""
     count = work.examples
     return {
-        "rows": dict.fromkeys(("input_ids", "segments", "positions"), _rows(mesh, work.rows, work.length)),
-        "places": (_rows(mesh, count), _rows(mesh, count), _rows(mesh, count, 1)),
+        "rows": _packed(mesh, work),
+        "indices": (_rows(mesh, count), _rows(mesh, count), _rows(mesh, count, 1)),
         "ids": (_rows(mesh, count, 2), _rows(mesh, count, 2), _rows(mesh, count, 1, 2)),
         "negative_mask": _rows(mesh, count, 1, dtype=jnp.bool_),
         "scores": _rows(mesh, count, 2, dtype=jnp.float32),
     }
 
 
+def _packed(mesh: Mesh, work: Work) -> Batch:
+    tokens = _rows(mesh, work.rows, work.length)
+    return Batch(tokens, tokens, tokens)
+
+
 def _rows(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
-def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def _sharded(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -6,6 +6,7 @@ there, as the job itself would meet them.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -21,13 +22,14 @@ from eval.speed.models import Torch
 from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.cross_encoder import CrossEncoder, ScoreReport
+from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.flops import forward_flops
-from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
+from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.text.pairs import tokenise_pairs
+from sgpt_jax.text.pairs import TokenPairs, tokenise_pairs
 
 Pairs = list[tuple[str, str]]
 
@@ -64,7 +66,7 @@ def score_contest(source: str, data: DataSet, count: int, dtype: str, max_seq_le
         unit="pairs",
         ways={
             "ours": ours,
-            "ours, pairs alone": lambda: model.predict(pairs, share=False, show_progress=False),
+            "ours, pairs alone": lambda: _without_sharing(model, pairs),
         },
         flops={"": flops},
         dtype=dtype,
@@ -98,11 +100,26 @@ def sample_pairs(data: DataSet, depth: int, count: int) -> Pairs:
     return pairs[:count]
 
 
+def _tokens(model: CrossEncoder, pairs: Pairs) -> TokenPairs:
+    queries, documents = zip(*pairs, strict=True)
+    return tokenise_pairs(model.text, model.prompt, queries, documents, show_progress=False)
+
+
+def _without_sharing(model: CrossEncoder, pairs: Pairs) -> np.ndarray:
+    """Scores where each pair has a context, and so a row, of its own."""
+    tokens = _tokens(model, pairs)
+    alone = dataclasses.replace(
+        tokens,
+        contexts=[tokens.contexts[context] for context, _ in tokens.pairs],
+        pairs=[(index, query) for index, (_, query) in enumerate(tokens.pairs)],
+    )
+    return model.sums(alone, show_progress=False)[tokens.indices].astype(np.float32)
+
+
 def _rows(model: CrossEncoder, pairs: Pairs) -> list[tuple[list[int], list[int]]]:
     """Ids of the prompt with the document, and of the query, for every pair."""
-    queries, documents = zip(*pairs, strict=True)
-    tokens = tokenise_pairs(model.text, model.prompt, queries, documents, show_progress=False)
-    chosen = (tokens.pairs[place] for place in tokens.places)
+    tokens = _tokens(model, pairs)
+    chosen = (tokens.pairs[index] for index in tokens.indices)
     return [(tokens.contexts[context], tokens.queries[query]) for context, query in chosen]
 
 
@@ -173,27 +190,20 @@ def memory(config: DecoderConfig) -> dict[str, float]:
     length = min(MEMORY_LENGTH, config.max_positions or MEMORY_LENGTH)
     graphdef, params = abstract_decoder(config, jnp.dtype("float32"))
     array = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
+    batch = Batch(array, array, array)
 
-    def hidden_states(params: Any, ids: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        return merge(graphdef, params)(ids, segments >= 0, positions=positions, segments=segments)
+    def hidden_states(params: Any, batch: Batch) -> jax.Array:
+        decoder = merge(graphdef, params)
+        return decoder(batch.input_ids, positions=batch.positions, segments=batch.segments)
 
-    def all_logits(
-        params: Any, ids: jax.Array, positions: jax.Array, segments: jax.Array, targets: jax.Array
-    ) -> jax.Array:
-        logits = merge(graphdef, params).logits(hidden_states(params, ids, positions, segments))
+    def all_logits(params: Any, batch: Batch, targets: jax.Array) -> jax.Array:
+        logits = merge(graphdef, params).logits(hidden_states(params, batch))
         return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
 
-    positions = min(HEAD_POSITIONS.get(jax.default_backend(), 2048), length)
-    blocks = {
-        "positions_block": positions,
-        "entries_block": min(HEAD_ENTRIES, config.vocab_size),
-        "mesh": None,
-    }
     lowered = {
-        "scores": score_tokens.lower(graphdef, params, *[array] * 5, count, **blocks),
-        "hidden_states": jax.jit(hidden_states).lower(params, *[array] * 3),
-        "all_logits": jax.jit(all_logits).lower(params, *[array] * 4),
+        "scores": score_tokens.lower(graphdef, params, batch, Targets(array, array), mesh=None),
+        "hidden_states": jax.jit(hidden_states).lower(params, batch),
+        "all_logits": jax.jit(all_logits).lower(params, batch, array),
     }
     found = {"logits_float32": 4 * length * config.vocab_size / 2**20}
     for name, program in lowered.items():

@@ -111,7 +111,7 @@ def _ours(model: BiEncoder, batch: dict, rule: str) -> tuple[Callable[[], float]
         chunk_rows=0,
         dropout=False,
     )
-    rows = len(batch["rows"]["segments"])
+    rows = len(batch["rows"].segments)
     arrays = place_batch(batch, rows=rows, chunk_rows=0, pad_id=model.text.pad_id, mesh=None)
     jitted = jit_step(step, state, None)
     sizes = {"moments": sum(leaf.nbytes for leaf in jax.tree.leaves(state.moments)) / 1e6}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sgpt_jax.decoder.matmul import product
+from sgpt_jax.decoder.matmul import matmul
 from sgpt_jax.decoder.sharding import RULES, platform
 
 logger = logging.getLogger(__name__)
@@ -19,35 +19,32 @@ logger = logging.getLogger(__name__)
 # Far below any real score, and finite: a row without a key then gets equal weights instead of NaN.
 MASKED = -1e30
 
-# Queries at a time: their scores then stay in a CPU's caches, and memory does not grow with the square of the length.
-# A GPU has no use for small blocks, and tries several programs for the products of each: twice the time to compile.
+# Queries at a time, so that memory does not grow with the square of the length. CPU: their scores also stay in its
+# caches. A GPU has no use for blocks that small, and XLA tries several programs for the matmuls of each, which doubles
+# the time to compile.
 QUERY_BLOCK, GPU_QUERY_BLOCK = 128, 512
 
 
-def attention_mask_matrix(
-    attention_mask: jax.Array, positions: jax.Array, window: int | None, segments: jax.Array | None
-) -> jax.Array:
+def attention_mask_matrix(segments: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:
     """Which key each query sees.
 
-    A token sees the valid tokens at or before its own place in the row. With a window it sees those less than
-    `window` positions back. With segments it sees those of its own segment and of segment 0, which is how several
-    queries share the document in front of them.
+    A token sees the tokens of its own segment and of segment 0 that do not stand behind it in the row. So several
+    texts share a row without seeing each other, or share the prefix in front of them. Nothing sees padding. With a
+    window, a token sees those less than `window` positions back.
 
     Args:
-        attention_mask: int or bool [B, T].
+        segments: int [B, T]; -1 is padding.
         positions: int [B, T].
         window: positions that a token sees, itself included; None for all.
-        segments: int [B, T] or None.
 
     Returns:
         bool [B, T, S], with S = T.
     """
-    length = attention_mask.shape[-1]
-    seen = jnp.tril(jnp.ones((length, length), bool)) & (attention_mask != 0)[:, None, :]
+    length = segments.shape[-1]
+    of_query, of_key = segments[:, :, None], segments[:, None, :]
+    seen = jnp.tril(jnp.ones((length, length), bool)) & (of_key >= 0) & ((of_key == 0) | (of_key == of_query))
     if window is not None:
         seen &= positions[:, :, None] - positions[:, None, :] < window
-    if segments is not None:
-        seen &= (segments[:, :, None] == segments[:, None, :]) | (segments == 0)[:, None, :]
     return seen
 
 
@@ -71,7 +68,7 @@ def attend(
         k: [B, S, K, H], N a multiple of K: query heads [g * N/K, (g + 1) * N/K) read key head g.
         v: [B, S, K, H].
         mask: bool [B, T, S] from `attention_mask_matrix`.
-        scale: factor on the products of queries and keys.
+        scale: factor on the dot products of queries and keys.
         bias: float32 [B, N, 1, S] added to the scaled scores (ALiBi), or None.
         drop: dropout for the attention weights [B, K, N/K, T, S], or None.
 
@@ -172,8 +169,8 @@ def _attend_cudnn(
     mask = (mask | alone)[:, None]
     keep, mesh = None, jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        # JAX splits cuDNN's call by rows and heads, but refuses queries and keys that are not split alike: where key
-        # heads do not divide, query heads must stay whole too.
+        # JAX shards cuDNN's call by rows and heads, but refuses queries and keys that are not sharded alike: where key
+        # heads do not divide, query heads must be replicated too.
         rows, heads = (
             None if size % math.prod(mesh.shape[axis] for axis in RULES[name]) else RULES[name]
             for name, size in (("batch", q.shape[0]), ("kv_heads", k.shape[2]))
@@ -197,14 +194,16 @@ def _attend_block(
     bias: jax.Array | None,
     drop: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
-    """`attend` for some of the queries. Heads lead the products, and weights are normalised after them: the order in
-    which XLA is fastest on a CPU."""
+    """`attend` for some of the queries.
+
+    CPU: XLA is fastest with heads leading in the matmuls, and with weights that are normalised after them.
+    """
     batch, length, heads, head_dim = q.shape
     groups = k.shape[2]
     shape = (batch, groups, heads // groups, length)
     q = q.transpose(0, 2, 1, 3).reshape(batch, groups, -1, head_dim)  # [B, K, N/K * T, H]
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, S], [B, K, S, H]
-    scores = product(q, k) * scale
+    scores = matmul(q, k) * scale
     scores = scores.reshape(*shape, -1)
     if bias is not None:
         scores += bias.reshape(batch, groups, heads // groups, 1, -1)
@@ -213,6 +212,6 @@ def _attend_block(
     total = weights.sum(axis=-1)
     if drop is not None:
         weights = drop(weights)
-    out = product(weights.astype(v.dtype).reshape(batch, groups, shape[2] * length, -1), v)
+    out = matmul(weights.astype(v.dtype).reshape(batch, groups, shape[2] * length, -1), v)
     out = out / total.reshape(batch, groups, -1, 1)
     return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3).astype(v.dtype)

@@ -68,9 +68,9 @@ class DecoderConfig:
 
     # Attention
     attn_scale: float = 1.0
-    """Factor on query-key products."""
+    """Factor on the dot products of queries and keys."""
     scale_by_layer: bool = False
-    """Divide the products of layer i (from 0) by i + 1 as well (a GPT-2 option)."""
+    """Divide the dot products of layer i (from 0) by i + 1 as well (a GPT-2 option)."""
     windows: tuple[int | None, ...] = ()
     """Per layer, how many positions back a token sees, itself included; None sees all; () means None everywhere."""
     qk_norm: bool = False
@@ -115,7 +115,7 @@ class DecoderConfig:
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype of weights and matrix products: "float32" or "bfloat16".
+    """The dtype of weights and matmuls: "float32" or "bfloat16".
 
     Raises:
         ValueError: for any other name. float16 is left out: sums of squares in trained decoders overflow it.

@@ -1,8 +1,8 @@
 """How many floating-point operations a decoder needs, counted from its config.
 
-A multiplication and an addition are two. Counted are the products alone, of real tokens and of the keys that a token
-may see: what padding, masked scores, norms and activations cost on top is what a program could do without, so the
-share of a machine's peak that follows is that of useful work.
+A multiplication and an addition are two operations. Only matmuls count, of real tokens and of the keys that a token may
+see. Padding, masked scores, norms and activations are left out: what a program spends on them lowers its share of the
+machine's peak.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def forward_flops(config: DecoderConfig, lengths: Iterable[int], *, logits: int 
         logits: tokens that the language-model head runs at.
 
     Returns:
-        those of products with weights, and those of attention.
+        those of matmuls with weights, and those of attention.
     """
     lengths = list(lengths)
     weights = layer_weights(config) * config.num_layers
@@ -47,10 +47,10 @@ def forward_flops(config: DecoderConfig, lengths: Iterable[int], *, logits: int 
 
 
 def training_flops(config: DecoderConfig, lengths: Iterable[int], *, biases_only: bool) -> int:
-    """Operations of a training step of a bi-encoder, without those that are done again to save memory.
+    """Operations of a training step of a bi-encoder, without those that are repeated to save memory.
 
-    The gradient of a product with weights takes one product for the inputs, and one more for the weights where they
-    train; that of attention takes two for each of its products.
+    The gradient of a matmul with weights takes one matmul for the inputs, and one more for the weights if they train.
+    The gradient of attention takes two for each of its matmuls.
 
     Args:
         config: the decoder's.

@@ -9,70 +9,85 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.model import Decoder, merge
-from sgpt_jax.decoder.sharding import on_mesh
+from sgpt_jax.decoder.sharding import on_mesh, platform
 
-# The head's working set is [positions, entries] of float32, whatever text length and vocabulary are: 8 MiB on a CPU,
-# where it should stay in the caches, and 64 MiB where every step of a loop costs the launch of its programs.
-HEAD_POSITIONS = {"cpu": 256, "gpu": 2048, "tpu": 2048}
+# The head's working set is [targets, entries] of float32, whatever text length and vocabulary are: 64 MiB where every
+# step of a loop costs the launch of its programs. CPU: 8 MiB, which should stay in the caches.
+HEAD_TARGETS, CPU_HEAD_TARGETS = 2048, 256
 HEAD_ENTRIES = 8192
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "positions_block", "entries_block", "mesh"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
 def score_tokens(
-    graphdef: Any,
-    params: Any,
-    input_ids: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    slots: jax.Array,
-    targets: jax.Array,
-    blocks: jax.Array,
-    *,
-    positions_block: int,
-    entries_block: int,
-    mesh: Mesh | None,
+    graphdef: Any, params: Any, batch: Batch, targets: Targets, *, mesh: Mesh | None
 ) -> jax.Array:
-    """Log-probabilities of the targets of a `packing.Pass`.
+    """Log-probabilities of the targets.
 
-    The head runs at those places only, block by block of places and of the vocabulary, so that neither [B, T, V] nor
-    [M, V] ever exists. How many blocks of places there are is traced: programs differ by [B, T] alone.
+    The head runs at the states that predict one, block by block of targets and of the vocabulary, so that neither
+    [R, T, V] nor [M, V] ever exists. Blocks without a target are not computed, which is decided while it runs: programs
+    differ by the shape of the batch alone.
 
     Args:
-        graphdef, params: from `decoder.split`.
-        input_ids, positions, segments: int32 [B, T].
-        slots, targets: int32 [W, M].
-        blocks: int32 [], how many blocks of the M are in use.
-        positions_block: places a block; divides M.
-        entries_block: vocabulary entries a block; at most V.
-        mesh: what the arrays lie on.
+        graphdef, params: from `model.split`.
+        batch: R rows.
+        targets: W divides R; [W, M].
+        mesh: what the arrays lie on, or None.
 
     Returns:
-        float32 [W, M]; 0 beyond the blocks in use.
+        float32 [W, M], replicated; without meaning where there is no target.
     """
     decoder = merge(graphdef, params)
     with on_mesh(mesh):
-        hidden = decoder(input_ids, segments >= 0, positions=positions, segments=segments)
-    hidden = hidden.reshape(slots.shape[0], -1, hidden.shape[-1])  # [W, B / W * T, E]
+        hidden = decoder(batch.input_ids, positions=batch.positions, segments=batch.segments)
+        size = head_targets()
+    shards, most = targets.token_ids.shape
+    hidden = hidden.reshape(shards, -1, hidden.shape[-1])  # [W, R / W * T, E]
+    # Blocks of a vocabulary that is sharded would be gathered one by one.
+    sharded = mesh is not None and mesh.shape["tensor"] > 1
+    vocab_size = decoder.config.vocab_size
+    entries = vocab_size if sharded else min(HEAD_ENTRIES, vocab_size)
+    padding = ((0, 0), (0, -most % size))
+    states = jnp.pad(targets.states, padding)
+    token_ids = jnp.pad(targets.token_ids, padding, constant_values=-1)
 
     def score_block(block: jax.Array, scores: jax.Array) -> jax.Array:
-        start = block * positions_block
-        here = jax.lax.dynamic_slice_in_dim(slots, start, positions_block, axis=1)
-        wanted = jax.lax.dynamic_slice_in_dim(targets, start, positions_block, axis=1)
-        states = jnp.take_along_axis(hidden, here[:, :, None], axis=1)  # [W, positions_block, E]
-        found = _target_log_probs(decoder, states, wanted, entries_block)
+        start = block * size
+        here = jax.lax.dynamic_slice_in_dim(states, start, size, axis=1)
+        wanted = jax.lax.dynamic_slice_in_dim(token_ids, start, size, axis=1)
+        chosen = jnp.take_along_axis(hidden, here[:, :, None], axis=1)  # [W, size, E]
+        found = target_log_probs(decoder, chosen, wanted, entries)
         return jax.lax.dynamic_update_slice_in_dim(scores, found, start, axis=1)
 
-    scores = jax.lax.fori_loop(0, blocks, score_block, jnp.zeros(slots.shape, jnp.float32))
+    count = (token_ids >= 0).sum(axis=1).max()
+    scores = jax.lax.fori_loop(0, -(-count // size), score_block, jnp.zeros(states.shape, jnp.float32))[
+        :, :most
+    ]
     if mesh is not None:
         scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
     return scores
 
 
-def _target_log_probs(decoder: Decoder, states: jax.Array, targets: jax.Array, entries: int) -> jax.Array:
-    """Log-softmax of the head at one entry each: states [..., E], targets int32 [...] to float32 [...]."""
+def head_targets() -> int:
+    """Targets that the head is computed for at a time, on the platform that is traced for."""
+    return CPU_HEAD_TARGETS if platform() == "cpu" else HEAD_TARGETS
+
+
+def target_log_probs(decoder: Decoder, states: jax.Array, targets: jax.Array, entries: int) -> jax.Array:
+    """Log-softmax of the head at one vocabulary entry for each state.
+
+    Args:
+        decoder: with a language-model head.
+        states: hidden states [..., E].
+        targets: int32 [...].
+        entries: vocabulary entries computed at a time, at most V.
+
+    Returns:
+        float32 [...].
+    """
     size = decoder.config.vocab_size
 
     def add_block(carry: Carry, block: jax.Array) -> tuple[Carry, None]:
@@ -84,8 +99,8 @@ def _target_log_probs(decoder: Decoder, states: jax.Array, targets: jax.Array, e
         new_highest = jnp.maximum(highest, logits.max(axis=-1))
         total = total * jnp.exp(highest - new_highest) + jnp.exp(logits - new_highest[..., None]).sum(axis=-1)
         inside = (targets >= block * entries) & (targets < start + entries)
-        place = jnp.clip(targets - start, 0, entries - 1)
-        logit = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
+        entry = jnp.clip(targets - start, 0, entries - 1)
+        logit = jnp.take_along_axis(logits, entry[..., None], axis=-1)[..., 0]
         return (new_highest, total, jnp.where(inside, logit, target_logit)), None
 
     first = jnp.full(targets.shape, -jnp.inf, jnp.float32)

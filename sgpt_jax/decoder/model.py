@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,37 +12,10 @@ from flax import nnx
 
 from sgpt_jax.decoder.attention import attend, attention_mask_matrix
 from sgpt_jax.decoder.config import DecoderConfig
-from sgpt_jax.decoder.matmul import add_bias, product, project
+from sgpt_jax.decoder.layers import MLP, Dropout, Linear, Norm, TokenTable
+from sgpt_jax.decoder.matmul import matmul
 from sgpt_jax.decoder.positions import alibi_slopes, positions_from_mask, rotary_angles, rotate
 from sgpt_jax.decoder.sharding import by_rows
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-
-
-def _random(rngs: nnx.Rngs | None, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype) if rngs is None else 0.02 * jax.random.normal(rngs.params(), shape, dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-    """Noise for training: one key a row, so that a row's noise does not depend on the rows beside it."""
-
-    keys: jax.Array  # typed keys [B]
-
-    def __call__(self, x: jax.Array, rate: float, *site: int) -> jax.Array:
-        """Zeroes a share `rate` of x [B, ...] and scales up the rest; `site` names the place in the network."""
-        if not rate:
-            return x
-        keys = self.keys
-        for number in site:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-        return jnp.where(keep, x / (1 - rate), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,50 +26,6 @@ class Context:
     angles: tuple[jax.Array, jax.Array] | None
     alibi: jax.Array | None  # float32 [B, N, 1, T]
     dropout: Dropout | None
-
-
-class Linear(nnx.Module):
-    """x @ kernel + bias, in the compute dtype."""
-
-    def __init__(self, size_in: int, size_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        self.dtype = dtype
-        self.kernel = nnx.Param(_random(rngs, (size_in, size_out), dtype))
-        self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, self.kernel[...].astype(self.dtype))
-        return y if self.bias is None else add_bias(y, self.bias[...].astype(self.dtype))
-
-
-class Norm(nnx.Module):
-    """Layer norm or RMS norm over the last axis, computed in float32."""
-
-    def __init__(self, size: int, config: DecoderConfig, *, dtype: jnp.dtype, rms: bool | None = None):
-        self.dtype, self.eps = dtype, config.norm_eps
-        self.rms = config.norm == "rms" if rms is None else rms
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.bias = None if self.rms else nnx.Param(jnp.zeros((size,), dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        if self.bias is not None:
-            x = x - x.mean(axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        x = x * self.scale[...].astype(jnp.float32)
-        if self.bias is not None:
-            x = x + self.bias[...].astype(jnp.float32)
-        return x.astype(self.dtype)
-
-
-class TokenTable(nnx.Module):
-    """A table of vectors, looked up by row."""
-
-    def __init__(self, rows: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        self.dtype = dtype
-        self.embedding = nnx.Param(_random(rngs, (rows, size), dtype))
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.embedding[...][ids].astype(self.dtype)
 
 
 class Embed(nnx.Module):
@@ -165,24 +93,6 @@ def _drop_at(dropout: Dropout, rate: float, site: tuple[int, ...], x: jax.Array)
     return dropout(x, rate, *site)
 
 
-class MLP(nnx.Module):
-    """Two linear layers with an activation, or three with a gate."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        self.activation = config.activation
-        make = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = make(config.embed_dim, config.mlp_dim) if config.gated else None
-        self.up = make(config.embed_dim, config.mlp_dim)
-        self.down = make(config.mlp_dim, config.embed_dim)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        activate = ACTIVATIONS[self.activation]
-        # In float32 whatever the dtype: a CPU would round after every step of a bfloat16 activation.
-        up = self.up(x).astype(jnp.float32)  # [B, T, F]
-        out = activate(up) if self.gate is None else activate(self.gate(x).astype(jnp.float32)) * up
-        return self.down(out.astype(x.dtype))
-
-
 class Block(nnx.Module):
     """Attention and MLP with their norms and residual sums."""
 
@@ -223,7 +133,7 @@ class Decoder(nnx.Module):
 
     Attributes:
         config: its `DecoderConfig`.
-        dtype: compute dtype of matrix products and hidden states; norms, softmax, rotary angles and logits are
+        dtype: compute dtype of matmuls and hidden states; norms, softmax, rotary angles and logits are
             float32 whatever it is.
 
     Made with `rngs`, its weights are random; with None they are zeros, for whoever wants the structure only.
@@ -248,34 +158,40 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         input_ids: jax.Array,
-        attention_mask: jax.Array,
+        attention_mask: jax.Array | None = None,
         *,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm, of texts in a row each (`attention_mask`) or of packed rows (`segments`).
 
         Args:
             input_ids: int [B, T]. Ids outside the vocabulary are the caller's to refuse (`text.check_ids`).
             attention_mask: int or bool [B, T], non-zero at valid tokens; padding on any side.
-            positions: int [B, T]; by default counted along the mask.
-            segments: int [B, T]; a token sees its own segment and segment 0. By default one segment.
+            positions: int [B, T]; by default counted along the valid tokens.
+            segments: int [B, T], in place of a mask, see `Batch`; needs positions.
             dropout_keys: typed random keys [B], one a row, to train with the config's dropout; None for none.
 
         Returns:
-            [B, T, E] in the compute dtype; places of padding hold finite numbers without meaning.
+            [B, T, E] in the compute dtype; what stands at padding is finite and has no meaning.
 
         Raises:
-            ValueError: when T exceeds the positions that a decoder with learned positions has and none are given.
+            ValueError: when there are both a mask and segments, or neither; when no positions are given and T exceeds
+                those that a decoder with learned positions has.
         """
         config = self.config
+        if (attention_mask is None) == (segments is None):
+            raise ValueError("the decoder takes either an attention mask or segments")
+        if segments is None:
+            assert attention_mask is not None
+            segments = jnp.where(attention_mask != 0, 0, -1)
         if positions is None:
             if config.positions == "learned" and input_ids.shape[1] > (config.max_positions or 0):
                 raise ValueError(
                     f"{input_ids.shape[1]} tokens, but the model has {config.max_positions} positions"
                 )
-            positions = positions_from_mask(attention_mask)
+            positions = positions_from_mask(segments >= 0)
         windows = {config.window(layer) for layer in range(config.num_layers)}
         alibi = None
         if config.positions == "alibi":
@@ -283,7 +199,7 @@ class Decoder(nnx.Module):
                 :, None, None, :
             ].astype(jnp.float32)
         context = Context(
-            masks={w: attention_mask_matrix(attention_mask, positions, w, segments) for w in windows},
+            masks={w: attention_mask_matrix(segments, positions, w) for w in windows},
             angles=None if config.rotary is None else rotary_angles(config.rotary, positions),
             alibi=alibi,
             dropout=None if dropout_keys is None else Dropout(dropout_keys),
@@ -324,7 +240,7 @@ class Decoder(nnx.Module):
             kernel = jax.lax.dynamic_slice_in_dim(self.embed.tokens.embedding[...], start, size, axis=0).T
         else:
             raise ValueError("this checkpoint has no language-model head, so it gives vectors but no logits")
-        logits = product(hidden, kernel.astype(self.dtype))
+        logits = matmul(hidden, kernel.astype(self.dtype))
         return logits if bias is None else logits + bias.astype(jnp.float32)
 
 

@@ -47,15 +47,15 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str) -> jax.Array:
         ValueError: for an unknown mode.
     """
     valid = (masks != 0).astype(jnp.int32)
-    place = jnp.cumsum(valid, axis=-1) * valid  # 1, 2, ... at valid tokens, 0 at padding
+    order = jnp.cumsum(valid, axis=-1) * valid  # 1, 2, ... at valid tokens, 0 at padding
     if mode == "weightedmean":
-        weights = place
+        weights = order
     elif mode == "mean":
         weights = valid
     elif mode == "lasttoken":
-        weights = (place == jnp.max(place, axis=-1, keepdims=True)) & (place > 0)
+        weights = (order == jnp.max(order, axis=-1, keepdims=True)) & (order > 0)
     elif mode == "cls":
-        weights = place == 1
+        weights = order == 1
     else:
         raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, not {mode!r}")
     weights = weights.astype(jnp.float32)
@@ -64,8 +64,8 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str) -> jax.Array:
     hidden = jnp.where(valid.any(axis=1)[..., None], hidden.astype(jnp.float32), 0.0)
     texts = weights.shape[1]
     if texts == 1:
-        # A product with one row becomes a sum over the last axis, and XLA then keeps the hidden states of every layer
-        # transposed on GPUs. With a second row it stays a product.
+        # XLA turns a matmul with one row into a sum over the last axis, for which it keeps the hidden states of every
+        # layer transposed on GPUs. With a second row it stays a matmul.
         weights = jnp.pad(weights, ((0, 0), (0, 1), (0, 0)))
     return jnp.einsum("bst,bte->bse", weights, hidden, precision=jax.lax.Precision.HIGHEST)[:, :texts]
 

@@ -64,8 +64,8 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], config: RotaryConf
     """
     cos, signed_sin = angles
     turned, rest = x[..., : config.dim].astype(jnp.float32), x[..., config.dim :]
-    # Partners change places by a reversal, which XLA computes along with the products; slices that are put together
-    # again take a CPU twice as long.
+    # The two of a pair are swapped by a reversal, which XLA fuses into the multiplication. CPU: slices that are
+    # concatenated in the other order take twice as long.
     axis = -1 if config.interleaved else -2
     pairs = turned.reshape(*turned.shape[:-1], *((-1, 2) if config.interleaved else (2, -1)))
     turned = turned * cos + jnp.flip(pairs, axis).reshape(turned.shape) * signed_sin

@@ -1,4 +1,4 @@
-"""The mesh, and where every array lies on it."""
+"""The mesh, and how every array is sharded over it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 
-# The one table from logical axes to mesh axes. Axes that are not here are on every device whole.
+# The one table from logical axes to mesh axes. Axes that are not here are replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -28,7 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
 }
 
-# The logical axes of every leaf, by the end of its path; vectors along E are small and stay whole.
+# The logical axes of every leaf, by the end of its path; vectors along E are small and replicated.
 LEAF_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"tokens/embedding", ("vocab", "embed")),
     (r"positions/embedding", (None, "embed")),
@@ -100,7 +100,7 @@ def mesh_sizes(spec: str | None, count: int) -> dict[str, int]:
     if free:
         sizes[free[0]] = max(1, count // -math.prod(sizes.values()))
     if math.prod(sizes.values()) != count:
-        raise InputError(f"mesh {spec!r} has {math.prod(sizes.values())} places for {count} devices")
+        raise InputError(f"mesh {spec!r} is for {math.prod(sizes.values())} devices, not {count}")
     return sizes
 
 
@@ -110,10 +110,10 @@ def leaf_path(path: tuple[Any, ...]) -> str:
 
 
 def param_shardings(params: Any, config: DecoderConfig, mesh: Mesh) -> Any:
-    """Where each leaf lies: a tree of `NamedSharding` like params.
+    """How each leaf is sharded: a tree of `NamedSharding` like params.
 
-    A dimension that does not divide by its mesh axis (for attention: whose heads do not) stays whole on every
-    device of that axis, with one message that lists all of them.
+    A dimension that does not divide by its mesh axis (for attention: whose heads do not) is replicated over that axis,
+    with one message that lists all of them.
 
     Args:
         params: the decoder's params, arrays or `jax.ShapeDtypeStruct`.
@@ -121,9 +121,9 @@ def param_shardings(params: Any, config: DecoderConfig, mesh: Mesh) -> Any:
         mesh: from `make_mesh`.
     """
     units = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
-    whole: set[str] = set()
+    replicated: set[str] = set()
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def shard(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = leaf_path(path)
         axes = next((axes for pattern, axes in LEAF_AXES if re.search(f"(^|/){pattern}$", name)), None)
         if axes is None:
@@ -131,17 +131,19 @@ def param_shardings(params: Any, config: DecoderConfig, mesh: Mesh) -> Any:
         spec: list[Any] = []
         for size, axis in zip(leaf.shape, axes, strict=True):
             mesh_axes = RULES.get(axis or "", ())
-            ways = math.prod(mesh.shape[a] for a in mesh_axes)
+            shards = math.prod(mesh.shape[a] for a in mesh_axes)
             count = units.get(axis or "", size)
-            if count % ways:
-                whole.add(f"{axis} ({count}, {ways} ways)")
+            if count % shards:
+                replicated.add(f"{axis} ({count} over {shards})")
                 mesh_axes = ()
             spec.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    shardings = jax.tree_util.tree_map_with_path(place, params)
-    if whole:
-        logger.warning("kept whole on every device of their mesh axis: %s", ", ".join(sorted(whole)))
+    shardings = jax.tree_util.tree_map_with_path(shard, params)
+    if replicated:
+        logger.warning(
+            "replicated, as they do not divide over their mesh axis: %s", ", ".join(sorted(replicated))
+        )
     return shardings
 
 
@@ -150,8 +152,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def batch_ways(mesh: Mesh | None) -> int:
-    """By what the rows of a batch must divide."""
+def num_shards(mesh: Mesh | None) -> int:
+    """Into how many shards the rows of a batch are split; their number must divide by it."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
@@ -161,17 +163,20 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def platform() -> str:
-    """What is traced for: "cpu", "gpu" or "tpu". On the mesh of `on_mesh` that is the platform of its devices, which a
-    plan for another machine has none of."""
+    """What is traced for: "cpu", "gpu" or "tpu".
+
+    Inside `on_mesh` it is the platform of the mesh's devices, which need not be devices of this machine.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """Keeps activations x [B, ...] split by rows, and whole along their other axes, on the mesh of `on_mesh`.
+    """Shards activations x [B, ...] by rows alone, on the mesh of `on_mesh`.
 
-    Left to itself, XLA brings the rows of all devices to the parts of fsdp-sharded weights, so that every device holds
-    the whole batch; weights are to come to the rows. Without a mesh, or where rows do not divide, x stays as it is.
+    Left to itself, XLA gathers the rows of all devices beside their shards of the weights, so that every device holds
+    the whole batch; the weights are what is to be gathered. Without a mesh, or where rows do not divide, x stays as it
+    is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in RULES["batch"]):

@@ -1,95 +1,86 @@
-"""Several texts in one row: little padding to compute, and few array shapes to compile.
+"""Several texts in one row, for vectors: little padding to compute, and few shapes to compile.
 
-Each text of a row has its own segment number and its own positions from 0, and the decoder lets a token see
-its own segment alone, so a text gets the vector that it has when it stands by itself.
+Each text of a row has a segment of its own and positions from 0, and the decoder lets a token see its own segment
+alone. So a text gets the vector that it has when it stands by itself.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sgpt_jax.decoder.batch import Batch
 from sgpt_jax.decoder.model import merge
+from sgpt_jax.decoder.pooling import normalize as scale_to_length_1
 from sgpt_jax.decoder.pooling import pool_texts
+from sgpt_jax.decoder.sharding import on_mesh
 from sgpt_jax.errors import InputError
+from sgpt_jax.packing.layout import LENGTH_UNIT, PlannedBatch, Row, plan_batches, round_up
 
-# Tokens that a text has at the least, on the average of a row, and the most texts that a row has room for: every place
-# is computed and fetched, filled or not.
-_FEW, _MOST = 6, 64
-# So few tokens are not worth programs of their own for how they can be joined.
+# A row has room for one text in so many tokens, and for so many texts at the most: a vector is computed and fetched for
+# every text that there is room for.
+_TOKENS_PER_TEXT, _MOST_TEXTS = 6, 64
+# Fewer tokens than this are not joined into rows, as this would need more programs for little work.
 _NOT_JOINED = 1024
-# Texts are not joined into rows shorter or longer than these: attention costs more the longer a row is.
+# The least length that is chosen for all rows is between these: attention costs more the longer a row is.
 _SHORTEST_JOINED, _LONGEST_JOINED = 64, 1024
 # A token of a row this long costs about twice what it costs in a very short one, in a small decoder.
 _DOUBLE_COST = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class RowBatch:
-    """Texts that run together.
-
-    Attributes:
-        texts: the texts of each row, as indices.
-        rows: how many rows there are; those beyond `len(texts)` are empty.
-        length: tokens of a row.
-        slots: how many texts a row has room for.
-    """
-
-    texts: tuple[tuple[int, ...], ...]
-    rows: int
-    length: int
-    slots: int
-
-    @property
-    def indices(self) -> tuple[int, ...]:
-        """All texts, row by row."""
-        return tuple(index for texts in self.texts for index in texts)
-
-
-def texts_per_row(length: int) -> int:
+def most_texts(length: int) -> int:
     """How many texts a row of `length` tokens can hold at the most."""
-    return min(_MOST, max(1, length // _FEW))
+    return min(_MOST_TEXTS, max(1, length // _TOKENS_PER_TEXT))
+
+
+def texts_per_row(plan: PlannedBatch) -> int:
+    """S, how many texts each row of a batch has room for: a power of four, so that programs are few."""
+    room = 1
+    while room < max(len(row.texts) for row in plan.rows):
+        room *= 4
+    return room
+
+
+def round_length(length: int) -> int:
+    """The next multiple of 8, as accelerators and their attention kernels want it."""
+    return -(-length // 8) * 8
 
 
 def length_buckets(max_length: int) -> list[int]:
-    """The lengths of rows: 16, 32, 64, then each power of two and the step halfway to the next, up to `max_length`.
+    """The lengths of rows: 16, 32, 48, 64, then two to each doubling; the last is `max_length`, see `round_length`.
 
-    The last is `max_length` rounded up to a multiple of 8, as units of accelerators and their attention kernels want.
+    Two are enough: what is left of a row is filled with shorter texts.
 
-    Raises InputError when `max_length` is not positive.
+    Raises:
+        InputError: when `max_length` is not positive.
     """
     if max_length < 1:
         raise InputError(f"max_length must be positive, not {max_length}")
     last = round_length(max_length)
-    buckets = [16, 32]
-    power = 64
-    while power < last:
-        buckets += [power, power + power // 2]
-        power *= 2
-    return [length for length in buckets if length < last] + [last]
+    buckets = [0]
+    while buckets[-1] < last:
+        buckets.append(min(last, round_up(buckets[-1] + 1, LENGTH_UNIT, steps=2)))
+    return buckets[1:]
 
 
-def round_length(length: int) -> int:
-    """The next multiple of 8."""
-    return -(-length // 8) * 8
-
-
-def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[tuple[int, tuple[int, ...]]]:
+def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[Row]:
     """Joins texts into rows: the longest text that is left opens a row, and the longest that still fit fill it.
 
     Args:
         lengths: tokens of every text.
-        row_length: how long the row of a text of so many tokens is; grows with it. A row holds at most
-            `texts_per_row` texts.
+        row_length: how long the row of a text of so many tokens is; grows with it. A row holds at most `most_texts`
+            texts.
 
     Returns:
-        (tokens of the row, its texts as indices) of each row, longest rows first.
+        the rows, longest first.
 
     Raises:
         ValueError: a row is shorter than its text.
@@ -102,32 +93,34 @@ def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[
     while sizes:
         length = row_length(sizes[-1])
         if length < sizes[-1]:
-            raise ValueError(f"a text of {sizes[-1]} tokens has no place in a row of {length}")
-        room, most = length, texts_per_row(length)
-        row: list[int] = []
-        while len(row) < most and (place := bisect.bisect_right(sizes, room)):
-            size = sizes[place - 1]
-            row.append(waiting[size].pop())
+            raise ValueError(f"a text of {sizes[-1]} tokens does not fit in a row of {length}")
+        room, most = length, most_texts(length)
+        texts: list[int] = []
+        while len(texts) < most and (fitting := bisect.bisect_right(sizes, room)):
+            size = sizes[fitting - 1]
+            texts.append(waiting[size].pop())
             room -= size
             if not waiting[size]:
-                del sizes[place - 1]
-        rows.append((length, tuple(row)))
+                del sizes[fitting - 1]
+        rows.append(Row(tuple(texts), length))
     return rows
 
 
-def plan_batches(
+def plan_texts(
     lengths: Sequence[int], *, batch_tokens: int, max_length: int, row_multiple: int = 1
-) -> list[RowBatch]:
-    """Joins texts into rows and rows into batches of few shapes, longest texts first (so that what does not fit in
-    memory shows at once).
+) -> list[PlannedBatch]:
+    """Joins texts into rows, and rows into batches, see `plan_batches`.
 
-    Rows have a length of `length_buckets`: that of the longest text's bucket, and at least one that is the same for
-    all rows and is chosen for the least work. A batch has at most `batch_tokens` tokens, its rows rounded down to
-    `row_multiple`, unless `row_multiple` rows of the longest text alone have more; the last batch of each row length
-    may have fewer rows, a power of two times `row_multiple`. The room for texts in a row is a power of four. Very few
-    texts are not joined.
+    A row is as long as the bucket of its longest text (`length_buckets`), but not shorter than a length that is chosen
+    for all rows, for the least work. Very few texts have a row each, and the same length.
 
-    Raises InputError when a length exceeds `max_length`.
+    Args:
+        lengths: tokens of every text.
+        batch_tokens, row_multiple: see `plan_batches`.
+        max_length: tokens of a text at the most.
+
+    Raises:
+        InputError: when a length exceeds `max_length`.
     """
     longest = max(lengths, default=1)
     if longest > max_length:
@@ -138,98 +131,77 @@ def plan_batches(
     def bucket(size: int) -> int:
         return buckets[bisect.bisect_left(buckets, size)]
 
-    def plan(least: int) -> list[RowBatch]:
-        rows = fill_rows(lengths, lambda size: max(least, bucket(size)))
-        return _batches(rows, batch_tokens, row_multiple)
+    def plan(rows: list[Row]) -> list[PlannedBatch]:
+        return plan_batches(rows, batch_tokens=batch_tokens, row_multiple=row_multiple)
 
-    def cost(batches: list[RowBatch]) -> float:
-        return sum(batch.rows * batch.length * (1 + batch.length / _DOUBLE_COST) for batch in batches)
+    def joined(least: int) -> list[PlannedBatch]:
+        return plan(fill_rows(lengths, lambda size: max(least, bucket(size))))
+
+    def cost(plans: list[PlannedBatch]) -> float:
+        return sum(batch.padded_tokens * (1 + batch.length / _DOUBLE_COST) for batch in plans)
 
     if sum(lengths) <= _NOT_JOINED:
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        return _batches([(bucket(longest), (index,)) for index in order], batch_tokens, row_multiple)
-    common = [
-        length
-        for length in buckets
-        if _SHORTEST_JOINED <= length <= min(_LONGEST_JOINED, batch_tokens // row_multiple)
-    ]
-    return min((plan(least) for least in common or buckets[:1]), key=cost)
+        return plan([Row((index,), bucket(longest)) for index in order])
+    most = min(_LONGEST_JOINED, batch_tokens // row_multiple)
+    candidates = [length for length in buckets if _SHORTEST_JOINED <= length <= most] or buckets[:1]
+    return min((joined(least) for least in candidates), key=cost)
 
 
-def _batches(rows: list[tuple[int, tuple[int, ...]]], batch_tokens: int, row_multiple: int) -> list[RowBatch]:
-    batches = []
-    start = 0
-    while start < len(rows):
-        length = rows[start][0]
-        count = max(1, batch_tokens // (length * row_multiple)) * row_multiple
-        texts = tuple(row for size, row in rows[start : start + count] if size == length)
-        if len(texts) < count:
-            groups = -(-len(texts) // row_multiple)
-            count = min(count, row_multiple << (groups - 1).bit_length())
-        slots = 1
-        while slots < max(map(len, texts)):
-            slots *= 4
-        batches.append(RowBatch(texts, count, length, slots))
-        start += len(texts)
-    return batches
-
-
-def lay_out(
-    ids: Sequence[Sequence[int]], batch: RowBatch, pad_id: int
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The arrays of a batch.
+def vector_indices(plan: PlannedBatch, room: int) -> np.ndarray:
+    """Where the vectors of a batch's texts stand in what `encode_rows` gives, flattened to [R * S, E].
 
     Args:
-        ids: token ids of all texts.
-        batch: which of them, and where.
-        pad_id: what stands where no text is.
+        plan: of the batch.
+        room: S.
 
     Returns:
-        The rows, int32 `[R, T]` each: `input_ids`, `segments` (1, 2, ... in a row; 0 is padding) and
-        `positions`. And the places of the batch's texts in the order of its rows, int32 `[n]`: row times `slots`,
-        plus segment minus 1.
+        int32 [n], in the order of `plan.texts`.
     """
-    shape = (batch.rows, batch.length)
-    rows = {
-        "input_ids": np.full(shape, pad_id, np.int32),
-        "segments": np.zeros(shape, np.int32),
-        "positions": np.zeros(shape, np.int32),
-    }
-    places = []
-    for row, texts in enumerate(batch.texts):
-        start = 0
-        for segment, text in enumerate(texts, 1):
-            span = slice(start, start + len(ids[text]))
-            rows["input_ids"][row, span] = ids[text]
-            rows["segments"][row, span] = segment
-            rows["positions"][row, span] = np.arange(len(ids[text]))
-            places.append(row * batch.slots + segment - 1)
-            start = span.stop
-    return rows, np.array(places, np.int32)
+    indices = [
+        number * room + column for number, row in enumerate(plan.rows) for column in range(len(row.texts))
+    ]
+    return np.array(indices, np.int32)
 
 
-def encode_rows(graphdef: Any, params: Any, rows: dict[str, Array], pooling: str, slots: int) -> Array:
+def encode_rows(graphdef: Any, params: Any, batch: Batch, pooling: str, room: int) -> Array:
     """The vectors of all texts in packed rows.
 
     Args:
         graphdef, params: of the decoder, see `sgpt_jax.decoder.model.split`.
-        rows: int32 `[R, T]` each, as `lay_out` makes them; for dropout also `dropout_keys`, one typed key a row.
+        batch: R rows, without prefixes.
         pooling: see `sgpt_jax.pool`.
-        slots: S, how many texts a row has room for.
+        room: S, how many texts a row has room for.
 
     Returns:
-        float32 `[R, S, E]`; places without a text hold zeros.
+        float32 [R, S, E]; zeros where there is no text.
 
     Raises:
         ValueError: for an unknown pooling mode.
     """
-    segments = rows["segments"]
     hidden = merge(graphdef, params)(
-        rows["input_ids"],
-        segments != 0,
-        positions=rows["positions"],
-        segments=segments,
-        dropout_keys=rows.get("dropout_keys"),
+        batch.input_ids, positions=batch.positions, segments=batch.segments, dropout_keys=batch.dropout_keys
     )
-    numbers = jnp.arange(1, 1 + slots)
-    return pool_texts(hidden, segments[:, None] == numbers[:, None], pooling)
+    texts = jnp.arange(1, 1 + room)
+    return pool_texts(hidden, batch.segments[:, None] == texts[:, None], pooling)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "pooling", "room", "normalize", "mesh"))
+def embed(
+    graphdef: Any,
+    params: Any,
+    batch: Batch,
+    *,
+    pooling: str,
+    room: int,
+    normalize: bool,
+    mesh: Mesh | None,
+) -> Array:
+    """The vectors of packed rows, see `encode_rows`: float32 [R, room, E], replicated; of length 1 if `normalize`."""
+    with on_mesh(mesh):
+        vectors = encode_rows(graphdef, params, batch, pooling, room)
+    if normalize:
+        vectors = scale_to_length_1(vectors)
+    if mesh is not None:
+        vectors = jax.lax.with_sharding_constraint(vectors, NamedSharding(mesh, PartitionSpec()))
+    return vectors

@@ -1,4 +1,4 @@
-"""Texts to token ids, and token ids to batches: the only tokenising code.
+"""Texts to token ids: the only tokenising code.
 
 One rule for brackets and special tokens: a text becomes
 
@@ -17,10 +17,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from tqdm import tqdm
-
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import fix_surrogates
+from sgpt_jax.runtime.progress import progress
 
 if TYPE_CHECKING:  # transformers takes most of a second to import
     from transformers import PreTrainedTokenizerFast
@@ -45,7 +44,7 @@ class TextEncoder:
             "default" for texts without a side.
 
     Attributes:
-        pad_id: a valid id for padded places (pad token, else end-of-text, else 0); they are masked, so it never counts.
+        pad_id: a valid id for padding (pad token, else end-of-text, else 0). Padding is masked, so it never counts.
         eos_id: the id that stands for an empty text without brackets (end-of-text, else `pad_id`).
 
     Raises InputError when a bracket is not one token, or `max_seq_length` leaves no room for a text.
@@ -133,10 +132,7 @@ class TextEncoder:
         backend.no_padding()
         backend.no_truncation()
         rows: list[list[int]] = []
-        hide = None if show_progress is None else not show_progress
-        with tqdm(
-            total=len(texts), desc="tokenise", unit="text", disable=hide, delay=1.0, leave=False
-        ) as bar:
+        with progress("tokenising", "text", len(texts), show=show_progress) as bar:
             for start in range(0, len(texts), _CHUNK):
                 chunk = texts[start : start + _CHUNK]
                 rows.extend(e.ids for e in backend.encode_batch_fast(chunk, add_special_tokens=False))

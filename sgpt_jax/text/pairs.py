@@ -77,7 +77,7 @@ class TokenPairs:
         contexts: token ids of what queries follow; none is empty.
         queries: token ids of the queries; an empty one belongs to no pair.
         pairs: (context, query), as indices into the two.
-        places: int [n]: the pair of each input, -1 where the query is empty.
+        indices: int [n]: the index in `pairs` of each input, -1 where the query is empty.
         lengths: int [n]: query tokens of each input.
         documents_cut: bool [n]: the document was too long.
         queries_cut: bool [n]: the query was too long for the room that the prompt leaves.
@@ -86,7 +86,7 @@ class TokenPairs:
     contexts: list[list[int]]
     queries: list[list[int]]
     pairs: list[tuple[int, int]]
-    places: np.ndarray
+    indices: np.ndarray
     lengths: np.ndarray
     documents_cut: np.ndarray
     queries_cut: np.ndarray
@@ -133,38 +133,38 @@ def tokenise_pairs(
     """
     room = query_room(text, prompt)
     (prefix_ids,) = text.plain_ids([prompt.prefix])
-    query_numbers = {query: number for number, query in enumerate(dict.fromkeys(queries))}
-    document_numbers = {document: number for number, document in enumerate(dict.fromkeys(documents))}
-    asked = [prompt.query_start + query if query else "" for query in query_numbers]
+    query_indices = {query: index for index, query in enumerate(dict.fromkeys(queries))}
+    document_indices = {document: index for index, document in enumerate(dict.fromkeys(documents))}
+    asked = [prompt.query_start + query if query else "" for query in query_indices]
     query_ids = text.plain_ids(asked, show_progress=show_progress)
-    full = [prompt.prefix + document + prompt.suffix for document in document_numbers]
+    full = [prompt.prefix + document + prompt.suffix for document in document_indices]
     full_ids = text.plain_ids(full, show_progress=show_progress)
 
     contexts: list[list[int]] = []
-    context_numbers: dict[tuple[int, int], int] = {}
-    pair_numbers: dict[tuple[int, int], int] = {}
-    places, lengths, documents_cut, queries_cut = [], [], [], []
+    context_indices: dict[tuple[int, int], int] = {}
+    pair_indices: dict[tuple[int, int], int] = {}
+    indices, lengths, documents_cut, queries_cut = [], [], [], []
     for query, document in zip(queries, documents, strict=True):
-        query_number, document_number = query_numbers[query], document_numbers[document]
-        length = min(len(query_ids[query_number]), room)
-        ids = full_ids[document_number]
+        query_index, document_index = query_indices[query], document_indices[document]
+        length = min(len(query_ids[query_index]), room)
+        ids = full_ids[document_index]
         surplus = max(0, len(ids) + length - text.max_seq_length - 1)
         if length:
-            context = context_numbers.setdefault((document_number, surplus), len(contexts))
+            context = context_indices.setdefault((document_index, surplus), len(contexts))
             if context == len(contexts):
                 first = len(prefix_ids)
                 contexts.append(ids[:first] + ids[first + surplus :] or [text.eos_id])
-            places.append(pair_numbers.setdefault((context, query_number), len(pair_numbers)))
+            indices.append(pair_indices.setdefault((context, query_index), len(pair_indices)))
         else:
-            places.append(-1)
+            indices.append(-1)
         lengths.append(length)
         documents_cut.append(bool(surplus and length))
-        queries_cut.append(len(query_ids[query_number]) > room)
+        queries_cut.append(len(query_ids[query_index]) > room)
     return TokenPairs(
         contexts=contexts,
         queries=[ids[:room] for ids in query_ids],
-        pairs=list(pair_numbers),
-        places=np.array(places, np.int64),
+        pairs=list(pair_indices),
+        indices=np.array(indices, np.int64),
         lengths=np.array(lengths, np.int64),
         documents_cut=np.array(documents_cut, bool),
         queries_cut=np.array(queries_cut, bool),

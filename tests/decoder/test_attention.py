@@ -27,7 +27,7 @@ def inputs():
     positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
     segments = np.zeros((BATCH, LENGTH), np.int32)
     segments[:, 20:35], segments[:, 35:] = 1, 2
-    return q, k, v, valid, positions, segments
+    return q, k, v, positions, np.where(valid, segments, -1)
 
 
 def formula(q, k, v, mask, bias):
@@ -48,10 +48,8 @@ def formula(q, k, v, mask, bias):
 @pytest.mark.parametrize("alibi", [False, True])
 def test_blocks_equal_the_formula(block, window, alibi, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    q, k, v, valid, positions, segments = inputs()
-    mask = attention.attention_mask_matrix(
-        jnp.asarray(valid), jnp.asarray(positions), window, jnp.asarray(segments)
-    )
+    q, k, v, positions, segments = inputs()
+    mask = attention.attention_mask_matrix(jnp.asarray(segments), jnp.asarray(positions), window)
     bias = None
     if alibi:
         bias = alibi_slopes(HEADS)[:, None, None] * positions[:, None, None, :].astype(np.float32)
@@ -63,10 +61,8 @@ def test_blocks_equal_the_formula(block, window, alibi, monkeypatch):
 
 
 def test_gradients_do_not_depend_on_blocks(monkeypatch):
-    q, k, v, valid, positions, segments = inputs()
-    mask = attention.attention_mask_matrix(
-        jnp.asarray(valid), jnp.asarray(positions), None, jnp.asarray(segments)
-    )
+    q, k, v, positions, segments = inputs()
+    mask = attention.attention_mask_matrix(jnp.asarray(segments), jnp.asarray(positions), None)
 
     seen = mask.any(axis=-1)[..., None, None]  # what sees no key has no meaning
 
@@ -116,14 +112,12 @@ def test_length_given_to_cudnn(major, length, given):
 
 def half_inputs(window, segmented, length=50):
     """q, k and v in bfloat16, a mask with padding on either side and a row of padding alone, and what sees a key."""
-    q, k, v, valid, positions, segments = inputs()
-    q, k, v, valid, positions, segments = (
-        np.concatenate([x, x[:1]]) for x in (q, k, v, valid, positions, segments)
-    )
-    valid[1, length - 7 :], valid[2] = 0, 0
-    mask = attention.attention_mask_matrix(
-        jnp.asarray(valid), jnp.asarray(positions), window, jnp.asarray(segments) if segmented else None
-    )
+    q, k, v, positions, segments = inputs()
+    q, k, v, positions, segments = (np.concatenate([x, x[:1]]) for x in (q, k, v, positions, segments))
+    segments[1, length - 7 :], segments[2] = -1, -1
+    if not segmented:
+        segments = np.minimum(segments, 0)
+    mask = attention.attention_mask_matrix(jnp.asarray(segments), jnp.asarray(positions), window)
     mask = mask[:, :length, :length]
     arrays = (jnp.asarray(x[:, :length], jnp.bfloat16) for x in (q, k, v))
     return *arrays, mask, mask.any(axis=-1)[..., None, None]

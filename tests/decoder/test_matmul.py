@@ -1,11 +1,11 @@
-"""Matrix products: float32 stays exact, bfloat16 accumulates in float32, forwards and backwards."""
+"""Matmuls: float32 stays exact, bfloat16 accumulates in float32, forwards and backwards."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgpt_jax.decoder.matmul import add_bias, product, project
+from sgpt_jax.decoder.matmul import add_bias, matmul, project
 
 
 def _numbers(*shape: int) -> np.ndarray:
@@ -19,9 +19,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_bfloat16_product_is_the_float32_product_of_its_factors(shapes):
+def test_bfloat16_matmul_is_the_float32_matmul_of_its_factors(shapes):
     a, b = (jnp.asarray(_numbers(*shape), jnp.bfloat16) for shape in shapes)
-    found = product(a, b)
+    found = matmul(a, b)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, np.asarray(a, np.float32) @ np.asarray(b, np.float32), atol=1e-4)
 
@@ -29,12 +29,12 @@ def test_bfloat16_product_is_the_float32_product_of_its_factors(shapes):
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_bfloat16_gradients_are_the_float32_gradients_rounded(shapes):
     wide = [_numbers(*shape) for shape in shapes]
-    # Factors that bfloat16 holds exactly, so that the gradients differ by the rounding of products alone.
+    # Factors that bfloat16 holds exactly, so that the gradients differ by the rounding of results alone.
     wide = [np.asarray(jnp.asarray(values, jnp.bfloat16), np.float32) for values in wide]
     weights = np.asarray(jnp.asarray(_numbers(*shapes[0][:-1], 7), jnp.bfloat16), np.float32)
 
     def loss(a, b):
-        return (product(a, b) * weights).sum()
+        return (matmul(a, b) * weights).sum()
 
     expected = jax.grad(loss, argnums=(0, 1))(*wide)
     found = jax.grad(loss, argnums=(0, 1))(*(jnp.asarray(values, jnp.bfloat16) for values in wide))

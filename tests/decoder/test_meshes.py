@@ -65,5 +65,5 @@ def test_default_of_a_command():
 
 
 def test_a_mesh_for_other_devices_is_refused():
-    with pytest.raises(InputError, match="16 places for"):
+    with pytest.raises(InputError, match="for 16 devices"):
         device_mesh("data=16")

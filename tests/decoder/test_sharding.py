@@ -87,7 +87,7 @@ def test_heads_that_do_not_divide_stay_whole_with_a_message(tmp_path):
     """
     done = run_on_eight(code, tmp_path)
     assert "('fsdp', None) ('fsdp', 'tensor')" in done.stdout
-    assert "kept whole on every device" in done.stderr and "heads (6, 4 ways)" in done.stderr
+    assert "replicated, as they do not divide" in done.stderr and "heads (6 over 4)" in done.stderr
 
 
 def test_shards_hold_their_part_only():

@@ -244,7 +244,7 @@ def test_command_writes_plans_and_their_table(task, tmp_path, capsys):
     ("options", "message"),
     [("--model gpt-5 --topology v5e-8", "known by name"), ("--model gpt-j-6b --topology v9", "--topology"),
      ("--model gpt-j-6b --topology v5e-8 --length 4000", "2048 positions"),
-     ("--model gpt-j-6b --topology v5e-8 --mesh fsdp=3", "places for 8 devices"),
+     ("--model gpt-j-6b --topology v5e-8 --mesh fsdp=3", "is for 3 devices, not 8"),
      ("--model gpt-j-6b --topology v5e-8 --mesh fsdp=8 --batch-size 3", "evenly"),
      ("--model gpt-j-6b --topology v5e-8 --trainable ((", "regular expression")],
 )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_jsonl
-from sgpt_jax.packing.rows import texts_per_row
+from sgpt_jax.packing.rows import most_texts
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.tokenizer import load_tokenizer
 from train.batches import BatchPlan, PackedBatches, iterate
@@ -82,9 +82,9 @@ def packed(source, tokenizer, size=6, *, length=32, brackets=False, batches=None
     return PackedBatches(batches or plan(source, size, no_duplicates=True), encoder, **options)
 
 
-def text_at(batch, place, slots):
-    row, segment = divmod(int(place), slots)
-    return batch["rows"]["input_ids"][row][batch["rows"]["segments"][row] == segment + 1].tolist()
+def text_at(batch, index, room):
+    row, text = divmod(int(index), room)
+    return batch["rows"].input_ids[row][batch["rows"].segments[row] == text + 1].tolist()
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
@@ -98,26 +98,26 @@ def test_arrays_of_a_batch(tokenizer):
     )
     batches = packed(source, tokenizer, brackets=True, batches=plan(source, 3, shuffle=False), scores=False)
     batch = batches[0]
-    slots, encoder = texts_per_row(32), batches.encoder
+    room, encoder = most_texts(32), batches.encoder
     expected = {
         side: encoder.ids([getattr(e, name) for e in source.examples], side)
         for side, name in (("query", "query"), ("document", "positive"))
     }
     for column, side in enumerate(("query", "document")):
-        assert [text_at(batch, p, slots) for p in batch["places"][column]] == expected[side]
+        assert [text_at(batch, p, room) for p in batch["indices"][column]] == expected[side]
     assert batch["negative_mask"].tolist() == [[True, True], [False, False], [True, False]]
-    present = [text_at(batch, p, slots) for p in batch["places"][2][batch["negative_mask"]]]
+    present = [text_at(batch, p, room) for p in batch["indices"][2][batch["negative_mask"]]]
     assert present == encoder.ids(["n1", "n2", "n3"], "document")
     assert len(expected["document"][2]) == 32  # cut, its bracket kept
     queries, positives, negatives = batch["ids"]
     assert queries[1].tolist() == positives[0].tolist()
     assert negatives.shape == (3, 2, 2)
     assert batch["examples"] == [0, 1, 2]
-    assert batch["tokens"] == (batch["rows"]["segments"] > 0).sum()
+    assert batch["tokens"] == (batch["rows"].segments > 0).sum()
     symmetric = packed(
         source, tokenizer, brackets=True, batches=plan(source, 3, shuffle=False), symmetric=True
     )[0]
-    assert text_at(symmetric, symmetric["places"][0][0], slots) == encoder.ids(["one"])[0]
+    assert text_at(symmetric, symmetric["indices"][0][0], room) == encoder.ids(["one"])[0]
 
 
 def test_processes_agree_on_the_length_of_rows(tokenizer):
@@ -125,7 +125,7 @@ def test_processes_agree_on_the_length_of_rows(tokenizer):
     source = ListExamples([Example("q" * 10, "x" * 900), Example("r" * 10, "y" * 500)])
     options = {"length": 1024, "batches": plan(source, 2, shuffle=False)}
     parts = [packed(source, tokenizer, process=(number, 2), **options)[0] for number in range(2)]
-    assert {part["rows"]["segments"].shape[1] for part in parts} == {1024}
+    assert {part["rows"].segments.shape[1] for part in parts} == {1024}
 
 
 def test_processes_share_the_global_batch(tokenizer):
@@ -135,7 +135,7 @@ def test_processes_share_the_global_batch(tokenizer):
     for step in range(4):
         mine_ = sorted(index for part in parts for index in part[step]["examples"])
         assert mine_ == sorted(whole[step]["examples"])
-        assert all(len(part[step]["places"][0]) == 2 for part in parts)
+        assert all(len(part[step]["indices"][0]) == 2 for part in parts)
 
 
 def test_iteration_goes_on_where_it_was(tokenizer):

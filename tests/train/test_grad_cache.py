@@ -8,16 +8,17 @@ import pytest
 from flax import nnx
 
 from sgpt_jax.checkpoint.bias_sets import bias_leaves
+from sgpt_jax.decoder.batch import Batch
 from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
 from sgpt_jax.decoder.model import Decoder, merge, split
 from sgpt_jax.decoder.pooling import POOLING_MODES, pool
 from sgpt_jax.load import load_decoder
-from sgpt_jax.packing.rows import encode_rows, texts_per_row
+from sgpt_jax.packing.rows import encode_rows, most_texts
+from train.batches import pack, row_length
 from train.grad_cache import encode_in_chunks
 from train.losses import LossConfig
 from train.optimizer import linear_schedule, make_optimizer, split_params, trainable_mask
-from train.packing import pack, pad_rows, round_rows, row_length
-from train.step import init_state, make_step
+from train.step import init_state, make_step, pad_rows
 
 LENGTH = 24
 
@@ -40,11 +41,11 @@ def dropped():
 
 def make_batch(size=7, negatives=2):
     count = size * (2 + negatives)
-    rows, places = pack(texts(count), LENGTH, 0)
+    rows, vectors = pack(texts(count), LENGTH, 0)
     ids = np.arange(2 * count, dtype=np.int32).reshape(count, 2)
     return {
         "rows": rows,
-        "places": (places[:size], places[size : 2 * size], places[2 * size :].reshape(size, negatives)),
+        "indices": (vectors[:size], vectors[size : 2 * size], vectors[2 * size :].reshape(size, negatives)),
         "ids": (ids[:size], ids[size : 2 * size], ids[2 * size :].reshape(size, negatives, 2)),
         "negative_mask": np.ones((size, negatives), bool),
         "scores": np.zeros((size, 1 + negatives), np.float32),
@@ -77,7 +78,7 @@ def run_step(graphdef, params, batch, chunk, dropout, rate=1e-2):
 @pytest.mark.parametrize("dropout", [False, True])
 def test_every_chunk_size_gives_the_plain_step(dropped, dropout):
     batch = make_batch()
-    rows = len(batch["rows"]["segments"])
+    rows = len(batch["rows"].segments)
     values, biases = run_step(*dropped, batch, 0, dropout)
     for chunk in (1, 3, rows - 1, rows + 3):
         other_values, other_biases = run_step(*dropped, batch, chunk, dropout)
@@ -117,10 +118,10 @@ def test_a_thousand_examples_fit_where_64_do():
 
     def temporary(size, chunk):
         shape = jax.ShapeDtypeStruct
-        rows = {n: shape((3 * size, 75), jnp.int32) for n in ("input_ids", "segments", "positions")}
+        tokens = shape((3 * size, 75), jnp.int32)
         batch = {
-            "rows": rows,
-            "places": (shape((size,), jnp.int32), shape((size,), jnp.int32), shape((size, 1), jnp.int32)),
+            "rows": Batch(tokens, tokens, tokens),
+            "indices": (shape((size,), jnp.int32), shape((size,), jnp.int32), shape((size, 1), jnp.int32)),
             "ids": tuple(shape((size, *more, 2), jnp.int32) for more in ((), (), (1,))),
             "negative_mask": shape((size, 1), bool),
             "scores": shape((size, 2), jnp.float32),
@@ -145,43 +146,38 @@ def test_packed_texts_have_the_vectors_they_have_alone(variant, tmp_path):
     """Learned positions, windows, ALiBi and rotary positions: none sees its neighbours in the row."""
     graphdef, params = split(load_decoder(decoders.write_checkpoint(variant, tmp_path)))
     ids = texts(30)
-    rows, places = pack(ids, LENGTH, 0)
-    rows = pad_rows(rows, len(rows["segments"]) + 2, 5)
+    rows, vectors = pack(ids, LENGTH, 0)
+    rows = pad_rows(rows, len(rows.segments) + 2, 5)
     alone, mask = np.zeros((8, LENGTH), np.int32), np.zeros((8, LENGTH), np.int32)
     for row, text in enumerate(ids[:8]):
         alone[row, : len(text)], mask[row, : len(text)] = text, 1
     hidden = jax.jit(lambda params: merge(graphdef, params)(alone, mask))(params)
     for mode in POOLING_MODES if variant == "gpt2" else ("weightedmean",):
         packed = jax.jit(encode_rows, static_argnums=(0, 3, 4))(
-            graphdef, params, rows, mode, texts_per_row(LENGTH)
+            graphdef, params, rows, mode, most_texts(LENGTH)
         )
-        packed = np.asarray(packed).reshape(-1, packed.shape[-1])[places]
+        packed = np.asarray(packed).reshape(-1, packed.shape[-1])[vectors]
         expected = np.asarray(pool(hidden, mask, mode))
         np.testing.assert_allclose(packed[:8], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_packing_is_tight_and_complete():
     ids = texts(200, longest=12)
-    rows, places = pack(ids, LENGTH, 0)
-    slots = texts_per_row(LENGTH)
-    assert len(set(places.tolist())) == len(ids)
-    for text, place in zip(ids, places, strict=True):
-        row, segment = place // slots, place % slots + 1
-        where = rows["segments"][row] == segment
-        assert rows["input_ids"][row][where].tolist() == text
-        assert rows["positions"][row][where].tolist() == list(range(len(text)))
+    rows, vectors = pack(ids, LENGTH, 0)
+    room = most_texts(LENGTH)
+    assert len(set(vectors.tolist())) == len(ids)
+    for text, index in zip(ids, vectors, strict=True):
+        row, segment = index // room, index % room + 1
+        where = rows.segments[row] == segment
+        assert rows.input_ids[row][where].tolist() == text
+        assert rows.positions[row][where].tolist() == list(range(len(text)))
     total = sum(map(len, ids))
-    assert (rows["segments"] > 0).sum() == total
+    assert (rows.segments > 0).sum() == total
     # a few per cent above what is needed at the least, by tokens or by texts a row
-    assert len(rows["segments"]) <= 1 + 1.1 * max(total / LENGTH, len(ids) / slots)
+    assert len(rows.segments) <= 1 + 1.1 * max(total / LENGTH, len(ids) / room)
 
 
 def test_few_shapes():
     assert [row_length(longest, limit) for longest, limit in ((10, 75), (300, 300), (600, 2048), (1900, 2000))] == [
         80, 304, 1024, 2000,
     ]  # fmt: skip
-    for multiple in (1, 6):
-        grid = {round_rows(rows, multiple) for rows in range(64, 129)}
-        assert len(grid) <= 10
-        assert all(value % multiple == 0 for value in grid)
-        assert all(rows <= round_rows(rows, multiple) for rows in range(1, 200))

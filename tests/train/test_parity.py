@@ -68,7 +68,7 @@ def test_three_steps(run, tmp_path):
     losses, norms = [], []
     for number in range(3):
         batch = batches[number]
-        rows = len(batch["rows"]["segments"])
+        rows = len(batch["rows"].segments)
         assert rows > 2
         arrays = place_batch(batch, rows=rows, chunk_rows=2, pad_id=0, mesh=None)
         state, loss, norm = run_step(state, frozen, arrays)

@@ -15,19 +15,19 @@ import numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jax.sharding import AxisType, Mesh
 from sgpt_jax.errors import InputError
-from sgpt_jax.packing.rows import texts_per_row
 from sgpt_jax.decoder.sharding import AXES
-from train.packing import pack
+from sgpt_jax.packing.rows import most_texts
+from train.batches import pack
 from train.step import place_batch
 
 count, length = 6, 24
 number = jax.process_index()
 names = 1 + np.arange(count) + count * number
 texts = [[name + kind] * (2 + name % 3) for kind in (0, 100, 200) for name in names.tolist()]
-rows, slots = pack(texts, length, 0)
+rows, vectors = pack(texts, length, 0)
 batch = {
     "rows": rows,
-    "places": (slots[:count], slots[count : 2 * count], slots[2 * count :][:, None]),
+    "indices": (vectors[:count], vectors[count : 2 * count], vectors[2 * count :][:, None]),
     "ids": tuple(np.stack([names, names], -1).astype(np.int32) for _ in range(2)),
     "negative_mask": np.ones((count, 1), bool),
     "scores": np.zeros((count, 2), np.float32),
@@ -36,19 +36,19 @@ batch = {
 def placed(order, shape):
     devices = np.array(jax.devices())[order].reshape(shape)
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
-    return place_batch(batch, rows=len(rows["segments"]) + 1, chunk_rows=0, pad_id=0, mesh=mesh)
+    return place_batch(batch, rows=len(rows.segments) + 1, chunk_rows=0, pad_id=0, mesh=mesh)
 
 @jax.jit
-def texts_at(rows, places):
-    row, segment = places // texts_per_row(length), places % texts_per_row(length) + 1
-    here = rows["segments"][row] == segment[..., None]
-    return (rows["input_ids"][row] * here).sum(-1) // here.sum(-1)
+def texts_at(rows, indices):
+    row, segment = indices // most_texts(length), indices % most_texts(length) + 1
+    here = rows.segments[row] == segment[..., None]
+    return (rows.input_ids[row] * here).sum(-1) // here.sum(-1)
 
 found = {}
 for name, order, shape in (("in turn", [0, 2, 1, 3], (4, 1, 1)), ("in order", [0, 1, 2, 3], (2, 1, 2))):
     arrays = placed(order, shape)
     kinds = [jax.experimental.multihost_utils.process_allgather(texts_at(arrays["rows"], p), tiled=True)
-             for p in arrays["places"]]
+             for p in arrays["indices"]]
     ids = jax.experimental.multihost_utils.process_allgather(arrays["ids"][0], tiled=True)
     found[name] = [np.asarray(kind).reshape(-1).tolist() for kind in (*kinds, ids[:, 0])]
 try:
