@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 
 from eval.models import positive
-from eval.record import circumstances
+from eval.provenance import provenance
 from eval.results import make_folder, write_result
 from eval.speed.models import END, byte_level, write_random_model
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
         }
         index, curve = build(folder / "index", corpus, model, args.store, result)
         result["search"] = search(index, model, args.store)
-    result |= circumstances()
+    result |= provenance()
     result["curve"] = curve
     write_result(args.output / "large-index.json", result)
     plot(args.output / "large-index.png", result)
@@ -158,7 +158,7 @@ def build(
         index = build_index(
             folder,
             read_corpus(corpus),
-            encode_chunks=lambda chunks: model.encode_chunks(chunks, side="document", report=report),
+            lambda chunks: model.encode_chunks(chunks, side="document", report=report),
             dtype=store,
             on_progress=progress,
         )

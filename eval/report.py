@@ -17,8 +17,8 @@ from typing import Any
 
 from etils import epath
 
-from eval.data import AVERAGES
-from eval.record import command
+from eval.datasets import AVERAGES
+from eval.provenance import command
 from eval.results import Result, find_results, mean_metrics
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import atomic_write

@@ -22,18 +22,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pytrec_eval
 from etils import epath
 from scipy import stats
 
 from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
-from eval.record import circumstances
+from eval.provenance import provenance
 from eval.results import write_result
-from eval.search import search
 from eval.sts import Encoder, similarities
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.lines import line_error, parse_json, read_lines
+from sgpt_jax.index.streaming import search_corpus
+from sgpt_jax.metrics import rank, trec_eval
 
 _URL_LABEL = re.compile(r"\s*\(\s*(\d+)\s*,\s*\d+\s*\)\s*")  # how many of how many raters said paraphrase
 SCIDOCS = ("cite", "cocite", "coview", "coread")
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
         "details": details,
         "model": lazy.describe(),
         "seconds": {"total": time.perf_counter() - start},
-        **circumstances("scipy", "pytrec_eval-terrier"),
+        **provenance("scipy", "pytrec_eval-terrier"),
     }
     if args.output:
         write_result(args.output / "useb.json", result)
@@ -150,7 +150,7 @@ def cqadupstack(encode: Encode, folder: epath.Path, split: str) -> dict[str, flo
         pool = [Document(id, text) for id, text in texts.items() if id not in relevant]
         queries = {question: texts[question] for question in relevant}
         precisions, gains = [], []
-        for question, hits in search(_Symmetric(encode), queries, pool, 100).items():
+        for question, hits in search_corpus(_Symmetric(encode), queries, pool, 100).items():
             labels = np.array([id in relevant[question] for id in hits])
             precisions.append(average_precision(labels, list(hits.values())))
             if relevant[question]:
@@ -210,8 +210,8 @@ def scidocs(encode: Encode, folder: epath.Path, split: str) -> dict[str, float]:
                     others = np.stack([vectors[id] for id in papers])
                     queries = np.broadcast_to(vectors[query], others.shape)
                     scores = similarities(queries, others)[distance]
-                    run[query] = dict(zip(papers, scores.tolist(), strict=True))
-            measured = pytrec_eval.RelevanceEvaluator(qrels, {"map", "ndcg"}).evaluate(run)
+                    run[query] = rank(dict(zip(papers, scores.tolist(), strict=True)), query=query)
+            measured = trec_eval(qrels, run, ("map", "ndcg"))
             for measure in ("map", "ndcg"):
                 mean = float(np.mean([values[measure] for values in measured.values()]))
                 results[f"{measure} {relation} {distance}"] = mean
@@ -232,9 +232,10 @@ TASKS = {
 
 
 def average_precision(labels: Sequence[bool] | np.ndarray, scores: Sequence[float]) -> float:
-    """The sum of precision times gain in recall over the distinct scores, as scikit-learn has it; 0 without hits.
+    """The sum of precision times gain in recall over the distinct scores; 0 without hits.
 
-    Items of the same score count as retrieved together.
+    Items of the same score count as retrieved together. It is scikit-learn's `average_precision_score`, whose package
+    nothing else here needs.
     """
     order = np.argsort(-np.asarray(scores, float), kind="stable")
     hits = np.asarray(labels, float)[order]
@@ -254,7 +255,7 @@ class _Symmetric:
     def __init__(self, encode: Encode) -> None:
         self.encode = encode
 
-    def encode_query(self, texts: list[str], **options: Any) -> np.ndarray:
+    def encode_query(self, texts: Sequence[str], **options: Any) -> np.ndarray:
         return self.encode(texts)
 
     encode_document = encode_query

@@ -25,7 +25,7 @@ from sgpt_jax.files.lines import write_json
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.checkpoints import Checkpoints
 from train.data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
-from train.dev import Judge, make_judge
+from train.dev import DevEvaluator, make_evaluator
 from train.export import BIASES
 from train.losses import LossConfig
 from train.msmarco import open_msmarco
@@ -81,7 +81,7 @@ class Run:
     rate: optax.Schedule
     examples: int
     batches: Any
-    evaluate: Judge | None
+    evaluate: DevEvaluator | None
     eval_every: int
     checkpoints: Checkpoints
     start: int
@@ -135,7 +135,7 @@ def prepare(config: TrainConfig) -> Run:
         dropout=config.dropout,
     )
     batches = _open_batches(config, examples, model, total)
-    evaluate = make_judge(config.dev, config.dev_split) if config.dev else None
+    evaluate = make_evaluator(config.dev, config.dev_split) if config.dev else None
 
     if first:
         write_config(config)

@@ -25,7 +25,7 @@ from eval.plan.estimate import Memory, Sizes, Times, chunks_of, device_bytes, fl
 from eval.plan.models import MODELS, find_model, with_biases
 from eval.plan.programs import Work, at_depth
 from eval.plan.table import describe, write_table
-from eval.record import circumstances
+from eval.provenance import provenance
 from sgpt_jax.cli.options import positive
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.sharding import mesh_sizes
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
                 stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
                 folder = epath.Path(args.output)
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / f"{stem}.json", result | circumstances())
+                write_json(folder / f"{stem}.json", result | provenance())
                 write_table(folder)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from eval.plan.models import MODELS
-from eval.record import circumstances
+from eval.provenance import provenance
 from eval.speed.benchmark import Benchmark, measure, print_table, threads
 from eval.speed.encode import encode_benchmark
 from eval.speed.models import mixed_texts, open_data, write_shape
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
         loads = {"threads": threads(), "load_average": os.getloadavg()}
         loads["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
         peers = ("torch", "sentence-transformers", "faiss-cpu", "faiss-gpu")
-        write_json(args.output, result | loads | circumstances(*peers))
+        write_json(args.output, result | loads | provenance(*peers))
 
 
 def _benchmark(part: str, args: argparse.Namespace, source: str, folder: str) -> Benchmark:

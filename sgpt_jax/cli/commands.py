@@ -31,6 +31,8 @@ from sgpt_jax.index.build import build_index
 from sgpt_jax.index.export import export_index
 from sgpt_jax.index.files import MANIFEST
 from sgpt_jax.index.search import Index
+from sgpt_jax.metrics import cut
+from sgpt_jax.rerank_job import rerank_job
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.command import printable
 from sgpt_jax.runtime.memory import peak_memory
@@ -112,7 +114,7 @@ def index(options: argparse.Namespace) -> None:
         index = build_index(
             options.output,
             read_corpus(options.corpus, **reading),
-            encode_chunks=lambda chunks: model.encode_chunks(chunks, side="document", report=report),
+            lambda chunks: model.encode_chunks(chunks, side="document", report=report),
             dtype=options.store,
             chunk_size=options.chunk_size,
             store_texts=not options.no_texts,
@@ -211,18 +213,14 @@ def _reranked(
     run: dict[str, dict[str, float]],
     rows: dict[str, dict[str, int]],
 ) -> dict[str, dict[str, float]]:
-    """The run with its first documents in the order of the cross-encoder, best first, with its scores."""
+    """The run's first documents in the order of the cross-encoder, best first, with its scores."""
     source = options.cross_encoder or settings["model"]
     model = CrossEncoder.from_pretrained(source, dtype=settings["dtype"], mesh=device_mesh(options.mesh))
-    pairs = [(query, id) for query, hits in run.items() for id in list(hits)[: options.rerank]]
-    texts = index.texts([rows[query][id] for query, id in pairs])
-    scores = model.predict([(queries[query], text) for (query, _), text in zip(pairs, texts, strict=True)])
-    found: dict[str, dict[str, float]] = {query: {} for query in run}
-    for (query, id), score in sorted(
-        zip(pairs, scores, strict=True), key=lambda item: (item[1], item[0][1]), reverse=True
-    ):
-        found[query][id] = float(score)
-    return found
+    shallow, _ = cut(run, options.rerank)
+    row_of = {id: rows[query][id] for query, hits in shallow.items() for id in hits}
+    texts = dict(zip(row_of, index.texts(list(row_of.values())), strict=True))
+    scored, _ = cut(reranking.rerank(model, queries, shallow, texts), None)
+    return scored
 
 
 def rerank(options: argparse.Namespace) -> None:
@@ -237,7 +235,7 @@ def rerank(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         mesh=device_mesh(options.mesh),
     )
-    report = reranking.rerank(
+    report = rerank_job(
         model,
         run,
         queries,

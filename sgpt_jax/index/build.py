@@ -4,7 +4,7 @@ import collections
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from sgpt_jax.index.search import Index
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.prefetch import ahead
 
+EncodeChunks = Callable[[Iterator[list[str]]], Iterator[np.ndarray]]
+
 # Few enough for many processes to have equal shares, many enough for the number of files.
 SHARD_ROWS = 1 << 14
 
@@ -40,9 +42,8 @@ _OPTIONS = ("format", "dtype", "similarity", "chunk_size", "shard_size", "store_
 def build_index(
     folder: PathLike,
     documents: Iterable[Document],
-    encode: Callable[[list[str]], np.ndarray] | None = None,
+    encode_chunks: EncodeChunks,
     *,
-    encode_chunks: Callable[[Iterator[list[str]]], Iterator[np.ndarray]] | None = None,
     dtype: Dtype = "float32",
     similarity: Similarity = "cosine",
     chunk_size: int = 1024,
@@ -63,9 +64,9 @@ def build_index(
     Args:
         folder: where; made when it is not there.
         documents: the corpus with distinct ids, from its beginning, in a fixed order.
-        encode: texts -> vectors [n, E]; gets ``chunk_size`` texts (the last time fewer).
-        encode_chunks: in its place: a stream of such lists -> a stream of such arrays, such as
-            `BiEncoder.encode_chunks`, so that it can read ahead. It runs in a thread of its own.
+        encode_chunks: a stream of lists of texts -> a stream of their vectors [n, E], such as
+            `BiEncoder.encode_chunks`, so that it can read ahead. Lists have ``chunk_size`` texts (the last one fewer).
+            It runs in a thread of its own, so that the next chunk is encoded while one is being written.
         dtype: how vectors are stored. "int8" takes a quarter of float32, "float16" half; the recall that is left
             is measured during the build (see `Index.info`).
         similarity: "cosine" (vectors are stored normalised) or "dot".
@@ -82,8 +83,6 @@ def build_index(
     path = local_folder(folder)
     if chunk_size < 1 or dtype not in DTYPES or similarity not in ("cosine", "dot"):
         raise InputError(f"chunk_size {chunk_size}, dtype {dtype!r}, similarity {similarity!r}: not possible")
-    if (encode is None) == (encode_chunks is None):
-        raise ValueError("give either encode or encode_chunks")
     shard_size = max(1, SHARD_ROWS // chunk_size) * chunk_size
     manifest = Manifest(dtype, similarity, chunk_size, shard_size, store_texts, metadata or {})
     leader = processes.first()
@@ -95,30 +94,16 @@ def build_index(
         elif any(path.iterdir()):
             raise InputError(f"{path}: is not empty, and not an index")
         build = _Build(path, manifest, iter(documents), on_progress)
-        vectors = _in_thread(encode_chunks) if encode is None else _one_by_one(encode)
         if leader:
-            build.prepare(vectors)
+            build.prepare(encode_chunks)
             let_others_in()
             processes.gather(None)
-        build.run(vectors)
+        build.run(encode_chunks)
         rows = processes.gather(build.rows)  # until all are done
         if leader:
             build.finish(rows)
         processes.gather(None)
         return Index.open(path)
-
-
-_Encode = Callable[[Iterator[list[str]]], Generator[np.ndarray]]
-
-
-def _one_by_one(encode: Callable[[list[str]], np.ndarray]) -> _Encode:
-    return lambda chunks: (encode(texts) for texts in chunks)
-
-
-def _in_thread(encode_chunks: Callable[[Iterator[list[str]]], Iterator[np.ndarray]] | None) -> _Encode:
-    """Encodes the next chunk while one is being written."""
-    assert encode_chunks is not None
-    return lambda chunks: ahead(encode_chunks(chunks), 1)
 
 
 def _resumed(path: Path, wanted: Manifest) -> Manifest:
@@ -183,7 +168,7 @@ class _Build:
         self._unread: list[list[Document]] = []
         self._probes: dict[int, recall.Probe] = {}
 
-    def prepare(self, encode: _Encode) -> None:
+    def prepare(self, encode_chunks: EncodeChunks) -> None:
         """What has to be there before shards can be written: the manifest, and what depends on the first chunk."""
         manifest = self.manifest
         if manifest.complete:
@@ -200,7 +185,7 @@ class _Build:
         if not chunk:
             raise InputError("the corpus holds no document")
         _check_ids(chunk, 0)
-        (vectors,) = encode(iter([_texts(chunk)]))
+        (vectors,) = encode_chunks(iter([_texts(chunk)]))
         self._first = vectors
         self._unread.append(chunk)
         vectors = checked_vectors(manifest, chunk, vectors)
@@ -210,7 +195,7 @@ class _Build:
         if manifest.dtype != "float32":
             recall.save_queries(self.path, vectors)
 
-    def run(self, encode: _Encode) -> None:
+    def run(self, encode_chunks: EncodeChunks) -> None:
         """Writes this process's shards, from where they are."""
         self._on_progress(self._safe)
         new = self._pieces()
@@ -223,7 +208,7 @@ class _Build:
                 pieces.append(piece)
                 yield _texts(piece.documents)
 
-        with contextlib.closing(encode(texts())) as encoded:
+        with contextlib.closing(ahead(encode_chunks(texts()), 1)) as encoded:
             for vectors in encoded:
                 processes.check()
                 self._write(pieces.popleft(), vectors)

@@ -60,14 +60,14 @@ def pack_strings(values: Sequence[str], start: int, name: str) -> dict[str, byte
     return {f"{name}s": b"".join(encoded), f"{name}-ends": ends.astype("<u8").tobytes()}
 
 
-def unpack_strings(blob: np.ndarray, ends: np.ndarray, places: np.ndarray) -> list[str]:
-    """The strings at some places of two columns.
+def unpack_strings(blob: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> list[str]:
+    """The strings in some rows of two columns.
 
     Raises:
         InputError: the columns contradict each other.
     """
-    stops = ends[places].astype(np.int64)
-    starts = np.where(places > 0, ends[places - 1], 0).astype(np.int64)
+    stops = ends[rows].astype(np.int64)
+    starts = np.where(rows > 0, ends[rows - 1], 0).astype(np.int64)
     if ((starts < 0) | (starts > stops) | (stops > len(blob))).any():
         raise InputError("the index is damaged: strings end where there are none")
     view = memoryview(blob.data)

@@ -1,6 +1,4 @@
-"""Reading and searching an index on disk: memory-mapped, exact, in memory that does not grow with the
-corpus.
-"""
+"""Reading and searching an index on disk: memory-mapped, exact, in memory that does not grow with the corpus."""
 
 import collections
 from collections.abc import Iterator, Sequence
@@ -15,14 +13,12 @@ from sgpt_jax.index.columns import load_array, normalized, unpack_strings
 from sgpt_jax.index.files import CALIBRATION, Manifest, Shard, local_folder
 from sgpt_jax.index.topk import Block, exact_top_k
 
-# Numbers in a block of vectors. Float32 blocks are views of the file; the others are converted on the
-# device, and on a CPU a converted copy that is larger than the caches costs several times the search
-# (100,000 x 768, one query: 460 instead of 50 ms).
+# Elements of a block of vectors. Float32 blocks are views of the file; the others are converted on the device, and on a
+# CPU a converted copy that is larger than the caches costs several times the search (100,000 x 768, one query: 460
+# instead of 50 ms).
 BLOCK_ELEMENTS = {"float32": 1 << 24, "float16": 1 << 22, "int8": 1 << 22}
 
-
-# Files that are mapped into memory at a time.
-MAX_MAPPED = 512
+MAX_MAPPED = 512  # files that are mapped into memory at a time
 
 
 class Index:
@@ -74,12 +70,10 @@ class Index:
         return self.manifest.metadata
 
     def info(self) -> dict[str, Any]:
-        """Facts for people: documents, dimension, dtype, similarity, bytes, the recall of the stored dtype,
-        metadata.
+        """Facts for people: documents, dimension, dtype, similarity, bytes, the recall of the stored dtype, metadata.
 
-        ``recall`` is {"queries", "recall@10", "recall@100"} against exact float32 search over the whole
-        corpus,
-        with documents of the corpus as queries; None for float32 itself.
+        ``recall`` is {"queries", "recall@10", "recall@100"} against exact float32 search over the whole corpus, with
+        documents of the corpus as queries; None for float32 itself.
         """
         manifest = self.manifest
         sizes: dict[str, int] = {}
@@ -115,11 +109,11 @@ class Index:
     def vectors(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The stored vectors of some rows as float32 [n, E]."""
         result = np.empty((len(rows), self.dimension), np.float32)
-        for shard, members, places in self._places(rows):
-            stored = self._column(shard, "vectors").reshape(-1, self.dimension)[places].astype(np.float32)
+        for shard, members, local in self._by_shard(rows):
+            stored = self._column(shard, "vectors").reshape(-1, self.dimension)[local].astype(np.float32)
             if self._calibration is not None:
                 mean, scale = self._calibration
-                stored = mean + scale * stored * self._column(shard, "scales")[places, None]
+                stored = mean + scale * stored * self._column(shard, "scales")[local, None]
             result[members] = stored
         return result
 
@@ -128,9 +122,8 @@ class Index:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k best documents for each query, exactly, on the default device.
 
-        The vectors are streamed from disk in blocks. Equal scores rank by document id, descending as
-        strings, at the cut too, as trec_eval ranks them. Scores are cosines or dot products in float32, at
-        full precision.
+        The vectors are streamed from disk in blocks. Equal scores rank by document id, descending as strings, at the
+        cut too, as trec_eval ranks them. Scores are cosines or dot products in float32, at full precision.
 
         Args:
             queries: float [Q, E]; normalised here where the similarity is cosine.
@@ -141,8 +134,7 @@ class Index:
             scores float32 [Q, min(k, n)] and rows int64 of the same shape, best first.
 
         Raises:
-            InputError: no query, a wrong dimension, NaN or infinity in a query, k below 1, or damaged
-            vectors.
+            InputError: no query, a wrong dimension, NaN or infinity in a query, k below 1, or damaged vectors.
         """
         queries = np.asarray(queries, np.float32)
         if queries.ndim != 2 or not len(queries):
@@ -167,12 +159,12 @@ class Index:
         if block_size is None:
             size = 1 << (size.bit_length() - 1)
         size = min(size, max(shard.rows for shard in self.manifest.shards))
-        return exact_top_k(queries, offsets, lambda: self._blocks(size), len(self), k, self.ids)
+        return exact_top_k(queries, offsets, self._blocks(size), min(k, len(self)), self.ids)
 
     def _blocks(self, size: int) -> Iterator[Block]:
-        """Blocks of ``size`` rows. The last one of a shard begins early, so that it is a full view of the
-        file:
-        a view costs no copy, where the device is the CPU."""
+        """Blocks of ``size`` rows. The last one of a shard begins early, so that it is a full view of the file: a view
+        costs no copy, where the device is the CPU.
+        """
         for shard in self.manifest.shards:
             vectors = self._column(shard, "vectors").reshape(shard.rows, self.dimension)
             scales = self._column(shard, "scales") if self._calibration is not None else None
@@ -194,10 +186,8 @@ class Index:
         self._columns.move_to_end(key)
         return self._columns[key]
 
-    def _places(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
-        """For each shard that holds some of the rows: the shard, which of the rows, and their places in
-        it.
-        """
+    def _by_shard(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
+        """For each shard that holds some of the rows: the shard, which of the rows, and their numbers in it."""
         wanted = np.asarray(rows, np.int64)
         outside = (wanted < 0) | (wanted >= len(self))
         if outside.any():
@@ -210,8 +200,8 @@ class Index:
 
     def _strings(self, name: str, rows: Sequence[int] | np.ndarray) -> list[str]:
         result = [""] * len(rows)
-        for shard, members, places in self._places(rows):
+        for shard, members, local in self._by_shard(rows):
             blob, ends = self._column(shard, f"{name}s"), self._column(shard, f"{name}-ends")
-            for member, string in zip(members.tolist(), unpack_strings(blob, ends, places), strict=True):
+            for member, string in zip(members.tolist(), unpack_strings(blob, ends, local), strict=True):
                 result[member] = string
         return result

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from indexes import streamed
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
@@ -23,7 +24,7 @@ def documents(count, name="d{}"):
 
 def table(vectors):
     """An encoder that gives the vectors of `documents`, by the number in the text."""
-    return lambda texts: vectors[[int(text.split()[1]) for text in texts]]
+    return streamed(lambda texts: vectors[[int(text.split()[1]) for text in texts]])
 
 
 def ranked(scores, ids, k):
@@ -172,7 +173,10 @@ def test_odd_texts_and_ids_come_back(tmp_path, small_shards):
     ]
     corpus = [Document(f"{text[:3]}{n}", text) for n, text in enumerate(texts * 7)]
     index = build_index(
-        tmp_path / "i", iter(corpus), lambda batch: np.ones((len(batch), 2), np.float32), chunk_size=5
+        tmp_path / "i",
+        iter(corpus),
+        streamed(lambda batch: np.ones((len(batch), 2), np.float32)),
+        chunk_size=5,
     )
     rows = [62, 0, 49, 50, 7]
     assert index.texts(rows) == [corpus[row].text for row in rows]
@@ -184,7 +188,7 @@ def test_odd_texts_and_ids_come_back(tmp_path, small_shards):
 
 
 def test_all_texts_empty_and_lone_surrogates(tmp_path):
-    ones = lambda batch: np.ones((len(batch), 2), np.float32)  # noqa: E731
+    ones = streamed(lambda batch: np.ones((len(batch), 2), np.float32))
     index = build_index(tmp_path / "e", [Document("a", ""), Document("b", "")], ones)
     assert Index.open(tmp_path / "e").texts([1, 0]) == ["", ""]
     index = build_index(tmp_path / "s", [Document("a", "x\ud83d"), Document("b", "\ud83d\ude00")], ones)
@@ -202,7 +206,9 @@ def test_without_texts(tmp_path):
 def test_bad_id(tmp_path, id):
     with pytest.raises(InputError, match="document 1: the id"):
         build_index(
-            tmp_path / "i", [Document("ok", ""), Document(id, "")], lambda b: np.ones((len(b), 2), np.float32)
+            tmp_path / "i",
+            [Document("ok", ""), Document(id, "")],
+            streamed(lambda b: np.ones((len(b), 2), np.float32)),
         )
 
 
@@ -230,7 +236,7 @@ def test_large_vectors_are_fine_where_they_are_normalised(tmp_path):
 
 def test_encoder_of_the_wrong_shape(tmp_path):
     for shape in ((3, 2), (4,), (4, 0)):
-        wrong = functools.partial(lambda result, _: result, np.ones(shape, np.float32))
+        wrong = streamed(functools.partial(lambda result, _: result, np.ones(shape, np.float32)))
         with pytest.raises(InputError, match="the encoder gave an array of shape"):
             build_index(tmp_path / "i", documents(4), wrong)
 

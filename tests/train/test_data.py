@@ -60,8 +60,8 @@ def test_pairs_from_tsv(tmp_path):
     [
         ('{"query": "a"}', "`positive` is missing"),
         ('{"query": 3, "positive": "b"}', "`query`: not a text"),
-        ('{"query": "a", "positive": "b", "negatives": "c"}', "must be a list"),
-        ('{"query": "a", "positive": "b", "negatives": [null]}', "`negatives` is missing"),
+        ('{"query": "a", "positive": "b", "negatives": 5}', "`negatives`: not a text: 5"),
+        ('{"query": "a", "positive": "b", "negatives": [null]}', "`negatives`: not a text: None"),
         ('{"query": "a", "positive": "b", "negatives": ["c"], "scores": [1]}', "`scores`"),
         ('{"query": "a", "positive": "b", "scores": [true]}', "`scores`"),
         ('{"query": "a", "positive": "b", "scores": [NaN]}', "`scores`"),
