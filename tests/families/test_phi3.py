@@ -50,7 +50,7 @@ def test_hidden_states_and_the_way_back(window, tmp_path):
 def test_longrope_factors_must_fit_and_published_code_is_known(tmp_path):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 4, "rope_theta": 500.0}
     fused(tmp_path / "long", rope_parameters=rope)
-    with pytest.raises(InputError, match="short_factor is .* expected a list of 4 numbers above 0"):
+    with pytest.raises(InputError, match=r"short_factor is .* expected a list of 4 numbers above 0"):
         load(tmp_path / "long")
     code = {
         "AutoConfig": "configuration_phi3.Phi3Config",
