@@ -39,7 +39,7 @@ def tiny_models(folder, variant="llama"):
 def listening(application):
     """Serves an application on a free port; gives its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(application, http="h11", ws="none", lifespan="off", log_level="error")
+        config = uvicorn.Config(application, http="h11", ws="none", lifespan="off", log_config=None)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -51,15 +51,20 @@ def listening(application):
             assert not thread.is_alive()
 
 
+def listening_with(service, limits, origins=()):
+    """One more server for a service, with other limits."""
+    return listening(make_application(service, Metrics(), limits, origins))
+
+
 @contextlib.contextmanager
-def serving(models, bound=1 << 18, limits=None, origins=()):
+def serve(models, bound=1 << 18):
     """A server with models; gives (address, service)."""
     metrics = Metrics()
     service = Service(bound, metrics.on_batch)
     metrics.watch(service.queue)
     if models is not None:
         service.load(models)
-    with listening(make_application(service, metrics, limits or Limits(), origins)) as address:
+    with listening(make_application(service, metrics, Limits())) as address:
         yield address, service
     assert service.close(20)
 

@@ -97,15 +97,19 @@ class Queue:
     Args:
         lanes: their names.
         bound: tokens that may wait.
-        capacity: tokens a second, for telling when to come again; `Worker` measures it.
+
+    Attributes:
+        tokens: that wait now.
+        most_tokens: the most that have waited.
+        dropped: items that were dropped before their turn.
     """
 
     def __init__(self, lanes: Iterable[str], bound: int) -> None:
         self.bound = bound
-        self.capacity = 0.0
         self.tokens = 0
         self.most_tokens = 0
         self.dropped = 0
+        self._tokens_done = self._seconds_done = 0.0
         self._closed = False
         self._changed = threading.Condition()
         self._lanes: dict[str, dict[str, _Caller]] = {name: {} for name in lanes}
@@ -127,7 +131,7 @@ class Queue:
             if self._closed:
                 raise ApiError(503, "the server is stopping", code="stopping", retry_after=1)
             if self.tokens + size > self.bound:
-                wait = self.tokens / self.capacity if self.capacity else 1
+                wait = self.tokens * self._seconds_done / self._tokens_done if self._tokens_done else 1
                 raise ApiError(
                     429,
                     f"{self.tokens} tokens are waiting; with {size} more they would exceed {self.bound}",
@@ -151,6 +155,11 @@ class Queue:
             self.tokens -= job.tokens_waiting
             job.waiting.clear()
             self._forget(job)
+
+    def worked(self, tokens: int, seconds: float) -> None:
+        """Notes what a batch took, for telling how long what waits will take; the last ten count most."""
+        self._tokens_done = 0.9 * self._tokens_done + tokens
+        self._seconds_done = 0.9 * self._seconds_done + seconds
 
     def close(self) -> None:
         """Lets nothing more in. What waits is still worked on."""
@@ -305,7 +314,7 @@ class Worker:
                 return
             seconds = time.perf_counter() - begin
             tokens = sum(job.sizes[item] for job, item in taken)
-            self.queue.capacity = 0.8 * (self.queue.capacity or tokens / seconds) + 0.2 * tokens / seconds
+            self.queue.worked(tokens, seconds)
             for (job, item), result in zip(taken, results, strict=True):
                 job.results[item] = result
                 job.unfinished -= 1

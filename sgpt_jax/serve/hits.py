@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import textwrap
 
 _TITLE, _SNIPPET = 140, 320
-_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
 
 
 def title_and_snippet(text: str, title: str | None = None) -> tuple[str, str]:
@@ -21,9 +20,15 @@ def title_and_snippet(text: str, title: str | None = None) -> tuple[str, str]:
         rest = text[len(title) :]
     elif end := _SENTENCE_END.search(text, 0, _TITLE):
         title, rest = text[: end.end()], text[end.end() :]
-    elif len(text) <= _TITLE:
-        title, rest = text, ""
     else:
-        cut = text.rfind(" ", 0, _TITLE)
-        title, rest = (text[:cut] + " ...", text[cut:]) if cut > 0 else (text[:_TITLE], text[_TITLE:])
-    return title.strip(), textwrap.shorten(rest, _SNIPPET, placeholder=" ...")
+        title, rest = _cut(text, _TITLE)
+    return " ".join(title.split()), _cut(" ".join(rest.split()), _SNIPPET)[0]
+
+
+def _cut(text: str, size: int) -> tuple[str, str]:
+    """The beginning of a text, with dots if it is not the whole, and the rest. Words stay whole where there are any."""
+    if len(text) <= size:
+        return text, ""
+    end = text.rfind(" ", size // 2, size)
+    end = size if end < 0 else end
+    return f"{text[:end]} ...", text[end:]

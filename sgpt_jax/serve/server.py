@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import os
 import signal
 import socket
@@ -66,7 +67,7 @@ def serve(options: argparse.Namespace) -> None:
                 http="h11",
                 ws="none",
                 lifespan="off",
-                log_level="warning",
+                log_config=None,
                 access_log=False,
                 server_header=False,
                 limit_concurrency=_CONNECTIONS,
@@ -164,6 +165,7 @@ def demo_models(options: argparse.Namespace) -> Models:
     """The demonstration: SmolLM2-135M-Instruct with trained biases, 240 abstracts, and itself to re-rank."""
     source, mesh, dtype = demo_model(), device_mesh(options.mesh), options.dtype or "float32"
     with resources.as_file(resources.files("sgpt_jax") / "data" / BIASES) as biases:
+        digest = hashlib.sha256(biases.read_bytes()).hexdigest()
         encoder = BiEncoder.from_pretrained(
             source, max_seq_length=MAX_SEQ_LENGTH, biases=biases, dtype=dtype, mesh=mesh
         )
@@ -171,14 +173,19 @@ def demo_models(options: argparse.Namespace) -> Models:
         source, max_seq_length=_DEMO_PAIR_TOKENS, dtype=dtype, mesh=mesh
     )
     abstracts, _ = read_demo()
-    index = build_index(
-        Path(user_cache()) / f"demo-{dtype}.index",
-        [Document(a["_id"], f"{a['title']} {a['text']}", a["title"]) for a in abstracts],
-        encode_chunks=lambda chunks: encoder.encode_chunks(chunks, side="document"),
-        metadata={"model": str(source), "max_seq_length": MAX_SEQ_LENGTH, "dtype": dtype},
-    )
+    index = _demo_index(encoder, abstracts, Path(user_cache()) / f"demo-{digest[:12]}-{dtype}.index")
     titles = {a["_id"]: a["title"] for a in abstracts}
     return Models(encoder, cross_encoder, index, titles, _DEMO_DOCUMENT_TOKENS)
+
+
+def _demo_index(encoder: BiEncoder, abstracts: list[dict[str, str]], folder: Path) -> Index:
+    """The abstracts' index, which the first start leaves in the user's cache folder."""
+    with contextlib.suppress(InputError):
+        return Index.open(folder)
+    documents = [Document(a["_id"], f"{a['title']} {a['text']}", a["title"]) for a in abstracts]
+    return build_index(
+        folder, documents, encode_chunks=lambda chunks: encoder.encode_chunks(chunks, side="document")
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""The queue: its bound, whose turn it is, what is dropped; and the device's thread, with a lane that computes nothing."""
+"""The queue: its bound, whose turn it is, what is dropped; the device's thread, with a lane that computes nothing."""
 
 import threading
 

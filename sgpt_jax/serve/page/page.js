@@ -77,6 +77,7 @@ function hit(entry, query, explains) {
   else if (explains) {
     const why = make("button", "quiet", "Why?");
     why.type = "button";
+    why.setAttribute("aria-label", `Why is this found: ${entry.title}`);
     why.addEventListener("click", async () => {
       why.disabled = true;
       try {
@@ -106,7 +107,7 @@ async function search() {
   const begin = performance.now();
   try {
     const body = { query, k: COUNT, return_documents: true };
-    if (reranks) Object.assign(body, { rerank: 2 * COUNT, return_tokens: true });
+    if (reranks) Object.assign(body, { rerank: COUNT, return_tokens: true });
     const found = await ask("search", body);
     if (number !== asked) return; // another search has begun meanwhile
     const explains = !at("switch").hidden;
@@ -156,7 +157,7 @@ at("key-form").addEventListener("submit", (event) => {
   begin();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input:not([type=checkbox])")) return;
   const step = { j: 1, k: -1 }[event.key];
   if (event.key === "/") at("query").focus();
   else if (step) {
