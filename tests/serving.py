@@ -26,11 +26,11 @@ DOCUMENTS = [
 ]
 
 
-def tiny_models(folder, variant="llama"):
+def tiny_models(folder, mesh=None):
     """A bi-encoder with brackets, a cross-encoder, and an index of `DOCUMENTS`; few and short shapes."""
-    model = decoders.write_tokenizer(decoders.write_checkpoint(variant, folder / "tiny"))
-    encoder = BiEncoder.from_pretrained(model, brackets=True, max_seq_length=40)
-    cross_encoder = CrossEncoder.from_pretrained(model, prompt=PROMPT, max_seq_length=96)
+    model = decoders.write_tokenizer(decoders.write_checkpoint("llama", folder / "tiny"))
+    encoder = BiEncoder.from_pretrained(model, brackets=True, max_seq_length=40, mesh=mesh)
+    cross_encoder = CrossEncoder.from_pretrained(model, prompt=PROMPT, max_seq_length=96, mesh=mesh)
     index = build_index(folder / "index", DOCUMENTS, encoder.encode_document)
     return Models(encoder, cross_encoder, index)
 
