@@ -191,9 +191,12 @@ def _demo_index(encoder: BiEncoder, abstracts: list[dict[str, str]], folder: Pat
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_CONNECTIONS)
+        listener = socket.create_server((host, port), family=family, backlog=_CONNECTIONS)
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen at {host}, port {port}: {error}") from None
+    # Connections have it from the listener: a small answer, sent in two parts, must not wait for an acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _progress() -> Callable[[int, int], None]:
