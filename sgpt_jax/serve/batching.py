@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sgpt_jax.packing.layout import PlannedBatch
 from sgpt_jax.serve.errors import ApiError, where
-from sgpt_jax.serve.shapes import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,11 @@ class Lane(Protocol):
     name: str
     budget: int
 
-    def plan(self, sizes: Sequence[int]) -> Plan:
+    def plan(self, sizes: Sequence[int]) -> PlannedBatch:
         """Which items run now, the first among them; `sizes` are those of the items whose turn it is."""
 
-    def start(self, items: Sequence[Any], plan: Plan) -> Callable[[], Sequence[Any]]:
-        """Starts the plan's items and returns what waits for their results."""
+    def start(self, items: Sequence[Any], plan: PlannedBatch) -> Callable[[], Sequence[Any]]:
+        """Starts those of the items that are in the plan; returns what waits for their results, `plan.texts`."""
 
 
 @dataclass(eq=False)
@@ -299,9 +299,9 @@ class Worker:
         taken = entries
         try:
             plan = lane.plan([job.sizes[item] for job, item in entries])
-            taken = [entries[place] for place in plan.items]
+            taken = [entries[place] for place in plan.texts]
             self.queue.take(taken)
-            fetch = lane.start([job.items[item] for job, item in taken], plan)
+            fetch = lane.start([job.items[item] for job, item in entries], plan)
         except Exception as error:
             self._fail(taken, error)
             return None
@@ -321,8 +321,7 @@ class Worker:
                 if not job.unfinished and job.future.set_running_or_notify_cancel():
                     job.future.set_result(job.results)
             waited = begin - min(job.put_at for job, _ in taken)
-            padded = plan.shape.rows * plan.shape.length
-            self._on_batch(BatchReport(lane.name, len(taken), tokens, padded, seconds, waited))
+            self._on_batch(BatchReport(lane.name, len(taken), tokens, plan.padded_tokens, seconds, waited))
 
         return finish
 

@@ -100,7 +100,9 @@ class Door:
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it
             except asyncio.CancelledError:  # by uvicorn alone, when the time to drain is over
-                response = error_response(ApiError(503, "the server has stopped", code="stopping", retry_after=1))
+                response = error_response(
+                    ApiError(503, "the server has stopped", code="stopping", retry_after=1)
+                )
             except Exception as error:
                 logger.error("request %s to %s failed: %s", number, route, where(error))
                 response = error_response(ApiError(500, "the server failed", retry=False))

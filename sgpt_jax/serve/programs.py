@@ -12,16 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from sgpt_jax.bi_encoder import DEFAULT_BATCH_TOKENS, BiEncoder, embed
-from sgpt_jax.cross_encoder import BATCH_TOKENS, CrossEncoder
-from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_POSITIONS, score_tokens
+from sgpt_jax import bi_encoder, cross_encoder
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cross_encoder import CrossEncoder
+from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import split
-from sgpt_jax.decoder.sharding import batch_sharding, batch_ways
+from sgpt_jax.decoder.sharding import batch_sharding, num_shards
 from sgpt_jax.index.search import Index
-from sgpt_jax.packing import rows as packed
-from sgpt_jax.packing import shared
+from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, Row, lay_out
+from sgpt_jax.packing.rows import embed, fill_rows, most_texts, vector_indices
+from sgpt_jax.packing.shared import lay_out_targets
 from sgpt_jax.runtime.platform import by_platform
-from sgpt_jax.serve.shapes import Plan, Rows, Shape, choose, row_lengths, shapes
+from sgpt_jax.serve.shapes import Shape, choose, row_lengths, shapes
 
 Fetch = Callable[[], Sequence[Any]]
 """Waits for a batch and gives the result of each of its items, in the order of the plan's."""
@@ -42,12 +44,11 @@ class Embedder:
 
     def __init__(self, model: BiEncoder) -> None:
         self.model = model
-        self.budget = DEFAULT_BATCH_TOKENS.get(jax.default_backend(), 32768)
-        if jax.default_backend() == "cpu":
-            self.budget //= 4  # a batch of seconds would keep everybody waiting who comes next
+        # On a CPU, a batch of seconds would keep everybody waiting who comes next.
+        self.budget = by_platform(cpu=bi_encoder.CPU_BATCH_TOKENS // 4, accelerator=BATCH_TOKENS)
         lengths = row_lengths(model.text.max_seq_length)
         several = [length for length in lengths if length in (128, 512, 2048) or length == lengths[-1]]
-        self.shapes = shapes(lengths, self.budget, batch_ways(model.mesh), several)
+        self.shapes = shapes(lengths, self.budget, num_shards(model.mesh), several)
         self._graphdef, self._params = split(model.decoder)
         self.programs = len(self.shapes)
         self._programs: dict[Shape, Any] = {}
@@ -55,38 +56,33 @@ class Embedder:
     def compile(self) -> Iterator[Shape]:
         """Makes the programs, one at a time; yields the shape of each."""
         for shape in self.shapes:
-            arrays, _ = packed.lay_out([[0]], self._batch(shape, [(0,)]), self.model.text.pad_id)
             lowered = embed.lower(
                 self._graphdef,
                 self._params,
-                _structs(arrays, _sharding(self.model.mesh)),
+                _structs(lay_out(shape.holding([]), [], 0), _sharding(self.model.mesh)),
                 pooling=self.model.pooling,
-                slots=packed.texts_per_row(shape.length),
-                unit=self.model.normalized,
+                room=most_texts(shape.length),
+                normalize=self.model.normalized,
                 mesh=self.model.mesh,
             )
             self._programs[shape] = lowered.compile()
             yield shape
 
-    def plan(self, sizes: Sequence[int]) -> Plan:
+    def plan(self, sizes: Sequence[int]) -> PlannedBatch:
         """Which of the waiting texts run now, packed into rows."""
 
-        def fill(items: list[int], length: int) -> Rows:
-            rows = packed.fill_rows([sizes[item] for item in items], lambda _: length)
-            return [tuple(items[place] for place in row) for _, row in rows]
+        def fill(items: list[int], length: int) -> list[Row]:
+            rows = fill_rows([sizes[item] for item in items], lambda _: length)
+            return [Row(tuple(items[text] for text in row.texts), length) for row in rows]
 
         return choose(sizes, self.shapes, self.budget, fill)
 
-    def start(self, items: Sequence[list[int]], plan: Plan) -> Fetch:
-        """Starts a batch; `items` are the texts of the plan, row by row."""
-        numbers = iter(range(len(items)))
-        batch = self._batch(plan.shape, [tuple(next(numbers) for _ in row) for row in plan.rows])
-        arrays, places = packed.lay_out(items, batch, self.model.text.pad_id)
-        result = self._programs[plan.shape](self._params, jax.device_put(arrays, _sharding(self.model.mesh)))
-        return lambda: np.asarray(result).reshape(-1, self.model.dimension)[places]
-
-    def _batch(self, shape: Shape, rows: Rows) -> packed.RowBatch:
-        return packed.RowBatch(tuple(rows), shape.rows, shape.length, packed.texts_per_row(shape.length))
+    def start(self, items: Sequence[list[int]], plan: PlannedBatch) -> Fetch:
+        """Starts a batch of some of the items."""
+        batch = jax.device_put(lay_out(plan, items, self.model.text.pad_id), _sharding(self.model.mesh))
+        result = self._programs[Shape.of(plan)](self._params, batch)
+        indices = vector_indices(plan, most_texts(plan.length))
+        return lambda: np.asarray(result).reshape(-1, self.model.dimension)[indices]
 
 
 @dataclass(frozen=True)
@@ -109,67 +105,51 @@ class Scorer:
 
     def __init__(self, model: CrossEncoder) -> None:
         self.model = model
-        self.budget = BATCH_TOKENS.get(jax.default_backend(), 32768)
+        self.budget = by_platform(cpu=cross_encoder.CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
         lengths = [length for length in row_lengths(model.text.max_seq_length) if length > 32]
-        self.shapes = shapes(lengths, self.budget, batch_ways(model.mesh), lengths)
+        self.shapes = shapes(lengths, self.budget, num_shards(model.mesh), lengths)
         self._graphdef, self._params = split(model.decoder)
         self.programs = len(self.shapes)
         self._programs: dict[Shape, Any] = {}
-        self._block = HEAD_POSITIONS.get(jax.default_backend(), 2048)
 
     def compile(self) -> Iterator[Shape]:
         """Makes the programs, one at a time; yields the shape of each."""
-        mesh, config = self.model.mesh, self.model.decoder.config
-        # Blocks of a vocabulary that is spread over devices would be gathered one by one.
-        spread = mesh is not None and mesh.shape["tensor"] > 1
         for shape in self.shapes:
-            arrays, _ = self._arrays([TokenPair([0], [0])], shape)
+            arrays, _ = self._arrays([], shape.holding([]))
             lowered = score_tokens.lower(
                 self._graphdef,
                 self._params,
-                *_structs(arrays, _sharding(mesh)),
-                np.int32(1),
-                positions_block=self._block,
-                entries_block=config.vocab_size if spread else min(HEAD_ENTRIES, config.vocab_size),
-                mesh=mesh,
+                *_structs(arrays, _sharding(self.model.mesh)),
+                mesh=self.model.mesh,
             )
             self._programs[shape] = lowered.compile()
             yield shape
 
-    def plan(self, sizes: Sequence[int]) -> Plan:
+    def plan(self, sizes: Sequence[int]) -> PlannedBatch:
         """Which of the waiting pairs run now, a row each."""
-        return choose(sizes, self.shapes, self.budget, lambda items, length: [(item,) for item in items])
-
-    def start(self, items: Sequence[TokenPair], plan: Plan) -> Fetch:
-        """Starts a batch."""
-        arrays, work = self._arrays(items, plan.shape)
-        blocks = np.int32(-(-max(work.counts) // self._block))
-        placed = jax.device_put(arrays, _sharding(self.model.mesh))
-        result = self._programs[plan.shape](self._params, *placed, blocks)
-
-        def fetch() -> Sequence[np.ndarray]:
-            found: list[Any] = [None] * len(items)
-            for members, values in zip(work.pairs, np.asarray(result), strict=True):
-                ends = np.cumsum([len(items[member].query) for member in members])
-                for member, part in zip(members, np.split(values, ends), strict=False):
-                    found[member] = part
-            return found
-
-        return fetch
-
-    def _arrays(self, items: Sequence[TokenPair], shape: Shape) -> tuple[tuple[Any, ...], shared.Pass]:
-        numbers = tuple(range(len(items)))
-        work = shared.make_pass(
-            shared.Batch(numbers, shape.rows, shape.length),
-            [shared.Row(number, (number,), items[number].size) for number in numbers],
-            [(number, number) for number in numbers],
-            [item.context for item in items],
-            [item.query for item in items],
-            pad_id=self.model.text.pad_id,
-            block=self._block,
-            ways=batch_ways(self.model.mesh),
+        return choose(
+            sizes,
+            self.shapes,
+            self.budget,
+            lambda items, length: [Row((item,), length, prefix=item) for item in items],
         )
-        return (work.input_ids, work.positions, work.segments, work.slots, work.targets), work
+
+    def start(self, items: Sequence[TokenPair], plan: PlannedBatch) -> Fetch:
+        """Starts a batch of some of the items."""
+        arrays, owners = self._arrays(items, plan)
+        placed = jax.device_put(arrays, _sharding(self.model.mesh))
+        result = self._programs[Shape.of(plan)](self._params, *placed)
+        # The targets of a row stand together, and rows in their order.
+        ends = np.cumsum([len(items[item].query) for item in plan.texts])
+        return lambda: np.split(np.asarray(result)[owners >= 0], ends[:-1])
+
+    def _arrays(self, items: Sequence[TokenPair], plan: PlannedBatch) -> tuple[tuple[Any, Any], np.ndarray]:
+        contexts, queries = [item.context for item in items], [item.query for item in items]
+        # A query's last token is predicted, but not read.
+        batch = lay_out(plan, [query[:-1] for query in queries], self.model.text.pad_id, contexts)
+        pairs = [(number, number) for number in range(len(items))]
+        targets, owners = lay_out_targets(plan, pairs, contexts, queries, num_shards(self.model.mesh))
+        return (batch, targets), owners
 
 
 @dataclass(frozen=True)
@@ -213,20 +193,21 @@ class Searcher:
                 self.index.search(np.ones((queries, self.index.dimension), np.float32), hits)
                 yield Shape(queries, hits)
 
-    def plan(self, sizes: Sequence[int]) -> Plan:
+    def plan(self, sizes: Sequence[int]) -> PlannedBatch:
         """As many of the waiting queries as a pass over the index takes."""
         count = min(len(sizes), self.budget)
-        rows = next(queries for queries in self._QUERIES if queries >= count)
-        return Plan(Shape(rows, 1), [(item,) for item in range(count)])
+        queries = next(queries for queries in self._QUERIES if queries >= count)
+        return Shape(queries, 1).holding([Row((item,), 1) for item in range(count)])
 
-    def start(self, items: Sequence[Wanted], plan: Plan) -> Fetch:
-        """Searches for the queries together."""
-        queries = np.ones((plan.shape.rows, self.index.dimension), np.float32)
-        queries[: len(items)] = [item.vector for item in items]
-        hits = next(hits for hits in self._HITS if hits >= max(item.k for item in items))
+    def start(self, items: Sequence[Wanted], plan: PlannedBatch) -> Fetch:
+        """Searches for some of the queries together."""
+        asked = [items[item] for item in plan.texts]
+        queries = np.ones((plan.num_rows, self.index.dimension), np.float32)
+        queries[: len(asked)] = [item.vector for item in asked]
+        hits = next(hits for hits in self._HITS if hits >= max(item.k for item in asked))
         scores, rows = self.index.search(queries, hits)
         return lambda: [
-            self._hits(scores[number, : item.k], rows[number, : item.k]) for number, item in enumerate(items)
+            self._hits(scores[number, : item.k], rows[number, : item.k]) for number, item in enumerate(asked)
         ]
 
     def _hits(self, scores: np.ndarray, rows: np.ndarray) -> Hits:

@@ -244,7 +244,7 @@ class Service:
         pairs = [
             TokenPair(tokens.contexts[context], tokens.queries[asked]) for context, asked in tokens.pairs
         ]
-        return pairs, tokens.places.tolist()
+        return pairs, tokens.indices.tolist()
 
 
 def _first_tokens(text: TextEncoder, document: str, limit: int) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sgpt_jax.packing.layout import PlannedBatch, Row
 from sgpt_jax.packing.rows import round_length
 
 # A token of a row this long costs about twice what it costs in a very short one, in a small decoder.
 _DOUBLE_COST = 4096
 # What a batch costs beside its tokens (reading the weights, launching programs), as a share of the full budget.
 _LAUNCH = 1 / 16
-
-Rows = list[tuple[int, ...]]
-"""The items of each row, as indices."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +21,14 @@ class Shape:
     rows: int
     length: int
 
+    @classmethod
+    def of(cls, plan: PlannedBatch) -> Shape:
+        """The shape of a batch."""
+        return cls(plan.num_rows, plan.length)
 
-@dataclass(frozen=True)
-class Plan:
-    """What runs next: items by row, and the shape that holds them."""
-
-    shape: Shape
-    rows: Rows
-
-    @property
-    def items(self) -> list[int]:
-        """All items, row by row."""
-        return [item for row in self.rows for item in row]
+    def holding(self, rows: Sequence[Row]) -> PlannedBatch:
+        """A batch of this shape."""
+        return PlannedBatch(tuple(rows), self.rows, self.length)
 
 
 def row_lengths(longest: int) -> list[int]:
@@ -67,8 +61,11 @@ def shapes(lengths: Sequence[int], budget: int, multiple: int, several: Sequence
 
 
 def choose(
-    sizes: Sequence[int], shapes: Sequence[Shape], budget: int, fill: Callable[[list[int], int], Rows]
-) -> Plan:
+    sizes: Sequence[int],
+    shapes: Sequence[Shape],
+    budget: int,
+    fill: Callable[[list[int], int], list[Row]],
+) -> PlannedBatch:
     """The batch that does the most work for its time; the first item is always in it.
 
     Args:
@@ -77,17 +74,17 @@ def choose(
         budget: tokens of a full batch.
         fill: gives the rows of some items, as indices into `sizes`, for a length of rows.
     """
-    best: tuple[float, Plan] | None = None
+    best: tuple[float, PlannedBatch] | None = None
     for length in sorted({shape.length for shape in shapes if shape.length >= sizes[0]}):
         fitting = [index for index, size in enumerate(sizes) if size <= length]
-        rows = sorted(fill(fitting, length), key=min)
+        rows = sorted(fill(fitting, length), key=lambda row: min(row.texts))
         for shape in shapes:
             if shape.length != length:
                 continue
-            taken = rows[: shape.rows]
-            tokens = sum(sizes[index] for row in taken for index in row)
+            plan = shape.holding(rows[: shape.rows])
+            tokens = sum(sizes[index] for index in plan.texts)
             cost = (shape.rows * length + budget * _LAUNCH) * (1 + length / _DOUBLE_COST)
             if best is None or tokens / cost > best[0]:
-                best = tokens / cost, Plan(shape, taken)
+                best = tokens / cost, plan
     assert best is not None, "an item is longer than every shape"
     return best[1]

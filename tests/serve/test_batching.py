@@ -5,9 +5,9 @@ import threading
 import pytest
 import serving
 
+from sgpt_jax.packing.layout import PlannedBatch, Row
 from sgpt_jax.serve.batching import Job, Queue, Worker
 from sgpt_jax.serve.errors import ApiError
-from sgpt_jax.serve.shapes import Plan, Shape
 
 
 def job(caller, sizes, name="lane"):
@@ -30,10 +30,12 @@ class Lane:
         self.batches = []
 
     def plan(self, sizes):
-        return Plan(Shape(1, sum(sizes)), [(item,) for item in range(min(len(sizes), self.budget))])
+        rows = tuple(Row((item,), 1) for item in range(min(len(sizes), self.budget)))
+        return PlannedBatch(rows, len(rows), 1)
 
     def start(self, items, plan):
-        self.batches.append(list(items))
+        items = [items[item] for item in plan.texts]
+        self.batches.append(items)
 
         def fetch():
             self.go.wait(20)

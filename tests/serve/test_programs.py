@@ -25,8 +25,8 @@ def everything(lane, items, sizes):
     waiting, results = list(range(len(items))), [None] * len(items)
     while waiting:
         plan = lane.plan([sizes[item] for item in waiting])
-        taken = [waiting[place] for place in plan.items]
-        for item, result in zip(taken, lane.start([items[item] for item in taken], plan)(), strict=True):
+        taken = [waiting[place] for place in plan.texts]
+        for item, result in zip(taken, lane.start([items[item] for item in waiting], plan)(), strict=True):
             results[item] = result
         waiting = [item for item in waiting if item not in taken]
     return results
@@ -57,8 +57,8 @@ def test_log_probs(models):
     items = [TokenPair(tokens.contexts[context], tokens.queries[query]) for context, query in tokens.pairs]
     found = everything(Scorer(model), items, [item.size for item in items])
     sums = np.array([values.sum(dtype=np.float64) for values in found])
-    np.testing.assert_allclose(sums[tokens.places], wanted, rtol=1e-5)
-    for (query, document), place in zip(pairs, tokens.places, strict=True):
+    np.testing.assert_allclose(sums[tokens.indices], wanted, rtol=1e-5)
+    for (query, document), place in zip(pairs, tokens.indices, strict=True):
         pieces, values = model.token_log_probs(query, document)
         assert "".join(pieces) == query
         np.testing.assert_allclose(values, found[place], rtol=1e-4, atol=1e-5)
@@ -132,7 +132,7 @@ def test_a_mesh_gives_the_same(models, tmp_path):
         found = everything(Scorer(model), items, [item.size for item in items])
         with np.load(sys.argv[1] + "/wanted.npz") as wanted:
             np.testing.assert_allclose(np.stack(vectors), wanted["vectors"], rtol=1e-4, atol=1e-5)
-            scores = np.array([values.sum() for values in found])[tokens.places]
+            scores = np.array([values.sum() for values in found])[tokens.indices]
             np.testing.assert_allclose(scores, wanted["scores"], rtol=1e-4)
     """
     run_on_eight(code, tmp_path, repr((texts, documents, query)))

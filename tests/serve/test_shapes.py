@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-from sgpt_jax.packing.rows import fill_rows, texts_per_row
+from sgpt_jax.packing.layout import Row
+from sgpt_jax.packing.rows import fill_rows, most_texts
 from sgpt_jax.serve.shapes import Shape, choose, row_lengths, shapes
 
 
 def fill(sizes):
     def rows(items, length):
         found = fill_rows([sizes[item] for item in items], lambda _: length)
-        return [tuple(items[place] for place in row) for _, row in found]
+        return [Row(tuple(items[text] for text in row.texts), length) for row in found]
 
     return rows
 
@@ -35,13 +36,13 @@ def test_a_batch_holds_whole_texts_once_and_the_first_always(seed):
     found = shapes(row_lengths(256), 1024, 1, (128, 256))
     sizes = random.randint(1, 257, random.randint(1, 80)).tolist()
     plan = choose(sizes, found, 1024, fill(sizes))
-    assert plan.shape in found
-    assert 0 in plan.items
-    assert len(set(plan.items)) == len(plan.items)
-    assert len(plan.rows) <= plan.shape.rows
+    assert Shape.of(plan) in found
+    assert 0 in plan.texts
+    assert len(set(plan.texts)) == len(plan.texts)
+    assert len(plan.rows) <= plan.num_rows
     for row in plan.rows:
-        assert sum(sizes[item] for item in row) <= plan.shape.length
-        assert len(row) <= texts_per_row(plan.shape.length)
+        assert sum(sizes[item] for item in row.texts) <= plan.length
+        assert len(row.texts) <= most_texts(plan.length)
 
 
 def test_all_texts_run_in_the_end():
@@ -50,16 +51,16 @@ def test_all_texts_run_in_the_end():
     padded, tokens = 0, sum(waiting)
     while waiting:
         plan = choose(waiting, found, 1024, fill(waiting))
-        padded += plan.shape.rows * plan.shape.length
-        taken = set(plan.items)
+        padded += plan.padded_tokens
+        taken = set(plan.texts)
         waiting = [size for item, size in enumerate(waiting) if item not in taken]
     assert tokens / padded > 0.85
 
 
 def test_one_short_text_takes_the_smallest_shape_and_many_a_full_one():
     found = shapes(row_lengths(512), 4096, 1, (128, 512))
-    assert choose([9], found, 4096, fill([9])).shape == Shape(1, 32)
+    assert choose([9], found, 4096, fill([9])).padded_tokens == 32
     many = [20] * 300
     plan = choose(many, found, 4096, fill(many))
-    assert plan.shape == Shape(32, 128)
-    assert len(plan.items) == 192  # six in each row
+    assert Shape.of(plan) == Shape(32, 128)
+    assert len(plan.texts) == 192  # six in each row
