@@ -252,6 +252,14 @@ def rerank(options: argparse.Namespace) -> None:
     )
 
 
+def serve(options: argparse.Namespace) -> None:
+    try:
+        from sgpt_jax.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        raise InputError(f"sgpt serve needs {error.name}: pip install 'sgpt-jax[serve]'") from None
+    run(options)
+
+
 def info(options: argparse.Namespace) -> None:
     """Prints what a model or an index is."""
     if os.path.exists(os.path.join(options.source, MANIFEST)):
