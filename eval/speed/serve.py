@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.cli.demo import read_demo
 from sgpt_jax.decoder.sharding import device_mesh
+from sgpt_jax.demo import read_demo
 from sgpt_jax.runtime import compile_cache
 
 # How much a vector of length 1 may differ by the rounding of another batch's matrix products.

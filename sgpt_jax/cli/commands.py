@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from sgpt_jax import demo as demonstration
 from sgpt_jax import rerank as reranking
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
 from sgpt_jax.checkpoint.export import count_parameters
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.cli import demo as demonstration
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import abstract_decoder

@@ -20,9 +20,9 @@ import jax
 import uvicorn
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.cli.demo import BIASES, MAX_SEQ_LENGTH, demo_model, read_demo
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.sharding import device_mesh
+from sgpt_jax.demo import BIASES, MAX_SEQ_LENGTH, demo_model, read_demo
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.index.build import build_index

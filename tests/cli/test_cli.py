@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import sgpt_jax as sgpt
+from sgpt_jax import demo
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
-from sgpt_jax.cli import demo
 from sgpt_jax.cli.parser import main
 from sgpt_jax.files.runs import read_run
 
