@@ -7,6 +7,7 @@ import time
 
 import decoders
 import uvicorn
+from indexes import streamed
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
@@ -31,7 +32,7 @@ def tiny_models(folder, mesh=None):
     model = decoders.write_tokenizer(decoders.write_checkpoint("llama", folder / "tiny"))
     encoder = BiEncoder.from_pretrained(model, brackets=True, max_seq_length=40, mesh=mesh)
     cross_encoder = CrossEncoder.from_pretrained(model, prompt=PROMPT, max_seq_length=96, mesh=mesh)
-    index = build_index(folder / "index", DOCUMENTS, encoder.encode_document)
+    index = build_index(folder / "index", DOCUMENTS, streamed(encoder.encode_document))
     return Models(encoder, cross_encoder, index)
 
 

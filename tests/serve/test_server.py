@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import serving
+from indexes import streamed
 from serving import DOCUMENTS
 
 from sgpt_jax.bi_encoder import BiEncoder
@@ -148,12 +149,14 @@ def options(*arguments) -> argparse.Namespace:
 def test_the_index_says_with_which_model_it_was_built(model, tmp_path):
     encoder = BiEncoder.from_pretrained(model, pooling="mean", brackets=True, max_seq_length=24)
     metadata = {"model": model, "pooling": "mean", "brackets": True, "max_seq_length": 24, "dtype": "float32"}
-    build_index(tmp_path / "index", DOCUMENTS, encoder.encode_document, metadata=metadata)
+    build_index(tmp_path / "index", DOCUMENTS, streamed(encoder.encode_document), metadata=metadata)
     models = load_models(options("--index", str(tmp_path / "index"), "--cross-encoder", model))
     assert (models.encoder.pooling, models.encoder.text.brackets) == ("mean", True)
     assert models.encoder.text.max_seq_length == 24
     assert models.cross_encoder is not None and len(models.index) == 3
-    build_index(tmp_path / "other", DOCUMENTS, lambda texts: np.ones((len(texts), 7)), metadata=metadata)
+    build_index(
+        tmp_path / "other", DOCUMENTS, streamed(lambda texts: np.ones((len(texts), 7))), metadata=metadata
+    )
     with pytest.raises(InputError, match="another model"):
         load_models(options("--index", str(tmp_path / "other")))
 
