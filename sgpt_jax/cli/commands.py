@@ -119,6 +119,7 @@ def index(options: argparse.Namespace) -> None:
             chunk_size=options.chunk_size,
             store_texts=not options.no_texts,
             metadata=metadata,
+            fingerprint=model.fingerprint(),
             on_progress=show,
         )
     work = _describe_work(report)
@@ -164,10 +165,10 @@ def search(options: argparse.Namespace) -> None:
         if options.queries is None
         else read_queries(options.queries, **_reading(options))
     )
-    settings = dict(index.metadata)
-    settings["model"] = options.model or settings["model"]
-    settings["dtype"] = options.dtype or settings["dtype"]
-    vectors = _load(settings, options.mesh).encode_query(list(queries.values()))
+    settings = _index_settings(index, options)
+    model = _load(settings, options.mesh)
+    index.check_model(model.fingerprint())
+    vectors = model.encode_query(list(queries.values()))
     scores, found = index.search(vectors, max(k, options.rerank))
     run: dict[str, dict[str, float]] = {}
     rows: dict[str, dict[str, int]] = {}  # query -> document -> its row in the index
@@ -191,6 +192,16 @@ def search(options: argparse.Namespace) -> None:
         else:
             title = queries[query] if options.queries is None else f"{query}: {queries[query]}"
             _print_listing(title, documents)
+
+
+def _index_settings(index: Index, options: argparse.Namespace) -> dict[str, Any]:
+    """What `_load` needs for the model that an index was made with, or that the options name."""
+    settings: dict[str, Any] = {"pooling": None, "brackets": None, "max_seq_length": None, "biases": None}
+    settings |= {"dtype": "float32"} | index.metadata
+    settings |= {name: vars(options)[name] for name in ("model", "dtype") if vars(options)[name]}
+    if "model" not in settings:
+        raise InputError(f"{options.index}: does not say which model it was made with; give it as --model")
+    return settings
 
 
 def _print_json(query: str, text: str, documents: list[tuple[str, float, str]]) -> None:
@@ -263,7 +274,14 @@ def serve(options: argparse.Namespace) -> None:
 def info(options: argparse.Namespace) -> None:
     """Prints what a model or an index is."""
     if os.path.exists(os.path.join(options.source, MANIFEST)):
-        _index_info(Index.open(options.source))
+        index = Index.open(options.source)
+        if options.verify:
+            index.verify()
+        _index_info(index)
+        if options.verify:
+            print("verified: every file fits its checksum")
+    elif options.verify:
+        raise InputError(f"{options.source}: --verify is for an index, which has checksums")
     else:
         _model_info(options.source)
 
@@ -279,6 +297,7 @@ def _index_info(index: Index) -> None:
         print(f"against float32, over {facts['recall']['queries']} documents as queries: {kept}")
     for name, value in facts["metadata"].items():
         print(printable(f"{name}: {value}"))
+    print(f"fingerprint of model and settings: {facts['fingerprint'] or 'unknown'}")
 
 
 def _model_info(source: str) -> None:

@@ -183,7 +183,10 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
     ),
     "info": (
         "What a model or an index is: family, sizes, biases, memory; recall of the index.",
-        (option("source", help="a model (folder, hub id, .gguf file) or an index"),),
+        (
+            option("source", help="a model (folder, hub id, .gguf file) or an index"),
+            option("--verify", action="store_true", help="read the whole index and check all its checksums"),
+        ),
     ),
     "export": (
         "Write a model as a folder that transformers and sentence-transformers load, or an index as a FAISS or "

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import hashlib
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import numpy as np
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
-from sgpt_jax.files.lines import PathLike
+from sgpt_jax.files.lines import PathLike, atomic_write
 from sgpt_jax.index import recall
-from sgpt_jax.index.columns import calibrate, check_id, checked_vectors, pack_columns, save_array
+from sgpt_jax.index.columns import array_bytes, calibrate, check_id, checked_vectors, pack_columns
 from sgpt_jax.index.files import (
     CALIBRATION,
     DTYPES,
@@ -36,7 +37,8 @@ EncodeChunks = Callable[[Iterator[list[str]]], Iterator[np.ndarray]]
 # Few enough for many processes to have equal shares, many enough for the number of files.
 SHARD_ROWS = 1 << 14
 
-_OPTIONS = ("format", "dtype", "similarity", "chunk_size", "shard_size", "store_texts", "metadata")
+_OPTIONS = ("dtype", "similarity", "chunk_size", "shard_size", "store_texts")
+_SOURCES = ("model", "biases")  # metadata that only say where a model lay
 
 
 def build_index(
@@ -49,6 +51,7 @@ def build_index(
     chunk_size: int = 1024,
     store_texts: bool = True,
     metadata: dict[str, Any] | None = None,
+    fingerprint: str = "",
     on_progress: Callable[[int], None] | None = None,
 ) -> Index:
     """Builds an index, or goes on with one that was interrupted, or checks one that is finished.
@@ -72,7 +75,10 @@ def build_index(
         similarity: "cosine" (vectors are stored normalised) or "dot".
         chunk_size: documents between two moments of safety.
         store_texts: keep the texts, for showing what was found.
-        metadata: JSON values that say how the vectors were made; they must be the same when a build goes on.
+        metadata: JSON values that say how the vectors were made; they must be the same when a build goes on. With a
+            fingerprint the keys "model" and "biases", which say where that model lay, may change.
+        fingerprint: what tells the model and its settings from any other, 40 hexadecimal digits
+            (`sgpt_jax.checkpoint.fingerprint.model_fingerprint`); empty where that is not known.
         on_progress: called with the number of documents that are safe, first with those found there; of several
             processes, those found and those of this process since.
 
@@ -84,7 +90,7 @@ def build_index(
     if chunk_size < 1 or dtype not in DTYPES or similarity not in ("cosine", "dot"):
         raise InputError(f"chunk_size {chunk_size}, dtype {dtype!r}, similarity {similarity!r}: not possible")
     shard_size = max(1, SHARD_ROWS // chunk_size) * chunk_size
-    manifest = Manifest(dtype, similarity, chunk_size, shard_size, store_texts, metadata or {})
+    manifest = Manifest(dtype, similarity, chunk_size, shard_size, store_texts, metadata or {}, fingerprint)
     leader = processes.first()
     if not leader:
         processes.gather(None)  # until the first process has begun
@@ -108,17 +114,26 @@ def build_index(
 
 def _resumed(path: Path, wanted: Manifest) -> Manifest:
     found = Manifest.load(path)
+    if not found.checked:
+        raise InputError(f"{path}: holds an index of an earlier version; use another folder")
     there, now = found.plain(), wanted.plain()
-    differences = [name for name in _OPTIONS if name != "metadata" and there[name] != now[name]]
+    differences = [name for name in _OPTIONS if there[name] != now[name]]
     texts = [f"{name} is {there[name]!r} there and {now[name]!r} now" for name in differences]
     before, after = there["metadata"], now["metadata"]
+    same_model = found.fingerprint and found.fingerprint == wanted.fingerprint
     for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
+        if before.get(name) != after.get(name) and not (same_model and name in _SOURCES):
             texts.append(f"{name} is {before.get(name)!r} there and {after.get(name)!r} now")
     if texts:
         raise InputError(
             f"{path}: holds an index that was begun otherwise: {'; '.join(texts)}. "
             "Use the same options, or another folder"
+        )
+    if found.fingerprint != wanted.fingerprint:
+        raise InputError(
+            f"{path}: holds vectors of another model: the weights or settings changed since it was begun (fingerprint "
+            f"{found.fingerprint[:12] or 'none'} there, {wanted.fingerprint[:12] or 'none'} now). Index into another "
+            "folder, or remove this one first"
         )
     return found
 
@@ -179,8 +194,13 @@ class _Build:
         needed = [MANIFEST]
         needed += [CALIBRATION] if manifest.dtype == "int8" else []
         needed += [recall.QUERIES] if manifest.dtype != "float32" else []
-        if all((self.path / name).exists() for name in needed):
+        missing = [name for name in needed if not (self.path / name).exists()]
+        if not missing:
             return
+        if manifest.rows:  # which depend on what these files held
+            raise InputError(
+                f"{self.path / missing[0]}: is not there any more. Remove {self.path} and build again"
+            )
         chunk = list(itertools.islice(self.stream, manifest.chunk_size))
         if not chunk:
             raise InputError("the corpus holds no document")
@@ -189,9 +209,12 @@ class _Build:
         self._first = vectors
         self._unread.append(chunk)
         vectors = checked_vectors(manifest, chunk, vectors)
+        calibration = array_bytes(calibrate(vectors)) if manifest.dtype == "int8" else None
+        manifest.calibration = None if calibration is None else zlib.crc32(calibration)
         manifest.save(self.path)  # from here on the folder is known as an index, and a kill can be recovered
-        if manifest.dtype == "int8":
-            save_array(self.path / CALIBRATION, calibrate(vectors))
+        if calibration is not None:
+            with atomic_write(self.path / CALIBRATION) as stream:
+                stream.write(calibration)
         if manifest.dtype != "float32":
             recall.save_queries(self.path, vectors)
 
@@ -298,7 +321,7 @@ class _Build:
                     f"{self.path}: the processes read {sorted(set(rows))} documents and wrote {manifest.rows}: "
                     "the corpus changed meanwhile, or they do not see the same folder"
                 )
-            manifest.check_order()
+            manifest.check_consistency()
             if manifest.dtype != "float32":
                 manifest.recall = recall.measure(self.path, manifest)
             manifest.complete = True

@@ -10,7 +10,7 @@ from indexes import streamed
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.index import build as index_build
-from sgpt_jax.index import search as index_module
+from sgpt_jax.index import reader
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.files import Dtype
 from sgpt_jax.index.search import Index
@@ -274,7 +274,7 @@ def test_every_cut_or_missing_file_is_noticed(tmp_path, dtype):
     vectors = np.random.default_rng(5).standard_normal((30, 4)).astype(np.float32)
     build_index(tmp_path / "i", documents(30), table(vectors), dtype=dtype)
     files = sorted((tmp_path / "i").iterdir())
-    assert len(files) == (6 if dtype == "float32" else 8)
+    assert len(files) == (7 if dtype == "float32" else 9)
     for file in files:
         content = file.read_bytes()
         for damaged in (content[:-1], content[: len(content) // 2], None):
@@ -337,20 +337,21 @@ def test_info(tmp_path):
         "dtype": "float32",
         "similarity": "cosine",
         "texts": True,
-        "bytes": 4 * 12 + 4 * (2 + 8) + 4 * (6 + 8),
+        "bytes": 4 * 12 + 4 * (2 + 8) + 4 * (6 + 8) + 5 * 4,  # the last for five checksums
         "vector_bytes": 48,
         "recall": None,
         "metadata": {"model": "m", "n": 1},
+        "fingerprint": "",
     }
     assert (len(index), index.dimension, index.metadata["model"]) == (4, 3, "m")
 
 
 def test_more_files_than_are_mapped_at_a_time(tmp_path, small_shards, monkeypatch):
-    monkeypatch.setattr(index_module, "MAX_MAPPED", 3)
+    monkeypatch.setattr(reader, "MAX_MAPPED", 3)
     vectors = np.random.RandomState(0).randn(233, 8).astype(np.float32)
     index = build_index(tmp_path / "i", documents(233), table(vectors), similarity="dot", chunk_size=10)
     scores, rows = index.search(vectors[:4], 233)
     np.testing.assert_allclose(scores, -np.sort(-(vectors[:4] @ vectors.T), axis=1), rtol=1e-5, atol=1e-5)
     assert index.ids(rows[0]) == [f"d{row}" for row in rows[0]]
     assert index.texts(rows[0]) == [documents(233)[row].text for row in rows[0]]
-    assert len(index._columns) <= 3
+    assert len(index._columns._mapped) <= 3
