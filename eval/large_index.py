@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         f"{args.documents} documents in {result['seconds']} s: {result['documents_per_second']} documents/s, "
         f"{result['tokens_per_second']} tokens/s; {result['waited']:.1%} of the time spent waiting for the tokenizer; "
         f"memory from {memory['at a tenth']} MB at a tenth to {memory['at nine tenths']} MB at nine tenths; "
-        f"{found['queries']} queries in {found['seconds']} s, {found['exact']:.1%} of the places as by brute force"
+        f"{found['queries']} queries in {found['seconds']} s, {found['exact']:.1%} of the hits as by brute force"
     )
 
 
@@ -104,8 +104,8 @@ def generate(count: int, seed: int) -> Iterator[str]:
     steps = np.cumsum(shares / shares.sum())
     for start in range(0, count, 10_000):
         sizes = draw.integers(5, 21, min(10_000, count - start))
-        places = np.minimum(np.searchsorted(steps, draw.random(sizes.sum())), WORDS - 1)
-        for part in np.split(words[places], np.cumsum(sizes)[:-1]):
+        chosen = np.minimum(np.searchsorted(steps, draw.random(sizes.sum())), WORDS - 1)
+        for part in np.split(words[chosen], np.cumsum(sizes)[:-1]):
             yield " ".join(part)
 
 

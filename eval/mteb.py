@@ -41,12 +41,8 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.metrics import CUTS, Run, cut
 
-_NAMES = {
-    "ndcg": "ndcg_cut",
-    "map": "map_cut",
-    "recall": "recall",
-    "precision": "P",
-}  # ours -> mteb's per query
+# our metrics -> mteb's, per query
+_NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
 
 
 class BiEncoderModel:

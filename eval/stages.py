@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pytrec_eval  # noqa: F401  that it is missing shows before any work, not after the ranking
 from etils import epath
 
 from eval.models import LazyModel

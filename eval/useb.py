@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytrec_eval  # noqa: F401  that it is missing shows before any work, not at the last task
 from etils import epath
 from scipy import stats
 
@@ -89,10 +90,10 @@ def evaluate(
     def encode(texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [n, E]; every distinct text is encoded once."""
         distinct = {text.strip(): 0 for text in texts}
-        places = {text: place for place, text in enumerate(distinct)}
-        vectors = np.asarray(model.encode(list(places), **options), np.float32)
+        rows = {text: row for row, text in enumerate(distinct)}
+        vectors = np.asarray(model.encode(list(rows), **options), np.float32)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors[[places[text.strip()] for text in texts]]
+        return vectors[[rows[text.strip()] for text in texts]]
 
     return {name: task(encode, folder / name, split) for name, (task, _) in TASKS.items()}
 
@@ -124,7 +125,7 @@ def ask_ubuntu(encode: Encode, folder: epath.Path, split: str) -> dict[str, floa
     for question, relevant, found in questions:
         scores = [float(vectors[question] @ vectors[id]) for id in found]
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-        hits = np.array([found[place] in relevant for place in order], float)
+        hits = np.array([found[row] in relevant for row in order], float)
         precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
         if not hits.any():
             rows.append((0.0,) * 4)
@@ -182,10 +183,8 @@ def twitter_para(encode: Encode, folder: epath.Path, split: str) -> dict[str, fl
             labels.append(int(label.group(1)))
         vectors = encode([text for pair in pairs for text in pair])
         scores = similarities(vectors[0::2], vectors[1::2])["cosine"]
-        clear = [place for place, label in enumerate(labels) if label != 3]
-        results[f"ap {name}"] = average_precision(
-            [labels[place] > 3 for place in clear], scores[clear].tolist()
-        )
+        clear = [row for row, label in enumerate(labels) if label != 3]
+        results[f"ap {name}"] = average_precision([labels[row] > 3 for row in clear], scores[clear].tolist())
         results[f"spearman {name}"] = float(stats.spearmanr(labels, scores).statistic)
     for measure in ("ap", "spearman"):
         results[f"{measure} avg"] = (results[f"{measure} twitterurl"] + results[f"{measure} pit"]) / 2

@@ -155,15 +155,15 @@ def trec_eval(qrels: Qrels, run: Run, measures: Iterable[str]) -> dict[str, dict
     except ModuleNotFoundError as error:
         raise InputError(f"retrieval metrics need {error.name}: pip install 'sgpt-jax[eval]'") from error
     grades, ranked = {}, {}
-    for position, (query, documents) in enumerate(run.items()):
-        numbers: dict[str, str] = {}
-        grades[str(position)] = {
-            numbers.setdefault(document, str(len(numbers))): max(grade, 0)
+    for number, (query, documents) in enumerate(run.items()):
+        aliases: dict[str, str] = {}
+        grades[str(number)] = {
+            aliases.setdefault(document, str(len(aliases))): max(grade, 0)
             for document, grade in qrels[query].items()
         }
-        ranked[str(position)] = {
-            numbers.setdefault(document, str(len(numbers))): float(-place)
-            for place, document in enumerate(documents)
+        ranked[str(number)] = {
+            aliases.setdefault(document, str(len(aliases))): float(-position)
+            for position, document in enumerate(documents)
         }
     values = pytrec_eval.RelevanceEvaluator(grades, set(measures)).evaluate(ranked)
     return {query: values[str(position)] for position, query in enumerate(run) if str(position) in values}

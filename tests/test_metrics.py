@@ -12,7 +12,7 @@ pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
 import pytrec_eval
 
 from sgpt_jax.errors import InputError
-from sgpt_jax.metrics import CUTS, cut, evaluate, rank
+from sgpt_jax.metrics import CUTS, cut, evaluate, rank, trec_eval
 
 MEASURES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
 
@@ -99,6 +99,16 @@ def test_graded_gain_is_linear_and_negative_grades_gain_nothing():
     found = evaluate(qrels, run).metrics["ndcg@3"]
     ideal = 3 / math.log2(2) + 1 / math.log2(3)
     assert found == pytest.approx((1 / math.log2(3) + 3 / math.log2(4)) / ideal, abs=1e-9)
+
+
+def test_trec_eval_takes_negative_grades_as_nothing():
+    """pytrec_eval itself crashes on some of them."""
+    qrels = {"q": {"a": -1, "b": 2, "c": -2}, "r": {"a": -1}}
+    run = {"q": {"a": 3.0, "b": 2.0}, "r": {"a": 1.0}}
+    found = trec_eval(qrels, run, ("map", "ndcg"))
+    assert found["q"]["map"] == pytest.approx(0.5)
+    assert found["q"]["ndcg"] == pytest.approx(1 / math.log2(3))
+    assert found["r"]["map"] == found["r"]["ndcg"] == 0.0
 
 
 def test_ties_rank_by_id_descending_in_float32():

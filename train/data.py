@@ -299,7 +299,7 @@ def _read_allnli(path: str, split: str) -> Iterator[tuple[str, str, str]]:
             continue
         if len(cells) != columns:
             raise line_error(path, line, f"{columns} columns are needed, not {len(cells)}")
-        first, second, label, its_split = (cells[place] for place in order)
+        first, second, label, its_split = (cells[column] for column in order)
         if its_split == split:
             yield first, second, label
 

@@ -108,8 +108,8 @@ def read_lines(
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     if errors != "replace":
-                        place = f"byte {bom + error.start + 1} of the line (0x{line[error.start]:02x})"
-                        raise line_error(path, number, f"invalid UTF-8 at {place}") from None
+                        where = f"byte {bom + error.start + 1} of the line (0x{line[error.start]:02x})"
+                        raise line_error(path, number, f"invalid UTF-8 at {where}") from None
                     text = line.decode("utf-8", "replace")
                     report.replaced += text.count("\ufffd") - line.count(b"\xef\xbf\xbd")
                 yield number, text

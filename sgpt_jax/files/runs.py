@@ -108,9 +108,9 @@ def write_run(path: PathLike, run: Mapping[str, Mapping[str, float]], *, tag: st
     with atomic_write(path) as stream:
         for query, scores in run.items():
             check_trec_id(query, "query")
-            for place, (document, score) in enumerate(rank(scores, query=query).items(), 1):
+            for number, (document, score) in enumerate(rank(scores, query=query).items(), 1):
                 check_trec_id(document, "document")
-                stream.write(f"{query} Q0 {document} {place} {float(score)!r} {tag}\n".encode())
+                stream.write(f"{query} Q0 {document} {number} {float(score)!r} {tag}\n".encode())
 
 
 def write_json_run(path: PathLike, run: Mapping[str, Mapping[str, float]]) -> None:
@@ -257,15 +257,15 @@ def _read_json_run(
             if not id or fix_surrogates(id) != id:
                 raise InputError(f"{display_name(path)}: the id {id!r} is empty or holds a lone surrogate")
         for document, score in scores.items():
-            place = f"{display_name(path)}: the score of query {query!r}, document {document!r}"
+            which = f"{display_name(path)}: the score of query {query!r}, document {document!r}"
             if isinstance(score, bool) or not isinstance(score, int | float):
-                raise InputError(f"{place} must be a number, not {score!r}")
+                raise InputError(f"{which} must be a number, not {score!r}")
             try:
                 scores[document] = float(score)
             except OverflowError:
-                raise InputError(f"{place} is out of range") from None
+                raise InputError(f"{which} is out of range") from None
             if math.isnan(score):
-                raise InputError(f"{place} is NaN")
+                raise InputError(f"{which} is NaN")
         run[query] = scores
         report.records += len(scores)
     return run

@@ -95,11 +95,10 @@ def _block_scores(queries: jax.Array, offsets: jax.Array, vectors: jax.Array, sc
 
 
 @jax.jit
-def _merge(best: tuple[jax.Array, jax.Array], scores: jax.Array, position: jax.Array):
-    """The best (scores, rows) [Q, k + 1] so far and of one block; ``position`` is (start, first, last) of the block.
+def _merge(best: _Arrays, scores: jax.Array, position: jax.Array) -> tuple[_Arrays, jax.Array]:
+    """The best (scores, rows) [Q, k + 1] so far and of one block, and the block's own best scores [Q, <= k + 1].
 
-    Also (levels [Q], lost [Q]): the k-th score, and whether rows with just this score may have been lost here: more
-    have it than there are ranks, and some of those are in the block, or had to make way for higher ones of the block.
+    ``position`` is (start, first, last) of the block.
     """
     kept = best[0].shape[1]
     columns = jnp.arange(scores.shape[1], dtype=jnp.int32)
@@ -108,12 +107,22 @@ def _merge(best: tuple[jax.Array, jax.Array], scores: jax.Array, position: jax.A
     all_scores = jnp.concatenate([best[0], block_scores], axis=1)
     all_rows = jnp.concatenate([best[1], found + position[0]], axis=1)
     top_scores, order = jax.lax.top_k(all_scores, kept)
-    levels = top_scores[:, -2]
-    tied = (levels == top_scores[:, -1]) & jnp.isfinite(levels)
+    return (top_scores, jnp.take_along_axis(all_rows, order, axis=1)), block_scores
+
+
+@jax.jit
+def _ties(before: jax.Array, after: jax.Array, block_scores: jax.Array) -> _Arrays:
+    """The k-th scores [Q] after a merge, and whether rows with just this score may have been lost in it [Q]: more have
+    it than there are ranks, and some of those are in the block, or had to make way for higher ones of the block.
+
+    A program of its own: where a part of top_k's result is used in the same one, XLA sorts the whole block on a CPU (10
+    times the time).
+    """
+    levels = after[:, -2]
+    tied = (levels == after[:, -1]) & jnp.isfinite(levels)
     come = (block_scores == levels[:, None]).any(axis=1)
-    gone = (best[0] == levels[:, None]).any(axis=1) & (block_scores[:, 0] > levels)
-    top_rows = jnp.take_along_axis(all_rows, order, axis=1)
-    return (top_scores, top_rows), (levels, tied & (come | gone))
+    gone = (before == levels[:, None]).any(axis=1) & (block_scores[:, 0] > levels)
+    return levels, tied & (come | gone)
 
 
 @partial(jax.jit, static_argnames=("rows", "kept"))
@@ -141,8 +150,8 @@ class _Queries:
         scores = _block_scores(self._queries, self._offsets, vectors, scales)
         position = np.array([block.start, block.first, block.last], np.int32)
         before = self._best
-        self._best, ties = _merge(before, scores, position)
-        return scores, before, ties
+        self._best, block_scores = _merge(before, scores, position)
+        return scores, before, _ties(before[0], self._best[0], block_scores)
 
     def keep_ties(self, block: Block, scores: jax.Array, before: _Arrays, ties: _Arrays) -> None:
         """Remembers all rows with the score at the cut, where some of them may have been lost."""

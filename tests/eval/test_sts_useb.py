@@ -118,6 +118,18 @@ def test_useb_equals_its_own_code(tmp_path):
             assert found[task][ours] == pytest.approx(EXPECTED["useb"][task][theirs], abs=1e-6), (task, ours)
 
 
+def test_useb_scidocs_with_negative_grades(tmp_path):
+    """A grade below 0 counts as 0, so nothing changes where 0 becomes -1."""
+    folder = eval_cases.write_useb(tmp_path / "data-eval")
+    path = folder / "scidocs/data.json"
+    before = useb.evaluate(eval_cases.HashEncoder(), folder)["scidocs"]
+    data = json.loads(path.read_text())
+    for found in data["test"]["cite"].values():
+        found.update({id: grade or -1 for id, grade in found.items()})
+    path.write_text(json.dumps(data))
+    assert useb.evaluate(eval_cases.HashEncoder(), folder)["scidocs"] == before
+
+
 def test_useb_command(tmp_path, fake, capsys):
     folder = eval_cases.write_useb(tmp_path / "data-eval")
     assert main(["useb", str(folder), "--model", "fake", "--output", str(tmp_path / "out")]) == 0
