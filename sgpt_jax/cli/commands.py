@@ -159,7 +159,8 @@ def search(options: argparse.Namespace) -> None:
     k = options.k or min(10, options.rerank or 10)
     if 0 < options.rerank < k:
         raise InputError(f"-k {k} asks for more documents than --rerank {options.rerank} scores")
-    index = Index.open(options.index)
+    mesh = device_mesh(options.mesh)
+    index = Index.open(options.index, mesh=mesh, resident=options.resident)
     queries = (
         {"query": options.query}
         if options.queries is None

@@ -98,6 +98,13 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 default=0,
                 help="let a cross-encoder re-rank the best N; its scores are shown then",
             ),
+            option(
+                "--resident",
+                choices=("float32", "bfloat16", "int8"),
+                metavar="DTYPE",
+                help="hold the vectors on all devices as float32, bfloat16 or int8, with the results of the stored "
+                "ones; pays for many queries",
+            ),
             option("--cross-encoder", help=f"the decoder that re-ranks (default: {INDEX_MODEL})"),
             model(required=False, default=INDEX_MODEL),
             dtype(default=None, of="of weights and matmuls (default: the index's)"),

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import PathLike
 from sgpt_jax.index.columns import load_calibration, normalized
 from sgpt_jax.index.files import Manifest, local_folder
 from sgpt_jax.index.reader import Columns
+from sgpt_jax.index.resident import Resident, ResidentDtype, Source
 from sgpt_jax.index.topk import Block, exact_top_k
 
 # Elements of a block of vectors. Float32 blocks are views of the file; the others are converted on the device, and on a
@@ -32,9 +34,21 @@ class Index:
         self._columns = Columns(folder, manifest)
         self._calibration = load_calibration(folder, manifest) if manifest.dtype == "int8" else None
 
+        self._resident: Resident | None = None
+
     @classmethod
-    def open(cls, folder: PathLike) -> "Index":
+    def open(
+        cls, folder: PathLike, *, mesh: Mesh | None = None, resident: ResidentDtype | None = None
+    ) -> "Index":
         """Opens an index.
+
+        Args:
+            folder: of the index.
+            mesh: the devices that hold the vectors, sharded over all of them; None for the first one. Without
+                ``resident`` it is not used.
+            resident: hold the vectors on the devices as "float32", "bfloat16" or "int8", where they fit; None streams
+                them from disk at every search. The results are the same: what is held with fewer bits than are stored
+                proposes candidates, and the stored vectors say which are the best.
 
         Raises:
             InputError: no index there, one that is unfinished, or files that are missing, cut short or damaged. Columns
@@ -53,7 +67,10 @@ class Index:
                 "damage and another model go unnoticed. Index again to have both",
                 path,
             )
-        return cls(path, manifest)
+        index = cls(path, manifest)
+        if resident is not None:
+            index._resident = Resident.load(index._source(), mesh, resident, str(path))
+        return index
 
     def check_model(self, fingerprint: str) -> None:
         """Checks that queries and documents are encoded by one model with the same settings.
@@ -158,15 +175,16 @@ class Index:
     def search(
         self, queries: np.ndarray, k: int, *, block_size: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the k best documents for each query, exactly, on the default device.
+        """Finds the k best documents for each query, exactly, on the devices that hold the vectors or the default one.
 
-        The vectors are streamed from disk in blocks. Equal scores rank by document id, descending as strings, at the
-        cut too, as trec_eval ranks them. Scores are cosines or dot products in float32, at full precision.
+        Vectors that no device holds are streamed from disk in blocks. Equal scores rank by document id, descending as
+        strings, at the cut too, as trec_eval ranks them. Scores are cosines or dot products in float32, at full
+        precision.
 
         Args:
             queries: float [Q, E]; normalised here where the similarity is cosine.
             k: results a query; more than there are documents gives all of them.
-            block_size: rows a block; None takes a power of two that suits the dtype and the dimension.
+            block_size: rows a block from disk; None takes a power of two that suits the dtype and the dimension.
 
         Returns:
             scores float32 [Q, min(k, n)] and rows int64 of the same shape, best first.
@@ -188,6 +206,16 @@ class Index:
             raise InputError(f"query {int(broken.argmax())} has NaN or infinity in its vector")
         if self.manifest.similarity == "cosine":
             queries = normalized(queries)
+        k = min(k, len(self))
+        if self._resident is None:
+            return self._search_blocks(queries, k, block_size)
+        return self._resident.search(
+            queries, k, self.ids, lambda some: self._search_blocks(queries[some], k, block_size)
+        )
+
+    def _search_blocks(
+        self, queries: np.ndarray, k: int, block_size: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         offsets = np.zeros(len(queries), np.float32)
         if self._calibration is not None:
             mean, scale = self._calibration
@@ -197,7 +225,19 @@ class Index:
         if block_size is None:
             size = 1 << (size.bit_length() - 1)
         size = min(size, max(shard.rows for shard in self.manifest.shards))
-        return exact_top_k(queries, offsets, self._blocks(size), min(k, len(self)), self.ids)
+        return exact_top_k(queries, offsets, self._blocks(size), k, self.ids)
+
+    def _source(self) -> Source:
+        def codes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            found = np.empty((len(rows), self.dimension), np.int8)
+            factors = np.empty(len(rows), np.float32)
+            for shard, members, local in self._columns.by_shard(rows):
+                vectors = self._columns.read(shard, "vectors", local)
+                found[members] = vectors.reshape(-1, self.dimension)[local]
+                factors[members] = self._columns.read(shard, "scales", local)[local]
+            return found, factors
+
+        return Source(len(self), self.dimension, self.manifest.dtype, self._calibration, self.vectors, codes)
 
     def _blocks(self, size: int) -> Iterator[Block]:
         """Blocks of ``size`` rows. The last one of a shard begins early, so that it is a full view of the file: a view

@@ -18,6 +18,7 @@ from sgpt_jax.metrics import rank
 from sgpt_jax.runtime.one_behind import one_behind
 
 MAX_QUERIES = 512  # scored at a time: scores are [512, rows of a block]
+CHUNK = 128  # scores whose maximum tells whether any of them matters
 
 Ids = Callable[[np.ndarray], list[str]]
 _Arrays = tuple[jax.Array, jax.Array]
@@ -79,6 +80,42 @@ def exact_top_k(
     return np.concatenate([scores for scores, _ in results]), np.concatenate([rows for _, rows in results])
 
 
+def chunk_top_k(scores: jax.Array, maxima: jax.Array, k: int, most: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` of scores [Q, B] by way of the maxima of chunks of `CHUNK`: the k best lie in the k best chunks.
+
+    Among equal scores at the cut any may be taken.
+
+    Args:
+        scores: [Q, B] with B a multiple of `CHUNK`.
+        maxima: [Q, B / CHUNK] of the chunks.
+        k: how many; fewer come out where B is smaller, or ``most`` chunks hold fewer.
+        most: no more than so many chunks matter.
+
+    Returns:
+        scores and their columns [Q, <= k], best first.
+    """
+    chunks = min(k, most, maxima.shape[1])
+    if chunks == maxima.shape[1]:
+        return jax.lax.top_k(scores, min(k, scores.shape[1]))
+    _, found = jax.lax.top_k(maxima, chunks)
+    parts = jnp.take_along_axis(scores.reshape(len(scores), -1, CHUNK), found[:, :, None], axis=1)
+    top, order = jax.lax.top_k(parts.reshape(len(scores), -1), min(k, chunks * CHUNK))
+    return top, jnp.take_along_axis(found, order // CHUNK, axis=1) * CHUNK + order % CHUNK
+
+
+def padded_count(count: int) -> int:
+    """Queries with padding: few different numbers, so that few programs are compiled: 1, 2, 4, 8, 16, 32, 48, ..."""
+    return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+
+
+def in_order(scores: np.ndarray, rows: np.ndarray, ids: Ids) -> None:
+    """Puts rows [Q, k] with equal scores in the order of their ids, descending, where scores fall along k."""
+    for query in np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1)).tolist():
+        row_of = dict(zip(ids(rows[query]), rows[query].tolist(), strict=True))
+        ranked = rank({id: scores[query, place].item() for place, id in enumerate(row_of)})
+        rows[query] = [row_of[id] for id in ranked]
+
+
 @jax.jit
 def _block_scores(queries: jax.Array, offsets: jax.Array, vectors: jax.Array, scales: jax.Array | None):
     """Scores [Q, B] float32; -0.0 is 0.0, which top_k would put first."""
@@ -135,9 +172,8 @@ class _Queries:
 
     def __init__(self, queries: np.ndarray, offsets: np.ndarray, k: int, ids: Ids) -> None:
         self._count, self._k, self._ids = len(queries), k, ids
-        # few different shapes, so that few programs are compiled: 1, 2, 4, 8, 16, 32, 48, ...
         count = self._count
-        padded = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+        padded = padded_count(count)
         self._queries = jax.device_put(np.pad(queries, ((0, padded - count), (0, 0))))
         self._offsets = jax.device_put(np.pad(offsets, (0, padded - count)))
         self._best = _nothing(padded, k + 1)
