@@ -150,6 +150,10 @@ class CrossEncoder:
             raise InputError(
                 f"{self.name or 'the checkpoint'} has no language-model head, so it cannot score queries"
             )
+        if self.decoder.config.bidirectional:
+            raise InputError(
+                f"{self.name or 'the checkpoint'}: its tokens see those behind them, so it gives no log-probabilities"
+            )
         token_limit(self.decoder.config, self.text.max_seq_length)
         if self.reduction not in REDUCTIONS:
             raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {self.reduction!r}")

@@ -78,7 +78,8 @@ def open_checkpoint(path: epath.Path) -> TensorFiles:
             files = [path / single]
         else:
             continue
-        return (SafetensorsFiles if single.endswith("safetensors") else TorchFiles)(config, files)
+        opened = (SafetensorsFiles if single.endswith("safetensors") else TorchFiles)(config, files)
+        return TextPart(opened) if "text_config" in config else opened
     raise InputError(f"{path}: no model.safetensors, pytorch_model.bin or index of either")
 
 
@@ -91,6 +92,28 @@ def _shards(path: epath.Path, index: str) -> list[epath.Path]:
     if missing := sorted(file.name for file in files if not file.exists()):
         raise InputError(f"{path / index}: the index names files that are not there: {', '.join(missing)}")
     return sorted(files)
+
+
+class TextPart:
+    """The text decoder of a checkpoint that also reads pictures (Gemma 3, Mistral 3), as a checkpoint of its own."""
+
+    def __init__(self, whole: TensorFiles):
+        text = whole.config["text_config"]
+        if not isinstance(text, dict):
+            raise InputError("config.json: text_config must be an object")
+        # transformers ties the head by the outer key, which is true where it says nothing.
+        tied = whole.config.get("tie_word_embeddings")
+        self.config = {**text, "tie_word_embeddings": True if tied is None else tied}
+        self.whole, self.encoded, self.most_values = whole, whole.encoded, whole.most_values
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The text decoder's tensors, under the names that it has alone."""
+        for name, tensor in self.whole.tensors():
+            inner = name.removeprefix("language_model.")
+            if "language_model." in name:
+                yield inner.replace("model.language_model.", "model.", 1), tensor
+            elif name.startswith("lm_head."):
+                yield name, tensor
 
 
 class SafetensorsFiles:

@@ -216,7 +216,7 @@ def _build(target: _Target, filled: Mapping[str, jax.Array], problems: Iterable[
     graphdef, abstract = target.graphdef, target.abstract
     if any(leaf not in filled for leaf in target.expected):
         # Embedding checkpoints are saved without their head; vectors need none, and logits say so.
-        headless = dataclasses.replace(target.config, head="none", head_bias=False)
+        headless = dataclasses.replace(target.config, head="none", head_bias=False, head_transform=False)
         graphdef, abstract = abstract_decoder(headless, target.dtype)
     params = jax.tree_util.tree_map_with_path(lambda path, _: filled[leaf_path(path)], abstract)
     return merge(graphdef, params)

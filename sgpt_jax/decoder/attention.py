@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from sgpt_jax.decoder.layers import softcap
 from sgpt_jax.decoder.matmul import matmul
 from sgpt_jax.decoder.sharding import RULES, platform
 
@@ -25,26 +26,31 @@ MASKED = -1e30
 QUERY_BLOCK, GPU_QUERY_BLOCK = 128, 512
 
 
-def attention_mask_matrix(segments: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:
+def attention_mask_matrix(
+    segments: jax.Array, positions: jax.Array, window: int | None, *, bidirectional: bool = False
+) -> jax.Array:
     """Which key each query sees.
 
-    A token sees the tokens of its own segment and of segment 0 that do not stand behind it in the row. So several
-    texts share a row without seeing each other, or share the prefix in front of them. Nothing sees padding. With a
-    window, a token sees those less than `window` positions back.
+    A token sees the tokens of its own segment and of segment 0 that do not stand behind it in the row, or,
+    bidirectional, all of them. So several texts share a row without seeing each other, or share the prefix in front of
+    them. Nothing sees padding. With a window, a token sees those less than `window` positions away.
 
     Args:
         segments: int [B, T]; -1 is padding.
         positions: int [B, T].
-        window: positions that a token sees, itself included; None for all.
+        window: the nearest distance that a token does not see; None for no window.
+        bidirectional: tokens see those behind them too.
 
     Returns:
         bool [B, T, S], with S = T.
     """
     length = segments.shape[-1]
     of_query, of_key = segments[:, :, None], segments[:, None, :]
-    seen = jnp.tril(jnp.ones((length, length), bool)) & (of_key >= 0) & ((of_key == 0) | (of_key == of_query))
+    seen = (of_key >= 0) & ((of_key == 0) | (of_key == of_query))
+    if not bidirectional:
+        seen &= jnp.tril(jnp.ones((length, length), bool))
     if window is not None:
-        seen &= positions[:, :, None] - positions[:, None, :] < window
+        seen &= jnp.abs(positions[:, :, None] - positions[:, None, :]) < window
     return seen
 
 
@@ -56,6 +62,8 @@ def attend(
     *,
     scale: float,
     bias: jax.Array | None = None,
+    cap: float | None = None,
+    causal: bool = True,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Softmax attention with grouped key/value heads; scores and softmax in float32.
@@ -70,6 +78,8 @@ def attend(
         mask: bool [B, T, S] from `attention_mask_matrix`.
         scale: factor on the dot products of queries and keys.
         bias: float32 [B, N, 1, S] added to the scaled scores (ALiBi), or None.
+        cap: scaled scores s become cap * tanh(s / cap).
+        causal: the mask is False for keys behind the query.
         drop: dropout for the attention weights [B, K, N/K, T, S], or None.
 
     Returns:
@@ -77,10 +87,12 @@ def attend(
     """
     length = q.shape[1]
     if v.dtype == jnp.bfloat16 and (major := _gpu_major()) is not None:
-        reason = why_not_cudnn(major, q.shape[-1], alibi=bias is not None, dropout=drop is not None)
+        reason = why_not_cudnn(
+            major, q.shape[-1], alibi=bias is not None, capped=cap is not None, dropout=drop is not None
+        )
         if reason is None:
             try:
-                return _attend_cudnn(q, k, v, mask, scale, cudnn_length(major, length))
+                return _attend_cudnn(q, k, v, mask, scale, causal, cudnn_length(major, length))
             except (NotImplementedError, RuntimeError) as error:  # what JAX itself refuses, or no cuDNN
                 reason = str(error)
         _say_why_not(reason)
@@ -90,9 +102,8 @@ def attend(
         step = GPU_QUERY_BLOCK if platform() == "gpu" else QUERY_BLOCK
     blocks = []
     for start in range(0, length, step):
-        # Later keys are never seen, see `attention_mask_matrix`.
-        end = min(start + step, length)
-        block = slice(start, end)
+        block = slice(start, min(start + step, length))
+        end = block.stop if causal else length  # keys behind the last query are not seen
         part = _attend_block(
             q[:, block],
             k[:, :end],
@@ -100,13 +111,14 @@ def attend(
             mask[:, block, :end],
             scale,
             None if bias is None else bias[..., :end],
+            cap,
             drop,
         )
         blocks.append(part)
     return jnp.concatenate(blocks, axis=1)
 
 
-def why_not_cudnn(major: int, head_dim: int, *, alibi: bool, dropout: bool) -> str | None:
+def why_not_cudnn(major: int, head_dim: int, *, alibi: bool, capped: bool, dropout: bool) -> str | None:
     """Why cuDNN's flash attention cannot compute `attend`, forward and backward; None where it can.
 
     Limits: jax/_src/cudnn/fused_attention_stablehlo.py, and NVIDIA's sdpa_support_surface.h in cudnn-frontend, which
@@ -116,12 +128,15 @@ def why_not_cudnn(major: int, head_dim: int, *, alibi: bool, dropout: bool) -> s
         major: of the GPU's compute capability.
         head_dim: H.
         alibi: whether a bias is added to the scores.
+        capped: whether scores are soft-capped.
         dropout: whether attention weights are dropped.
     """
     if dropout:
         return "dropout of attention weights"
     if alibi:
         return "ALiBi"
+    if capped:
+        return "soft-capped scores"
     if major < 8:
         return f"the GPU has compute capability {major}.x, less than 8.0"
     largest = 256 if major == 9 else 128
@@ -156,7 +171,7 @@ def _say_why_not(reason: str) -> None:
 
 
 def _attend_cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, padded: int
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, causal: bool, padded: int
 ) -> jax.Array:
     """`attend` by cuDNN, at the length `padded`."""
     length = q.shape[1]
@@ -178,9 +193,9 @@ def _attend_cudnn(
         keep = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(rows, None, heads))
         q, k, v = keep(q), keep(k), keep(v)
         mask = jax.lax.with_sharding_constraint(mask, PartitionSpec(rows))
-    # The mask is causal already; told so, cuDNN leaves out what lies above the diagonal.
+    # The mask is causal already, if it is to be; told so, cuDNN leaves out what lies above the diagonal.
     out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
+        q, k, v, mask=mask, scale=scale, is_causal=causal, implementation="cudnn"
     )
     return (out if keep is None else keep(out))[:, :length]
 
@@ -192,6 +207,7 @@ def _attend_block(
     mask: jax.Array,
     scale: float,
     bias: jax.Array | None,
+    cap: float | None,
     drop: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
     """`attend` for some of the queries.
@@ -203,7 +219,7 @@ def _attend_block(
     shape = (batch, groups, heads // groups, length)
     q = q.transpose(0, 2, 1, 3).reshape(batch, groups, -1, head_dim)  # [B, K, N/K * T, H]
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, S], [B, K, S, H]
-    scores = matmul(q, k) * scale
+    scores = softcap(matmul(q, k) * scale, cap)
     scores = scores.reshape(*shape, -1)
     if bias is not None:
         scores += bias.reshape(batch, groups, heads // groups, 1, -1)

@@ -18,10 +18,12 @@ def layer_weights(config: DecoderConfig) -> int:
     return config.embed_dim * (2 * width + 2 * kv_width + (3 if config.gated else 2) * config.mlp_dim)
 
 
-def seen_keys(length: int, window: int | None = None) -> int:
-    """Pairs of a token and a key that it sees, over a text: itself and what is before it, at most `window` of them."""
+def seen_keys(length: int, window: int | None = None, *, bidirectional: bool = False) -> int:
+    """Pairs of a token and a key that it sees, over a text: itself and what is before it, at most `window` of them;
+    bidirectional, as many after it."""
     reach = length if window is None else min(window, length)
-    return reach * (reach + 1) // 2 + (length - reach) * reach
+    causal = reach * (reach + 1) // 2 + (length - reach) * reach
+    return 2 * causal - length if bidirectional else causal
 
 
 def forward_flops(config: DecoderConfig, lengths: Iterable[int], *, logits: int = 0) -> tuple[int, int]:
@@ -40,7 +42,9 @@ def forward_flops(config: DecoderConfig, lengths: Iterable[int], *, logits: int 
     if config.token_dim:
         weights += 2 * config.token_dim * config.embed_dim
     keys = sum(
-        seen_keys(length, config.window(layer)) for layer in range(config.num_layers) for length in lengths
+        seen_keys(length, config.window(layer), bidirectional=config.bidirectional)
+        for layer in range(config.num_layers)
+        for length in lengths
     )
     head = 2 * logits * config.hidden_dim * config.vocab_size
     return 2 * weights * sum(lengths) + head, 4 * keys * config.num_heads * config.head_dim

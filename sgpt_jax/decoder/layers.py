@@ -57,20 +57,32 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Layer norm or RMS norm over the last axis, computed in float32."""
+    """Layer norm or RMS norm over the last axis, computed in float32.
 
-    def __init__(self, size: int, config: DecoderConfig, *, dtype: jnp.dtype, rms: bool | None = None):
+    Args:
+        shape: of the weights: (E,), or (N, H) for weights of each head's own.
+        config: kind, epsilon, and what the normed vector is multiplied by.
+        dtype: of weights and result.
+        bias: overrides the config's `norm_bias`.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], config: DecoderConfig, *, dtype: jnp.dtype, bias: bool | None = None
+    ):
         self.dtype, self.eps = dtype, config.norm_eps
-        self.rms = config.norm == "rms" if rms is None else rms
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.bias = None if self.rms else nnx.Param(jnp.zeros((size,), dtype))
+        self.centred, self.offset = config.norm == "layer", float(config.norm_scale == "weight+1")
+        has_bias = self.centred and (config.norm_bias if bias is None else bias)
+        has_scale = config.norm_scale != "none"
+        self.scale = nnx.Param(jnp.full(shape, 1 - self.offset, dtype)) if has_scale else None
+        self.bias = nnx.Param(jnp.zeros(shape, dtype)) if has_bias and has_scale else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
-        if self.bias is not None:
+        if self.centred:
             x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        x = x * self.scale[...].astype(jnp.float32)
+        if self.scale is not None:
+            x = x * (self.scale[...].astype(jnp.float32) + self.offset)
         if self.bias is not None:
             x = x + self.bias[...].astype(jnp.float32)
         return x.astype(self.dtype)
@@ -103,3 +115,8 @@ class MLP(nnx.Module):
         up = self.up(x).astype(jnp.float32)  # [B, T, F]
         out = activate(up) if self.gate is None else activate(self.gate(x).astype(jnp.float32)) * up
         return self.down(out.astype(x.dtype))
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), float32; x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

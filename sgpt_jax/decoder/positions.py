@@ -23,30 +23,73 @@ def positions_from_mask(attention_mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
 
 
-def rotary_frequencies(config: RotaryConfig) -> np.ndarray:
+def rotary_frequencies(config: RotaryConfig, *, long: bool = False) -> np.ndarray:
     """Angle per position of each rotated pair, float32 [dim / 2].
 
-    `linear` divides every frequency by the factor; `llama3` only those whose wavelength exceeds the original
-    context over `low_freq_factor`, with a linear blend down to `high_freq_factor` (Llama 3.1 release).
+    `linear` divides every frequency by the factor; `llama3` only those whose wavelength exceeds the original context
+    over `low_freq_factor`, with a linear blend down to `high_freq_factor` (Llama 3.1 release); `yarn` those that turn
+    less than `beta_slow` times in the original context, with a linear blend up to `beta_fast` turns (arXiv 2309.00071);
+    `longrope` divides each by a factor of its own (arXiv 2402.13753).
+
+    Args:
+        config: what to compute.
+        long: for longrope, the factors of texts beyond the original context.
     """
     exponents = np.arange(0, config.dim, 2, dtype=np.float32) / np.float32(config.dim)
-    frequencies = (1.0 / np.power(np.float32(config.base), exponents)).astype(np.float32)
+    wavelengths = np.power(np.float32(config.base), exponents)  # over 2 pi
+    frequencies = (1.0 / wavelengths).astype(np.float32)
     if config.scaling == "linear":
         return frequencies / np.float32(config.factor)
     if config.scaling == "llama3":
-        wavelengths = 2 * np.pi / frequencies
         low, high = config.low_freq_factor, config.high_freq_factor
-        share_kept = (config.original_max_positions / wavelengths - low) / (high - low)
+        share_kept = (config.original_max_positions / (2 * np.pi / frequencies) - low) / (high - low)
         share_kept = np.clip(share_kept, 0.0, 1.0)
         scaled = (1 - share_kept) * frequencies / config.factor + share_kept * frequencies
         return scaled.astype(np.float32)
+    if config.scaling == "yarn":
+        low, high = (_pair_that_turns(config, turns) for turns in (config.beta_fast, config.beta_slow))
+        if config.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, config.dim - 1)
+        high += 0.001 if low == high else 0
+        share_scaled = np.clip((np.arange(config.dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+        stretched = 1.0 / (np.float32(config.factor) * wavelengths)
+        scaled = stretched * share_scaled + frequencies * (1 - share_scaled)
+        return scaled.astype(np.float32)
+    if config.scaling == "longrope":
+        factors = config.long_factors if long else config.short_factors
+        return frequencies / np.array(factors, np.float32)
     return frequencies
 
 
-def rotary_angles(config: RotaryConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and signed sines for `rotate`: float32 [B, T, 1, dim] each, from int positions [B, T]."""
-    angles = positions[..., None, None].astype(jnp.float32) * rotary_frequencies(config)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+def _pair_that_turns(config: RotaryConfig, turns: float) -> float:
+    """The number of the pair, fractional, that turns so many times in the original context."""
+    wavelength = config.original_max_positions / (turns * 2 * math.pi)
+    return config.dim * math.log(wavelength) / (2 * math.log(config.base))
+
+
+def rotary_angles(
+    config: RotaryConfig, positions: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and signed sines for `rotate`.
+
+    Args:
+        config: how to rotate.
+        positions: int [B, T].
+        segments: int [B, T]: longrope takes its factors by the length of the text, a shared prefix included.
+
+    Returns:
+        float32 [B, T, 1, dim] each.
+    """
+    at = positions[..., None, None].astype(jnp.float32)
+    angles = at * rotary_frequencies(config)
+    if config.scaling == "longrope":
+        beyond = positions >= config.original_max_positions
+        ours, theirs = segments[:, :, None], segments[:, None, :]
+        of_text = (theirs >= 0) & ((ours == theirs) | (ours == 0) | (theirs == 0))
+        is_long = (of_text & beyond[:, None, :]).any(axis=-1)
+        angles = jnp.where(is_long[..., None, None], at * rotary_frequencies(config, long=True), angles)
+    cos, sin = jnp.cos(angles) * config.attention_factor, jnp.sin(angles) * config.attention_factor
     join = jnp.stack if config.interleaved else jnp.concatenate
     shape = (*positions.shape, 1, config.dim)
     return join([cos, cos], axis=-1).reshape(shape), join([-sin, sin], axis=-1).reshape(shape)
@@ -73,13 +116,17 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], config: RotaryConf
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def alibi_slopes(num_heads: int) -> np.ndarray:
+def alibi_slopes(num_heads: int, kind: str = "geometric") -> np.ndarray:
     """How much each head favours near keys, float32 [N] (ALiBi, arXiv 2108.12409).
 
     A power of two n gives the geometric series from 2^(-8/n). Any other count takes the series of the power of two
-    below it, then every second slope of the series of twice that.
+    below it, then every second slope of the series of twice that; or, "interleaved" (MPT), every second slope of the
+    next power of two's series and then those between. "rounded" slopes are bfloat16 (Falcon).
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
-    return np.array(slopes, np.float32)
+    if num_heads > power:
+        doubled = [2 ** (-4 * (i + 1) / power) for i in range(2 * power)]
+        slopes = doubled[1::2] + doubled[::2] if kind == "interleaved" else slopes + doubled[::2]
+    dtype = jnp.bfloat16 if kind == "rounded" else np.float32
+    return np.array(slopes[:num_heads], dtype).astype(np.float32)

@@ -28,7 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
 }
 
-# The logical axes of every leaf, by the end of its path; vectors along E are small and replicated.
+# The logical axes of every leaf, by the end of its path; () is replicated: vectors along E are small.
 LEAF_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"tokens/embedding", ("vocab", "embed")),
     (r"positions/embedding", (None, "embed")),
@@ -41,9 +41,10 @@ LEAF_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/(up|gate)/kernel", ("embed", "mlp")),
     (r"mlp/(up|gate)/bias", ("mlp",)),
     (r"mlp/down/kernel", ("mlp", "embed")),
+    (r"head/linear/kernel", ("embed", None)),
     (r"head/kernel", ("embed", "vocab")),
     (r"head/bias", ("vocab",)),
-    (r".*(norm\d?/(scale|bias)|attn/o/bias|mlp/down/bias)", (None,)),
+    (r".*(norm\d?/(scale|bias)|attn/o/bias|mlp/down/bias|head/linear/bias)", ()),
 )
 
 
@@ -129,7 +130,7 @@ def param_shardings(params: Any, config: DecoderConfig, mesh: Mesh) -> Any:
         if axes is None:
             raise ValueError(f"no logical axes for the leaf {name}")
         spec: list[Any] = []
-        for size, axis in zip(leaf.shape, axes, strict=True):
+        for size, axis in zip(leaf.shape, axes or (None,) * leaf.ndim, strict=True):
             mesh_axes = RULES.get(axis or "", ())
             shards = math.prod(mesh.shape[a] for a in mesh_axes)
             count = units.get(axis or "", size)

@@ -13,22 +13,72 @@ from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import (
     bloom,
+    cohere,
+    cohere2,
+    eurobert,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
     gpt2,
     gpt_neo,
     gpt_neox,
     gptj,
+    granite,
     llama,
+    ministral3,
     mistral,
+    modernbert_decoder,
+    mpt,
+    olmo,
+    olmo2,
+    olmo3,
     opt,
+    phi,
     phi3,
     qwen2,
     qwen3,
+    smollm3,
+    stablelm,
 )
 from sgpt_jax.families.family import Family, HfConfig
 from sgpt_jax.families.keys import check_untaken
 from sgpt_jax.families.reading import ConfigReader, short
 
-_MODULES = (gpt2, gpt_neo, gptj, gpt_neox, bloom, opt, llama, mistral, qwen2, qwen3, phi3)
+_MODULES = (
+    gpt2,
+    gpt_neo,
+    gptj,
+    gpt_neox,
+    bloom,
+    opt,
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    cohere,
+    cohere2,
+    eurobert,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
+    granite,
+    ministral3,
+    modernbert_decoder,
+    mpt,
+    olmo,
+    olmo2,
+    olmo3,
+    phi,
+    phi3,
+    smollm3,
+    stablelm,
+)
 FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 # More than any decoder has: what a config must not ask for, whatever its tensors are.
@@ -64,6 +114,10 @@ def read_config(hf: HfConfig) -> DecoderConfig:
 def _read(family: Family, reader: ConfigReader) -> DecoderConfig:
     try:
         config = family.read(reader)
+        if family.mask_by_config and not reader.flag("is_causal", True):
+            # transformers' windows of both directions hold so many tokens on either side, and the token itself
+            windows = tuple(None if w is None else w + 1 for w in config.windows)
+            config = dataclasses.replace(config, bidirectional=True, windows=windows)
     except ValueError as problem:  # `DecoderConfig` finds values that do not go together
         raise (
             problem if isinstance(problem, InputError) else InputError(f"{reader.what}: {problem}")

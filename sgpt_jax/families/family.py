@@ -52,6 +52,8 @@ class Family:
     """Keys of the config that change nothing, beyond those of `keys.HARMLESS`."""
     own_code: frozenset[str] = frozenset()
     """Values of `auto_map` in published folders whose classes compute what transformers' own do."""
+    mask_by_config: bool = True
+    """Whether `is_causal: false` makes attention bidirectional."""
     exports: Callable[[HfConfig, DecoderConfig], Iterable[dict[str, Any]]] = _as_it_is
     """Configs that may describe a decoder which was read from a config and may have got biases since, best first."""
     gguf: GgufArchitecture | None = None

@@ -67,4 +67,5 @@ FAMILY = Family(
     ),
     base_prefix="transformer.",
     causal_lm="GPTNeoForCausalLM",
+    mask_by_config=False,
 )

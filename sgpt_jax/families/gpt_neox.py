@@ -2,7 +2,8 @@
 
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.families.family import Family
-from sgpt_jax.families.reading import ConfigReader, activation, head, rotary, shape
+from sgpt_jax.families.reading import ConfigReader, activation, head, shape
+from sgpt_jax.families.rotary import rotary
 from sgpt_jax.families.tables import BY_GROUP, QKV, fused, linear, norm, rules, table
 
 

@@ -55,9 +55,15 @@ HARMLESS = frozenset(
 
 # What changes the result and is not supported: the values that change nothing, and what to say of others.
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "is_causal": ((True,), "bidirectional attention is not supported"),
-    "use_bidirectional_attention": ((False,), "bidirectional attention is not supported"),
-    "bidirectional": ((False,), "bidirectional attention is not supported"),
+    "is_causal": ((True,), "bidirectional attention is not supported in this family"),
+    "use_bidirectional_attention": (
+        (False,),
+        "transformers gives this no effect in this family; say is_causal false for bidirectional attention",
+    ),
+    "bidirectional": (
+        (False,),
+        "this spelling is not known; say is_causal false for bidirectional attention",
+    ),
     "is_encoder_decoder": ((False,), "an encoder-decoder is no text decoder"),
     "add_cross_attention": ((False,), "a decoder with cross-attention is half of an encoder-decoder"),
     "attn_logit_softcapping": ((), "soft-capped attention scores are not supported in this family"),

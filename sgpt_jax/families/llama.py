@@ -5,7 +5,8 @@ from typing import Any
 
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.families.family import Family, GgufArchitecture, HfConfig
-from sgpt_jax.families.reading import MAX_LAYERS, ConfigReader, activation, divided, head, rotary
+from sgpt_jax.families.reading import MAX_LAYERS, ConfigReader, activation, divided, head
+from sgpt_jax.families.rotary import rotary
 from sgpt_jax.families.tables import linear, norm, rules, table
 
 
@@ -37,7 +38,6 @@ def llama_shape(
         "head_dim": head_dim,
         "mlp_dim": hf.size("intermediate_size"),
         "max_positions": hf.size("max_position_embeddings", default=2048),
-        "rotary": rotary(hf, head_dim),
         "norm": "rms",
         "norm_eps": hf.number("rms_norm_eps", default=1e-6, above=0),
         "activation": activation(hf, "hidden_act", default="silu"),
@@ -49,6 +49,8 @@ def llama_shape(
         "head": head(hf, tied_by_default=False),
         "attn_dropout": hf.share("attention_dropout"),
     }
+    if "rotary" not in more:
+        more["rotary"] = rotary(hf, head_dim)
     return DecoderConfig(**(fields | more))
 
 
@@ -81,23 +83,28 @@ def _gguf_settings(tensors: Collection[str], head_dim: int) -> dict[str, Any]:
     }
 
 
-# Serves Mistral, Qwen2 and Qwen3 as well.
-RULES = rules(
-    table("embed_tokens", "embed/tokens"),
-    norm("layers.{i}.input_layernorm", "blocks/{i}/norm1"),
+LLAMA_ATTENTION = rules(
     linear("layers.{i}.self_attn.q_proj", "blocks/{i}/attn/q"),
     linear("layers.{i}.self_attn.k_proj", "blocks/{i}/attn/k"),
     linear("layers.{i}.self_attn.v_proj", "blocks/{i}/attn/v"),
     linear("layers.{i}.self_attn.o_proj", "blocks/{i}/attn/o"),
     norm("layers.{i}.self_attn.q_norm", "blocks/{i}/attn/q_norm"),
     norm("layers.{i}.self_attn.k_norm", "blocks/{i}/attn/k_norm"),
-    norm("layers.{i}.post_attention_layernorm", "blocks/{i}/norm2"),
+)
+
+# What Llama and its relatives have, but for the norm that each has elsewhere.
+LLAMA_CORE = rules(
+    table("embed_tokens", "embed/tokens"),
+    norm("layers.{i}.input_layernorm", "blocks/{i}/norm1"),
+    LLAMA_ATTENTION,
     linear("layers.{i}.mlp.gate_proj", "blocks/{i}/mlp/gate"),
     linear("layers.{i}.mlp.up_proj", "blocks/{i}/mlp/up"),
     linear("layers.{i}.mlp.down_proj", "blocks/{i}/mlp/down"),
     norm("norm", "final_norm"),
     linear("lm_head", "head"),
 )
+
+RULES = rules(LLAMA_CORE, norm("layers.{i}.post_attention_layernorm", "blocks/{i}/norm2"))
 
 GGUF_PARTS = {
     "token_embd": "embed_tokens",

@@ -21,7 +21,7 @@ def _read(hf: ConfigReader) -> DecoderConfig:
         max_positions=hf.size("max_position_embeddings"),
         positions="learned",
         position_offset=2,
-        post_norm=not pre_norm,
+        norm_at="input" if pre_norm else "sum",
         final_norm=not hf.flag("_remove_final_layer_norm", False) and pre_norm,
         activation=activation(hf, "activation_function", default="relu"),
         attn_scale=sizes["head_dim"] ** -0.5,

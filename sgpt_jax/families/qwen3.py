@@ -15,7 +15,7 @@ def _read(hf: ConfigReader) -> DecoderConfig:
         hf,
         attention_bias=hf.flag("attention_bias", False),
         head_dim=128,
-        qk_norm=True,
+        qk_norm="head",
         windows=qwen_windows(hf),
     )
 

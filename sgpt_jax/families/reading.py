@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from sgpt_jax.decoder.config import Activation, RotaryConfig
+from sgpt_jax.decoder.config import Activation
 from sgpt_jax.errors import InputError
 
 Choice = TypeVar("Choice")
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1_000
+
+LAYER_KINDS = ("full_attention", "sliding_attention")
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -132,12 +133,30 @@ class ConfigReader:
             raise self.wrong(key, value, f"a list of {layers} (one a layer) of {', '.join(known)}")
         return value
 
+    def switches(self, key: str, layers: int) -> list[bool] | None:
+        """A list with 0 or 1 for each layer, or None where none is set."""
+        _, value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != layers or any(item not in (0, 1) for item in value):
+            raise self.wrong(key, value, f"a list of {layers} (one a layer) of 0 and 1")
+        return [bool(item) for item in value]
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of so many numbers above 0."""
+        _, value = self.get(key)
+        good = isinstance(value, list) and len(value) == count
+        if not good or any(type(item) not in (int, float) or not 0 < item < 1e30 for item in value):
+            raise self.wrong(key, value, f"a list of {count} numbers above 0")
+        return tuple(map(float, value))
+
     def section(self, key: str) -> ConfigReader:
         """The reader of a nested object; an empty one where none is set."""
         _, value = self.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.wrong(key, value, "an object")
-        self.sections[key] = ConfigReader(value or {}, f"{self.what}: {key}")
+        if key not in self.sections:
+            self.sections[key] = ConfigReader(value or {}, f"{self.what}: {key}")
         return self.sections[key]
 
     def wrong(self, key: str, value: Any, expected: str) -> InputError:
@@ -195,49 +214,31 @@ def divided(hf: ConfigReader, key: str, embed_dim: int, heads: int) -> int:
     return embed_dim // heads
 
 
-def rotary(hf: ConfigReader, head_dim: int, *, share: float = 1.0) -> RotaryConfig:
-    """Rotary settings, in both spellings: `rope_parameters` of transformers 5, and the separate keys before it.
-
-    Args:
-        hf: the config.
-        head_dim: H.
-        share: of a head's dimensions that rotate, where the config says nothing.
-    """
-    old, new = hf.section("rope_scaling"), hf.section("rope_parameters")
-    rope = ConfigReader({**old.values, **new.values}, f"{hf.what}: rotary settings")
-    old.taken = new.taken = rope.taken
-    if nested := [key for key, value in rope.values.items() if isinstance(value, dict)]:
-        raise InputError(f"{rope.what} by layer type ({', '.join(nested)}) are not supported")
-    options: dict[str, Literal["none", "linear", "llama3"]]
-    options = {"default": "none", "linear": "linear", "llama3": "llama3"}
-    scaling = rope.choice("rope_type", "type", options=options, default="default", what="rotary scaling")
-    share = hf.number("partial_rotary_factor", "rotary_pct", default=share, above=0, most=1)
-    share = rope.number("partial_rotary_factor", default=share, above=0, most=1)
-    base = hf.number("rope_theta", "rotary_emb_base", default=10_000.0, above=0)
-    base = rope.number("rope_theta", default=base, above=0)
-    if int(head_dim * share) < 2:
-        raise InputError(f"{rope.what}: nothing rotates in heads of width {head_dim}")
-    plain = RotaryConfig(dim=int(head_dim * share), base=base, scaling=scaling)
-    if scaling == "none":
-        return plain
-    plain = dataclasses.replace(plain, factor=rope.number("factor", above=0))
-    if scaling == "linear":
-        return plain
-    low, high = rope.number("low_freq_factor", above=0), rope.number("high_freq_factor", above=0)
-    if low >= high:
-        raise rope.wrong("low_freq_factor", low, f"less than high_freq_factor ({high:g})")
-    return dataclasses.replace(
-        plain,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_positions=rope.size("original_max_position_embeddings"),
-    )
+def optional_number(hf: ConfigReader, key: str, default: float | None) -> float | None:
+    """A number above 0, or None where null turns it off."""
+    _, value = hf.get(key)
+    if value is None:
+        return None if key in hf.values else default
+    return hf.number(key, above=0)
 
 
 def window(hf: ConfigReader, default: int = 4096) -> int | None:
     """The size of attention windows; null turns them off."""
     size = hf.optional_size("sliding_window")
     return size if "sliding_window" in hf.values else default
+
+
+def window_kinds(hf: ConfigReader, *, pattern: int) -> list[str]:
+    """The kind of every layer, "full_attention" or "sliding_attention": as listed, or every `pattern`-th is full."""
+    layers = hf.size("num_hidden_layers", most=MAX_LAYERS)
+    listed = hf.kinds("layer_types", LAYER_KINDS, layers)
+    return listed or [LAYER_KINDS[0 if (layer + 1) % pattern == 0 else 1] for layer in range(layers)]
+
+
+def windows_of(kinds: Iterable[str], size: int | None) -> tuple[int | None, ...]:
+    """The attention windows of layers of these kinds; () where none has one."""
+    windows = tuple(size if kind == "sliding_attention" else None for kind in kinds)
+    return windows if any(windows) else ()
 
 
 def windows_by_kind(hf: ConfigReader, layers: int, *, first: int | None) -> tuple[int | None, ...]:
@@ -249,8 +250,7 @@ def windows_by_kind(hf: ConfigReader, layers: int, *, first: int | None) -> tupl
         first: the first layer with a window where the config does not list the layers; None for no window at all.
     """
     size = window(hf)
-    kinds = hf.kinds("layer_types", ("full_attention", "sliding_attention"), layers)
-    if first is None or size is None:
+    kinds = hf.kinds("layer_types", LAYER_KINDS, layers)
+    if first is None:
         return ()
-    slides = [kind == "sliding_attention" for kind in kinds] if kinds else [i >= first for i in range(layers)]
-    return tuple(size if sliding else None for sliding in slides) if any(slides) else ()
+    return windows_of(kinds or [LAYER_KINDS[i >= first] for i in range(layers)], size)

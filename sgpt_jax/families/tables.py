@@ -42,6 +42,8 @@ class Rule:
     tensor: str
     leaves: tuple[str, ...]
     layout: Layout
+    when: Callable[[DecoderConfig], bool] = lambda config: True
+    """Whether a decoder's tensor has this name, where a family has several names for a leaf."""
 
 
 COPY = Layout(lambda x, _: (x,), lambda xs, _: xs[0])
@@ -105,9 +107,10 @@ def table(name: str, leaf: str) -> list[Rule]:
     return [Rule(f"{name}.weight", (f"{leaf}/embedding",), COPY)]
 
 
-def norm(name: str, leaf: str) -> list[Rule]:
+def norm(name: str, leaf: str, when: Callable[[DecoderConfig], bool] = lambda config: True) -> list[Rule]:
     """A norm's weight and bias."""
-    return [Rule(f"{name}.weight", (f"{leaf}/scale",), COPY), Rule(f"{name}.bias", (f"{leaf}/bias",), COPY)]
+    parts = (("weight", "scale"), ("bias", "bias"))
+    return [Rule(f"{name}.{tensor}", (f"{leaf}/{part}",), COPY, when) for tensor, part in parts]
 
 
 def linear(name: str, leaf: str, layout: Layout = TRANSPOSE) -> list[Rule]:
@@ -146,7 +149,7 @@ def active_rules(
 ) -> dict[str, tuple[Rule, int]]:
     """The rules for the leaves that a decoder has: tensor name without prefix -> (rule, layer)."""
     found = {}
-    for rule in rules:
+    for rule in (rule for rule in rules if rule.when(config)):
         layers = range(config.num_layers) if "{i}" in rule.tensor else range(1)
         for layer in layers:
             if leaf_name(rule.leaves[0], layer) in leaves:

@@ -35,7 +35,11 @@ def row_room(prefix_length: int, config: DecoderConfig) -> int:
     A longer row repeats the prefix less often, but attention costs the square of its length. With a cost of
     a T + b T^2 for a row of T = P + x tokens, the cost per continuation token is least at x = sqrt(P^2 + P a / b);
     a / b is a layer's weights over twice its attention width.
+
+    Where rotations depend on the length of a text, no two share a row: their prefix would have to be rotated twice.
     """
+    if config.rotation_depends_on_length:
+        return 0
     width = config.num_heads * config.head_dim
     best = math.isqrt(prefix_length**2 + prefix_length * layer_weights(config) // (2 * width))
     longest_row = math.isqrt(_SCORE_BYTES // (4 * config.num_heads))

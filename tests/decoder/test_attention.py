@@ -78,23 +78,25 @@ def test_gradients_do_not_depend_on_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("major", "head_dim", "alibi", "dropout", "reason"),
+    ("major", "head_dim", "why", "reason"),
     [
-        (8, 64, False, False, None),
-        (8, 128, False, False, None),
-        (9, 256, False, False, None),
-        (10, 128, False, False, None),
-        (7, 64, False, False, "compute capability 7.x"),
-        (8, 256, False, False, "heads of 256.* up to 128"),
-        (10, 256, False, False, "heads of 256.* up to 128"),
-        (9, 264, False, False, "heads of 264.* up to 256"),
-        (9, 20, False, False, "heads of 20, .*multiples of 8"),
-        (9, 64, True, False, "ALiBi"),
-        (9, 64, False, True, "dropout"),
+        (8, 64, (), None),
+        (8, 128, (), None),
+        (9, 256, (), None),
+        (10, 128, (), None),
+        (7, 64, (), "compute capability 7.x"),
+        (8, 256, (), "heads of 256.* up to 128"),
+        (10, 256, (), "heads of 256.* up to 128"),
+        (9, 264, (), "heads of 264.* up to 256"),
+        (9, 20, (), "heads of 20, .*multiples of 8"),
+        (9, 64, ("alibi",), "ALiBi"),
+        (9, 64, ("dropout",), "dropout"),
+        (9, 64, ("capped",), "soft-capped"),
     ],
 )
-def test_why_not_cudnn(major, head_dim, alibi, dropout, reason):
-    found = attention.why_not_cudnn(major, head_dim, alibi=alibi, dropout=dropout)
+def test_why_not_cudnn(major, head_dim, why, reason):
+    asked = dict.fromkeys(("alibi", "capped", "dropout"), False) | dict.fromkeys(why, True)
+    found = attention.why_not_cudnn(major, head_dim, **asked)
     if reason is None:
         assert found is None
     else:

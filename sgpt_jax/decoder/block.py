@@ -1,0 +1,182 @@
+"""One layer of a decoder: attention and MLP, with their norms and residual sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sgpt_jax.decoder.attention import attend, attention_mask_matrix
+from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
+from sgpt_jax.decoder.layers import MLP, Dropout, Linear, Norm
+from sgpt_jax.decoder.positions import alibi_slopes, rotary_angles, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the layers of one forward pass share.
+
+    Attributes:
+        masks: window -> bool [B, T, T].
+        angles: rotation -> its cosines and signed sines.
+        alibi: float32 [B, N, 1, T].
+        query_factors: float32 [B, T, 1, 1], of `query_scaling`.
+        dropout: None for none.
+    """
+
+    masks: dict[int | None, jax.Array]
+    angles: dict[RotaryConfig, tuple[jax.Array, jax.Array]]
+    alibi: jax.Array | None
+    query_factors: jax.Array | None
+    dropout: Dropout | None
+
+
+def make_context(
+    config: DecoderConfig, segments: jax.Array, positions: jax.Array, dropout: Dropout | None
+) -> Context:
+    """Masks, angles and factors for all layers, from segments and positions, int [B, T] (see `Batch`)."""
+    layers = range(config.num_layers)
+    windows, rotations = {config.window(i) for i in layers}, {config.rotation(i) for i in layers}
+    alibi = factors = None
+    if config.positions == "alibi":
+        alibi = _alibi(config, positions)
+    if config.query_scaling is not None:
+        beta, period = config.query_scaling
+        factors = 1 + beta * jnp.log1p(jnp.floor(positions.astype(jnp.float32) / period))[..., None, None]
+    return Context(
+        masks={
+            w: attention_mask_matrix(segments, positions, w, bidirectional=config.bidirectional)
+            for w in windows
+        },
+        angles={r: rotary_angles(r, positions, segments) for r in rotations if r is not None},
+        alibi=alibi,
+        query_factors=factors,
+        dropout=dropout,
+    )
+
+
+def _alibi(config: DecoderConfig, positions: jax.Array) -> jax.Array:
+    """What is added to the scaled scores, float32 [B, N, 1, T]."""
+    slopes = jnp.asarray(alibi_slopes(config.num_heads, config.alibi))[:, None, None]
+    distances = positions[:, None, None, :].astype(jnp.float32)
+    if config.alibi != "rounded":
+        return slopes * distances
+    # Falcon computes it in bfloat16, distances included, and scales it with the scores.
+    rounded = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+    return rounded(slopes * rounded(distances)) * config.attn_scale
+
+
+class Attention(nnx.Module):
+    """Self-attention of one layer."""
+
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        self.config, self.layer = config, layer
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        make = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        self.q = make(config.embed_dim, width, bias=config.qkv_bias)
+        self.k = make(config.embed_dim, kv_width, bias=config.qkv_bias)
+        self.v = make(config.embed_dim, kv_width, bias=config.qkv_bias)
+        self.o = make(width, config.embed_dim, bias=config.attn_out_bias)
+        self.q_norm, self.k_norm = (
+            self._head_norm(heads, dtype) for heads in (config.num_heads, config.num_kv_heads)
+        )
+
+    def _head_norm(self, heads: int, dtype: jnp.dtype) -> Norm | None:
+        head_dim, over = self.config.head_dim, self.config.qk_norm
+        if over == "none":
+            return None
+        shape = {"head": (head_dim,), "heads": (heads, head_dim), "width": (heads * head_dim,)}[over]
+        return Norm(shape, self.config, dtype=dtype, bias=self.config.qk_norm_bias)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        config = self.config
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if config.clip_qkv is not None:
+            q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
+        if config.qk_norm == "width":
+            q, k = self._normed(q, k)
+        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
+        if config.qk_norm in ("head", "heads"):
+            q, k = self._normed(q, k)
+        if (rotation := config.rotation(self.layer)) is not None:
+            q, k = (rotate(part, context.angles[rotation], rotation) for part in (q, k))
+        if context.query_factors is not None:
+            q = (q * context.query_factors).astype(q.dtype)
+        drop = None
+        if context.dropout is not None and config.attn_dropout:
+            drop = functools.partial(_drop_at, context.dropout, config.attn_dropout, (self.layer, 1))
+        out = attend(
+            q,
+            k,
+            v,
+            context.masks[config.window(self.layer)],
+            scale=config.attn_scale / (self.layer + 1 if config.scale_by_layer else 1),
+            bias=context.alibi,
+            cap=config.attn_softcap,
+            causal=not config.bidirectional,
+            drop=drop,
+        )  # [B, T, N, H]
+        return self.o(out.reshape(*x.shape[:2], -1))
+
+    def _normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert self.q_norm is not None and self.k_norm is not None
+        return self.q_norm(q), self.k_norm(k)
+
+
+def _drop_at(dropout: Dropout, rate: float, site: tuple[int, ...], x: jax.Array) -> jax.Array:
+    return dropout(x, rate, *site)
+
+
+class Block(nnx.Module):
+    """Attention and MLP with their norms and residual sums."""
+
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        self.config, self.layer = config, layer
+
+        def norm(there: bool) -> Norm | None:
+            return Norm((config.embed_dim,), config, dtype=dtype) if there else None
+
+        leads, follows = config.norm_at != "output", config.norm_at in ("output", "both")
+        self.norm1 = norm(leads and (config.first_norm or layer > 0))
+        self.attn = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.out_norm1 = norm(follows)
+        self.norm2 = norm(leads and not config.shared_norm)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.out_norm2 = norm(follows)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        config = self.config
+        if config.parallel:
+            normed = _maybe(self.norm1, x)
+            for_mlp = normed if config.shared_norm else _maybe(self.norm2, x)
+            return x + self._attend(normed, context) + self._transform(for_mlp, context)
+        if config.norm_at == "sum":
+            x = _maybe(self.norm1, x + self._attend(x, context))
+            return _maybe(self.norm2, x + self._transform(x, context))
+        normed = _maybe(self.norm1, x)
+        x = (normed if config.residual_from_norm else x) + self._attend(normed, context)
+        normed = _maybe(self.norm2, x)
+        return (normed if config.residual_from_norm else x) + self._transform(normed, context)
+
+    def _attend(self, x: jax.Array, context: Context) -> jax.Array:
+        return self._branch(self.attn(x, context), self.out_norm1, context, 2)
+
+    def _transform(self, x: jax.Array, context: Context) -> jax.Array:
+        return self._branch(self.mlp(x), self.out_norm2, context, 3)
+
+    def _branch(self, x: jax.Array, norm: Norm | None, context: Context, site: int) -> jax.Array:
+        """What a sub-layer adds to the residual sum."""
+        x = _maybe(norm, x)
+        if self.config.residual_scale != 1:
+            x = x * jnp.asarray(self.config.residual_scale, x.dtype)
+        if context.dropout is None:
+            return x
+        return context.dropout(x, self.config.residual_dropout, self.layer, site)
+
+
+def _maybe(norm: Norm | None, x: Any) -> Any:
+    return x if norm is None else norm(x)
