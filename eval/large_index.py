@@ -17,34 +17,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
+from tokenizers.models import BPE
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from eval.models import positive
 from eval.record import circumstances
 from eval.results import make_folder, write_result
+from eval.speed.models import END, byte_level, write_random_model
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
-from sgpt_jax.checkpoint.export import export_folder
-from sgpt_jax.decoder.config import compute_dtype
-from sgpt_jax.decoder.model import abstract_decoder, merge
-from sgpt_jax.decoder.sharding import device_mesh, leaf_path
+from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
-from sgpt_jax.families import read_config
 from sgpt_jax.files.corpora import read_corpus
 from sgpt_jax.files.lines import write_jsonl
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.columns import normalized
 from sgpt_jax.index.search import Index
 from sgpt_jax.runtime.memory import peak_memory, resident_memory
-from sgpt_jax.text.tokenizer import save_tokenizer
 
 WORDS = 20_000
-EOS = "<|endoftext|>"
 QUERIES = 64
 DEPTH = 10
 POINTS = 200  # of the curve
@@ -118,17 +111,14 @@ def generate(count: int, seed: int) -> Iterator[str]:
 
 def write_model(folder: Path, width: int, seed: int) -> Path:
     """A Llama with random weights and a tokenizer trained on generated text, as a folder."""
-    base = Tokenizer(models.BPE())
-    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    base.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    base.train_from_iterator(generate(20_000, seed), trainer)
-    save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=base, eos_token=EOS), folder)
     if width % 32:
         raise InputError(f"--width must be a multiple of 32, not {width}")
+    bpe = byte_level(BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(generate(20_000, seed), trainer)
     settings = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -137,22 +127,14 @@ def write_model(folder: Path, width: int, seed: int) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": width // 32,
         "num_key_value_heads": width // 32,
-        "vocab_size": base.get_vocab_size(),
+        "vocab_size": bpe.get_vocab_size(),
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
         "tie_word_embeddings": True,
     }
-    graphdef, shapes = abstract_decoder(read_config(settings), compute_dtype("float32"))
-    draw = np.random.default_rng(seed)
-
-    def random(path: Any, leaf: Any) -> jax.Array:
-        if leaf_path(path).endswith("scale"):
-            return jnp.ones(leaf.shape, leaf.dtype)
-        return jnp.asarray(draw.normal(0, leaf.shape[0] ** -0.5, leaf.shape), leaf.dtype)
-
-    export_folder(merge(graphdef, jax.tree_util.tree_map_with_path(random, shapes)), settings, folder)
+    write_random_model(settings, bpe, folder, seed=seed)
     return folder
 
 

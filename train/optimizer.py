@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,23 +82,19 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def linear_schedule(peak: float, warmup_steps: int, total_steps: int) -> Callable[[Any], jax.Array]:
+def linear_schedule(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Learning rate: linear from 0 to `peak` over the warm-up, then linear to 0 at `total_steps`.
 
     The steps count from 0, so with a warm-up the first step has rate 0 and changes nothing (transformers'
     linear schedule with warm-up, which the SGPT repository uses).
     """
-
-    def rate(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        rise = step / max(1, warmup_steps)
-        fall = (total_steps - step) / max(1, total_steps - warmup_steps)
-        return peak * jnp.where(step < warmup_steps, rise, jnp.maximum(fall, 0.0))
-
-    return rate
+    rise = optax.linear_schedule(0.0, peak, warmup_steps)
+    falling = max(0, total_steps - warmup_steps)
+    fall = optax.linear_schedule(peak if falling else 0.0, 0.0, max(1, falling))
+    return optax.join_schedules([rise, fall], [warmup_steps])
 
 
-def make_optimizer(mask: Any, rate: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
+def make_optimizer(mask: Any, rate: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (0.9, 0.999, 1e-6; decay 0.01) after clipping to global norm 1, for the leaves of `mask` alone.
 
     Clipping stands inside the mask: the norm is that of trainable gradients. The SGPT repository's values.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -77,7 +78,7 @@ class Run:
     state: TrainState
     run_step: Callable[..., Any]
     chunk_rows: int
-    rate: Callable[[Any], jax.Array]
+    rate: optax.Schedule
     examples: int
     batches: Any
     evaluate: Judge | None

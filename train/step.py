@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgpt_jax.decoder.batch import Batch
-from sgpt_jax.decoder.sharding import batch_sharding, num_shards, on_mesh
+from sgpt_jax.decoder.sharding import batch_sharding, leaf_path, num_shards, on_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import round_up
 from sgpt_jax.packing.rows import encode_rows, most_texts
@@ -40,27 +40,48 @@ class TrainState(NamedTuple):
     key: Array
 
 
+def new_state(trainable: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step, wherever its arrays may lie. Shapes are enough (`jax.eval_shape`)."""
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32), key)
+
+
+def state_shardings(state: TrainState, trainable: Any, mesh: Mesh) -> TrainState:
+    """The sharding of every leaf of a state: a moment has that of its parameter, anything else is replicated.
+
+    Args:
+        state: arrays or their shapes.
+        trainable: the parameters that train, with their shardings.
+        mesh: of these.
+    """
+    shardings = {
+        leaf_path(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sharding(path: Any, _: Any) -> NamedSharding:
+        # A moment's path ends in that of its parameter, behind those of the optimizer's parts.
+        ends = (leaf_path(path[start:]) for start in range(len(path)))
+        return next((shardings[end] for end in ends if end in shardings), replicated)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
 def init_state(
     trainable: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None
 ) -> TrainState:
-    """The state before the first step; on a mesh, what is not sharded over it is replicated."""
-    state = TrainState(
-        trainable,
-        optimizer.init(trainable),
-        jnp.zeros((), jnp.int32),
-        jax.random.key_data(jax.random.key(seed)),
-    )
+    """The state before the first step, on the mesh as `state_shardings` says, or on the first device."""
+    state = new_state(trainable, optimizer, seed)
     if mesh is None:
         return jax.device_put(state, jax.devices()[0])
 
-    def replicate(leaf: Array) -> Array:
-        if isinstance(leaf.sharding, NamedSharding):
+    def place(leaf: Array, sharding: NamedSharding) -> Array:
+        if leaf.sharding == sharding:  # of parameters and moments, which may be on other hosts too
             return leaf
-        replicated = NamedSharding(mesh, PartitionSpec())
         values = np.asarray(leaf)
-        return jax.make_array_from_callback(values.shape, replicated, lambda index: values[index])
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    return jax.tree.map(replicate, state)
+    return jax.tree.map(place, state, state_shardings(state, trainable, mesh))
 
 
 def make_step(

@@ -10,6 +10,7 @@ published peaks allow; real programs reach perhaps half of it.
 from __future__ import annotations
 
 import argparse
+import bisect
 import dataclasses
 import sys
 from collections.abc import Iterator
@@ -18,14 +19,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from eval.models import positive
 from eval.plan import compile as compiler
 from eval.plan.devices import CHIPS, GIB, Target, parse_target
-from eval.plan.estimate import Memory, Sizes, Times, chunks_of, flops, held, memory, times
+from eval.plan.estimate import Memory, Sizes, Times, chunks_of, device_bytes, flops, memory, times
 from eval.plan.models import MODELS, find_model, with_biases
 from eval.plan.programs import Work, at_depth
 from eval.plan.table import describe, write_table
 from eval.record import circumstances
+from sgpt_jax.cli.options import positive
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.sharding import mesh_sizes
 from sgpt_jax.errors import InputError
@@ -36,9 +37,7 @@ from train.recipes import RECIPES
 
 # Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
 TEXTS = 3
-# What the analytic memory may be of the usable one; the model of activations is not exact.
-MARGIN = 0.9
-# Rows of a device that the search tries; more make no product faster.
+# Rows of a device that the search tries; more make no matmul faster.
 MOST_ROWS = 512
 
 
@@ -113,9 +112,7 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
     plans = list(search(config, target, args))
     chosen = choose(plans)
     compiled, chosen, notes = _compile(config, target, chosen, args)
-    work, sizes = chosen.work, chosen.sizes
-    time = chosen.times
-    mesh = mesh_spec(sizes)
+    work, sizes, time = chosen.work, chosen.sizes, chosen.times
     small = at_depth(config, 2 * compiler.depth_step(config))
     count = dataclasses.replace(work, rows=8)
     if work.task == "train":
@@ -129,14 +126,13 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
         "topology": target.name,
         "chip": target.chip_name,
         "devices": target.count,
-        "mesh": mesh,
+        "mesh": mesh_spec(sizes),
         "length": work.length,
         "rows": work.rows,
         "examples": work.examples or None,
         "chunk": work.chunk or None,
-        "largest": max((plan.work.chunk or plan.work.rows for plan in plans if plan.fits and plan.sizes == sizes),
-                       default=None),
-        "parameters": held(config, "", "bfloat16", (1, 1, 1))[0] / 2,
+        "largest": largest(config, target, work, sizes),
+        "parameters": device_bytes(config, "", "bfloat16", (1, 1, 1))[0] / 2,
         "memory": dataclasses.asdict(chosen.memory)
         | {"total": chosen.memory.total, "usable": target.chip.usable, "chip": target.chip.memory},
         "fits": chosen.fits,
@@ -166,30 +162,49 @@ def evaluate(config: DecoderConfig, target: Target, work: Work, sizes: Sizes) ->
     """One way to run it, by arithmetic."""
     use = memory(config, work, sizes)
     roofline = times(config, work, sizes, target.chip)
-    return Plan(sizes, work, use, roofline, use.total <= MARGIN * target.chip.usable)
+    return Plan(sizes, work, use, roofline, use.total <= target.chip.budget)
 
 
-def works(args: argparse.Namespace, ways: int) -> Iterator[Work]:
-    """The batches and chunks to try where rows are split `ways` ways."""
+def largest(config: DecoderConfig, target: Target, work: Work, sizes: Sizes) -> int | None:
+    """The most rows at a time that fit on this mesh by arithmetic, up to `MOST_ROWS` a device; None for none.
+
+    In training they are the chunk, and None also where the batch goes through at once.
+    """
+    shards = sizes[0] * sizes[1]
+    most = MOST_ROWS
+    if work.task == "train":
+        if chunks_of(work) == 1:
+            return None
+        most = min(most, work.rows // shards - 1)
+
+    def is_too_much(rows: int) -> bool:
+        more = {"chunk" if work.task == "train" else "rows": rows * shards}
+        return not evaluate(config, target, Work(**dataclasses.asdict(work) | more), sizes).fits
+
+    return bisect.bisect_left(range(1, most + 1), True, key=is_too_much) * shards or None
+
+
+def works(args: argparse.Namespace, shards: int) -> Iterator[Work]:
+    """The batches and chunks to try where rows are split into `shards`."""
     fixed: dict[str, Any] = {"task": args.task, "length": args.length, "dtype": args.dtype}
     if args.task != "train":
-        rows = args.batch_size or max(1, BATCH_TOKENS // (args.length * ways)) * ways
-        if args.batch_size and rows % ways:
+        rows = args.batch_size or max(1, BATCH_TOKENS // (args.length * shards)) * shards
+        if args.batch_size and rows % shards:
             return
-        each = rows // ways
+        each = rows // shards
         for share in {each} if args.batch_size else {each, *_powers(MOST_ROWS)}:
-            yield Work(rows=share * ways, **fixed)
+            yield Work(rows=share * shards, **fixed)
         return
     examples = args.batch_size or RECIPES["msmarco"][0].batch_size
-    if examples % ways:
+    if examples % shards:
         return
     rows = TEXTS * examples
     fixed |= {"examples": examples, "trainable": args.trainable}
     if args.chunk_size:
-        yield Work(rows=rows, chunk=-(-args.chunk_size // ways) * ways, **fixed)
+        yield Work(rows=rows, chunk=-(-args.chunk_size // shards) * shards, **fixed)
         return
-    for share in _powers(min(MOST_ROWS, rows // ways - 1)):
-        yield Work(rows=rows, chunk=share * ways, **fixed)
+    for share in _powers(min(MOST_ROWS, rows // shards - 1)):
+        yield Work(rows=rows, chunk=share * shards, **fixed)
     yield Work(rows=rows, **fixed)
 
 
@@ -267,7 +282,6 @@ def _compile(
         missing = compiler.NO_LIBTPU if target.chip.kind == "tpu" else (
             f"{target.count} of these GPUs are not here, so nothing was compiled"
         )  # fmt: skip
-        print(missing, file=sys.stderr)
         return None, plan, [missing]
     notes: list[str] = []
     while True:
@@ -289,10 +303,10 @@ def _compile(
         plan = evaluate(config, target, smaller, plan.sizes)
 
 
-def _smaller(work: Work, ways: int, args: argparse.Namespace) -> Work | None:
+def _smaller(work: Work, shards: int, args: argparse.Namespace) -> Work | None:
     """Half the rows at a time, or None where there is no half, or the user said how many."""
     now = work.chunk if work.task == "train" and chunks_of(work) > 1 else work.rows
-    half = now // ways // 2 * ways
+    half = now // shards // 2 * shards
     if half == 0 or (args.chunk_size if work.task == "train" else args.batch_size):
         return None
     return (

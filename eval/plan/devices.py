@@ -15,6 +15,10 @@ from sgpt_jax.errors import InputError
 
 GB, GIB, TERA = 10**9, 2**30, 10**12
 
+# The share of the usable memory that a program may need by arithmetic, whose model of activations is not exact. What
+# a compiler says is exact: there all of it counts.
+MARGIN = 0.9
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
@@ -23,7 +27,7 @@ class Chip:
     Attributes:
         memory: bytes.
         usable: bytes that programs get; the rest is the runtime's. For TPU, what libtpu's compiler calls the limit.
-        flops: peak bfloat16 FLOP/s. float32 products are taken to run at a sixth (TPU) or a sixteenth of it (GPU).
+        flops: peak bfloat16 FLOP/s. float32 matmuls are taken to run at a sixth (TPU) or a sixteenth of it (GPU).
         bandwidth: of its memory, bytes a second.
         exchange: bytes a second that it receives while devices gather from one another. On a TPU two links, one ring
             both ways, which every slice has; a torus with more of them can be faster.
@@ -35,6 +39,11 @@ class Chip:
     flops: float
     bandwidth: float
     exchange: float
+
+    @property
+    def budget(self) -> float:
+        """The bytes that a program may need by arithmetic: a tenth of what is usable stays free for its errors."""
+        return MARGIN * self.usable
 
 
 CHIPS: dict[str, Chip] = {

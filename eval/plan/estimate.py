@@ -136,7 +136,7 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes) -> Memory:
         gathered = item * max(layer_weights(config), config.vocab_size * config.hidden_dim) / tensor
     masks = rows * work.length**2 * len(set(config.windows or (None,)))
     if work.task != "train":
-        parameters, _, _ = held(config, "", work.dtype, sizes)
+        parameters, _, _ = device_bytes(config, "", work.dtype, sizes)
         block = scores * min(QUERY_BLOCK, work.length) / work.length
         attention = item * (3 * width + 2 * kv_width) + 4 * width + 10 * block * 2
         mlp = (item + 4) * config.mlp_dim * (2 if config.gated else 1)
@@ -145,7 +145,7 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes) -> Memory:
         if work.task == "score":
             gathered += 3 * 4 * HEAD_TARGETS * min(HEAD_ENTRIES, config.vocab_size)
         return Memory(parameters, 0, 0, activations, gathered)
-    parameters, optimizer, trainable = held(config, work.trainable, work.dtype, sizes)
+    parameters, optimizer, trainable = device_bytes(config, work.trainable, work.dtype, sizes)
     # In the compute dtype q, k, v and the MLP, in both dtypes the weights of attention, in float32 its sums and norms.
     kept: float = item * (width + 2 * kv_width + config.mlp_dim * (4 if config.gated else 3)) + 4 * width
     kept += (4 + item) * scores
@@ -188,7 +188,7 @@ def times(config: DecoderConfig, work: Work, sizes: Sizes, chip: Chip) -> Times:
         trained = _trained_share(config, work.trainable) * weights
         traffic += chunks * 2 * trained
         exchange += chunks * trained * (1 if sizes[1] > 1 else 2) * (ways - 1) / ways
-        _, optimizer, _ = held(config, work.trainable, work.dtype, sizes)
+        _, optimizer, _ = device_bytes(config, work.trainable, work.dtype, sizes)
         traffic += 4 * optimizer
     return Times(flops(config, work) / count / peak, traffic / chip.bandwidth, exchange / chip.exchange)
 
@@ -213,7 +213,9 @@ def _state(config: DecoderConfig, trainable: str, dtype: str, sizes: Sizes) -> t
 
 
 @functools.lru_cache(maxsize=512)
-def held(config: DecoderConfig, trainable: str, dtype: str, sizes: Sizes) -> tuple[float, float, float]:
+def device_bytes(
+    config: DecoderConfig, trainable: str, dtype: str, sizes: Sizes
+) -> tuple[float, float, float]:
     """(bytes of parameters, bytes of moments, number of trainable parameters) of a device; "" trains nothing.
 
     Exact: all layers have the same shapes, so one and two of them tell the rest.

@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder
-from sgpt_jax.decoder.sharding import batch_sharding, leaf_path, num_shards, param_shardings
+from sgpt_jax.decoder.sharding import batch_sharding, num_shards, param_shardings
 from sgpt_jax.packing.rows import embed
 from train.losses import LossConfig
 from train.optimizer import make_optimizer, trainable_mask
-from train.step import TrainState, jit_step, make_step
+from train.step import TrainState, jit_step, make_step, new_state, state_shardings
 
 Task = Literal["train", "encode", "score"]
 
@@ -58,7 +58,7 @@ def abstract_params(config: DecoderConfig, dtype: str, mesh: Mesh) -> tuple[Any,
 
 
 def abstract_state(params: Any, work: Work, mesh: Mesh) -> tuple[TrainState, Any, Any]:
-    """(state, frozen, optimizer) of a training run, sharded as by `train.step.init_state`."""
+    """(state, frozen, optimizer) of a training run, with the shardings of `train.step.init_state`."""
     mask = trainable_mask(params, work.trainable)
     trainable = jax.tree.map(
         lambda leaf, trains: (
@@ -69,20 +69,8 @@ def abstract_state(params: Any, work: Work, mesh: Mesh) -> tuple[TrainState, Any
     )
     frozen = jax.tree.map(lambda leaf, trains: None if trains else leaf, params, mask)
     optimizer = make_optimizer(mask, lambda _: jnp.float32(1e-4))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = {
-        leaf_path(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
-    }
-
-    def shard_moment(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        # A moment's path ends in that of its parameter, behind those of the optimizer's parts.
-        ends = (leaf_path(path[start:]) for start in range(len(path)))
-        return _sharded(leaf, next((shardings[end] for end in ends if end in shardings), replicated))
-
-    moments = jax.tree_util.tree_map_with_path(shard_moment, jax.eval_shape(optimizer.init, trainable))
-    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    rest: Any = (jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), _sharded(key, replicated))
-    return TrainState(trainable, moments, *rest), frozen, optimizer
+    state = jax.eval_shape(lambda trainable: new_state(trainable, optimizer, 0), trainable)
+    return jax.tree.map(_sharded, state, state_shardings(state, trainable, mesh)), frozen, optimizer
 
 
 def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:

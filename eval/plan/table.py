@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from eval.plan.devices import GIB
+from eval.plan.devices import GIB, MARGIN
 
 _HEAD = (
     "| model | task | devices | mesh | rows at a time | parameters | optimizer | all, by arithmetic | all, compiled | "
@@ -15,13 +15,17 @@ _HEAD = (
     "|---|---|---|---|--:|--:|--:|--:|--:|--:|---|--:|---|--:|\n"
 )
 
+_UNITS = {"train": "a training step", "encode": "a batch", "score": "a batch"}
+
 _NOTES = """
 GiB are of one device. Rows have {length} tokens; "rows at a time" are over all devices (of training: the GradCache
 chunk; "all" is the batch at once). "By arithmetic" is the analytic model; "compiled" is what libtpu's compiler says for
 the real program; with a star, two shallow versions were compiled and the other layers extrapolated. "Usable" is the
-compiler's limit. "No" names the number of chips that would do. Time and tokens a second are rooflines from the
-published peaks of arithmetic, memory and interconnect, with every slot of every row in use: real programs reach perhaps
-half. A training step counts three full rows an example. v4-8 and v5p-8 are Cloud TPU's names: 8 cores, 4 chips.
+compiler's limit. A plan fits if it needs no more than that compiled or, where nothing was compiled, no more than
+{margin} of that by arithmetic, which is not exact. "No" names the number of chips that would do. Time and tokens a
+second are rooflines from the published peaks of arithmetic, memory and interconnect, with every position of every row
+in use: real programs reach perhaps half. A training step counts three full rows an example. v4-8 and v5p-8 are Cloud
+TPU's names: 8 cores, 4 chips.
 """
 
 
@@ -35,23 +39,26 @@ def describe(plan: dict[str, Any]) -> str:
         + ("fits" if plan["fits"] else "does not fit" + _instead(plan)),
         f"  mesh        {plan['mesh']}",
         f"  batch       {plan['rows']} rows of {plan['length']} tokens, {at_a_time}"
-        + (f" (at most {plan['largest']} fit)" if plan["largest"] else ""),
+        + (f" (by arithmetic {plan['largest']} would fit)" if plan["largest"] else ""),
         "  a device    "
         + ", ".join(
             f"{name} {memory[name] / GIB:.2f}"
             for name in ("parameters", "optimizer", "gradients", "activations", "temporaries")
         )
-        + f": {memory['total'] / GIB:.2f} of {memory['usable'] / GIB:.2f} GiB by arithmetic",
+        + f": {memory['total'] / GIB:.2f} GiB by arithmetic, which may plan with {MARGIN * memory['usable'] / GIB:.2f} "
+        f"({MARGIN:.0%} of {memory['usable'] / GIB:.2f})",
     ]
     compiled = plan["compiled"]
     if compiled is not None:
         layers = " and ".join(map(str, compiled["layers"]))
         lines.append(
-            f"  compiled    {compiled['total'] / GIB:.2f} GiB ({layers} layers compiled{_rest(plan)})"
+            f"  compiled    {compiled['total'] / GIB:.2f} of {memory['usable'] / GIB:.2f} GiB, which decides "
+            f"({layers} layers compiled{_rest(plan)})"
         )
     lines.append(f"  FLOPs       {plan['flops']:.3e}" + _counted(check))
     lines.append(
-        f"  least time  {seconds['step']:.3g} s: products {seconds['compute']:.3g}, memory {seconds['memory']:.3g}, "
+        f"  least time  {seconds['step']:.3g} s {_UNITS[plan['task']]}: matmuls {seconds['compute']:.3g}, "
+        f"memory {seconds['memory']:.3g}, "
         f"exchange {seconds['exchange']:.3g}; {plan['tokens_per_second']:,.0f} tokens/s at most"
     )
     if plan["biases_added"]:
@@ -66,7 +73,11 @@ def write_table(folder: epath.Path) -> None:
     plans.sort(key=lambda plan: (plan["task"], str(plan["trainable"]), plan["topology"], plan["parameters"]))
     lengths = sorted({plan["length"] for plan in plans})
     text = "# What runs would need\n\nWritten by `python -m eval plan`; each plan's JSON has its command.\n\n"
-    text += _HEAD + "".join(map(_row, plans)) + _NOTES.format(length=" or ".join(map(str, lengths)))
+    text += (
+        _HEAD
+        + "".join(map(_row, plans))
+        + _NOTES.format(length=" or ".join(map(str, lengths)), margin=f"{MARGIN:.0%}")
+    )
     text += _checks(plans)
     (folder / "README.md").write_text(text)
 
@@ -110,7 +121,7 @@ def _checks(plans: list[dict[str, Any]]) -> str:
         return ""
     return (
         f"\nFLOPs: XLA's own count of the same programs (before compilation, few layers, a loop's body once) is "
-        f"{min(ratios):.3f} to {max(ratios):.3f} of the analytic count of matrix products.\n"
+        f"{min(ratios):.3f} to {max(ratios):.3f} of the analytic count of matmuls.\n"
     )
 
 

@@ -6,8 +6,8 @@
   search  the best 100 of many vectors: FAISS flat, and NumPy
 
 All of them when none is named. What is not installed is left out by name. Torch runs on the GPU if it finds one. "of
-limit" is the share of the rate of large matrix products in the same dtype, measured in the same rounds; useful products
-alone are counted. "compile s" is how much longer the first call took, "peak MB" what one more call adds to this
+limit" is the share of the rate of large matmuls in the same dtype, measured in the same rounds; useful matmuls alone
+are counted. "compile s" is how much longer the first call took, "peak MB" what one more call adds to this
 process's memory, or the device's peak.
 
 On a machine that does other work too, set OMP_WAIT_POLICY=passive: torch's threads otherwise wait for each other by
@@ -23,14 +23,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from eval.models import positive
 from eval.plan.models import MODELS
 from eval.record import circumstances
-from eval.speed.benchmark import Contest, race, report, threads
-from eval.speed.encode import encode_contest
+from eval.speed.benchmark import Benchmark, measure, print_table, threads
+from eval.speed.encode import encode_benchmark
 from eval.speed.models import mixed_texts, open_data, write_shape
-from eval.speed.search import search_contest
+from eval.speed.search import search_benchmark
 from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cli.options import positive
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default=data and here.format("scifact"), metavar="FOLDER",
                         help="texts, in BEIR's format (default: $SGPT_DATA/scifact)")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="of weights and products; search is float32 (default: %(default)s)")  # fmt: skip
+                        help="of weights and matmuls; search is float32 (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--max-seq-length", type=positive, metavar="N",
         help=f"tokens of a text that are read (default: the model's limit; of train {TRAIN_LENGTH})",
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=positive, default=default, metavar="N",
                             help=f"{what} (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file")
+    parser.add_argument("--output", metavar="FILE", help="write the figures to this JSON file")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -82,16 +82,16 @@ def main(args: argparse.Namespace) -> None:
             write_shape(args.shape, args.tokenizer, args.dtype, source)
         for part in parts:
             try:
-                contest = _contest(part, args, source, folder)
+                benchmark = _benchmark(part, args, source, folder)
             except InputError as error:
                 if args.part:
                     raise
                 result["left_out"][part] = str(error)
                 print(f"left out: {part}: {error}")
                 continue
-            result[part] = race(contest, args.rounds)
-            report(part, contest, result[part])
-            del contest  # and its models
+            result[part] = measure(benchmark, args.rounds)
+            print_table(part, benchmark, result[part])
+            del benchmark  # and its models
     if args.output:
         loads = {"threads": threads(), "load_average": os.getloadavg()}
         loads["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
@@ -99,20 +99,20 @@ def main(args: argparse.Namespace) -> None:
         write_json(args.output, result | loads | circumstances(*peers))
 
 
-def _contest(part: str, args: argparse.Namespace, source: str, folder: str) -> Contest:
+def _benchmark(part: str, args: argparse.Namespace, source: str, folder: str) -> Benchmark:
     if part == "search":
-        return search_contest(args.vectors, folder)
+        return search_benchmark(args.vectors, folder)
     if part == "score":
         with _extra("eval"):
-            from eval.speed.score import score_contest
-        return score_contest(source, open_data(args.data), args.pairs, args.dtype, args.max_seq_length)
+            from eval.speed.score import score_benchmark
+        return score_benchmark(source, open_data(args.data), args.pairs, args.dtype, args.max_seq_length)
     length = args.max_seq_length or (TRAIN_LENGTH if part == "train" else None)
     model = BiEncoder.from_pretrained(source, dtype=args.dtype, max_seq_length=length)
     if part == "encode":
-        return encode_contest(model, mixed_texts(open_data(args.data), args.texts))
+        return encode_benchmark(model, mixed_texts(open_data(args.data), args.texts))
     with _extra("train"):
-        from eval.speed.train import train_contest
-    return train_contest(model, open_data(args.data), args.batch_size)
+        from eval.speed.train import train_benchmark
+    return train_benchmark(model, open_data(args.data), args.batch_size)
 
 
 @contextlib.contextmanager

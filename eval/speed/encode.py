@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.speed.benchmark import Contest
+from eval.speed.benchmark import Benchmark
 from eval.speed.models import Torch, exported, pooled
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.decoder.flops import forward_flops
@@ -17,14 +17,14 @@ from sgpt_jax.errors import InputError
 BATCH_ROWS = 32
 
 
-def encode_contest(model: BiEncoder, texts: list[str]) -> Contest:
-    """All ways of encoding `texts` with the model's weights, in its dtype, from str to float32 on the host."""
+def encode_benchmark(model: BiEncoder, texts: list[str]) -> Benchmark:
+    """All runs that encode `texts` with the model's weights, in its dtype, from str to float32 on the host."""
     lengths = [len(row) for row in model.text.ids(texts, show_progress=False)]
     dtype = model.decoder.dtype.name
-    contest = Contest(
+    benchmark = Benchmark(
         work={"texts": len(texts), "tokens": sum(lengths)},
         unit="tokens",
-        ways={"ours": lambda: model.encode(texts, show_progress=False)},
+        runs={"ours": lambda: model.encode(texts, show_progress=False)},
         flops={"": sum(forward_flops(model.decoder.config, lengths))},
         dtype=dtype,
         compare=_differences,
@@ -35,15 +35,15 @@ def encode_contest(model: BiEncoder, texts: list[str]) -> Contest:
         with exported(model) as folder:
             for name, make in peers.items():
                 try:
-                    contest.ways[name] = make(torch, model, folder, texts)
+                    benchmark.runs[name] = make(torch, model, folder, texts)
                 except ModuleNotFoundError as error:
-                    contest.left_out[name] = f"{error.name} is not installed"
-        contest.facts |= torch.facts()
+                    benchmark.left_out[name] = f"{error.name} is not installed"
+        benchmark.facts |= torch.facts()
     except ModuleNotFoundError as error:
-        contest.left_out |= dict.fromkeys(peers, f"{error.name} is not installed")
+        benchmark.left_out |= dict.fromkeys(peers, f"{error.name} is not installed")
     except InputError as error:  # transformers has no such model
-        contest.left_out |= dict.fromkeys(peers, str(error))
-    return contest
+        benchmark.left_out |= dict.fromkeys(peers, str(error))
+    return benchmark
 
 
 def _sentence_transformers(torch: Torch, model: BiEncoder, folder: str, texts: list[str]) -> Any:
@@ -65,7 +65,7 @@ def _plain(torch: Torch, model: BiEncoder, folder: str, texts: list[str]) -> Any
     net = torch.load("AutoModel", folder)
 
     @t.inference_mode()
-    def way() -> np.ndarray:
+    def run() -> np.ndarray:
         rows = model.text.ids(texts, show_progress=False)
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         vectors = np.zeros((len(rows), model.dimension), np.float32)
@@ -80,7 +80,7 @@ def _plain(torch: Torch, model: BiEncoder, folder: str, texts: list[str]) -> Any
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
 
-    return way
+    return run
 
 
 def _differences(found: Mapping[str, Any]) -> dict[str, Any]:

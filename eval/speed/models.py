@@ -1,4 +1,4 @@
-"""What is raced: texts of mixed length, models with or without a checkpoint, and the same weights in torch."""
+"""What benchmarks need: texts of mixed length, models with or without a checkpoint, and the same weights in torch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from sgpt_jax.families import read_config
 from sgpt_jax.files.lines import parse_json, read_lines
 from sgpt_jax.text.tokenizer import save_tokenizer
 
+END = "<|endoftext|>"
+
 
 def write_shape(shape: str, tokenizer: str, dtype: str, folder: str) -> None:
     """Writes a model folder of a published shape with random weights.
@@ -39,27 +41,45 @@ def write_shape(shape: str, tokenizer: str, dtype: str, folder: str) -> None:
     Raises:
         InputError: the tokenizer's files are not there.
     """
-    hf = MODELS[shape]
-    decoder = Decoder(read_config(hf), dtype=compute_dtype(dtype), rngs=nnx.Rngs(0))
-    export_folder(decoder, hf, folder)
-    save_tokenizer(_gpt2_tokenizer(tokenizer), folder)
+    write_random_model(MODELS[shape], _gpt2_bpe(tokenizer), folder, dtype=dtype)
 
 
-def _gpt2_tokenizer(folder: str) -> Any:
+def write_random_model(
+    hf: dict[str, Any], bpe: Tokenizer, folder: Any, *, dtype: str = "float32", seed: int = 0
+) -> None:
+    """Writes a model folder with random weights.
+
+    Args:
+        hf: its Hugging Face config.
+        bpe: a byte-level tokenizer, to which the token `END` is added.
+        folder: where.
+        dtype: of the files.
+        seed: of the weights.
+    """
     from transformers import PreTrainedTokenizerFast
 
+    decoder = Decoder(read_config(hf), dtype=compute_dtype(dtype), rngs=nnx.Rngs(seed))
+    export_folder(decoder, hf, folder)
+    bpe.add_special_tokens([AddedToken(END, normalized=False, special=True)])
+    save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END), folder)
+
+
+def byte_level(bpe: BPE) -> Tokenizer:
+    """A tokenizer like GPT-2's: no space before the text, and every byte has a token."""
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _gpt2_bpe(folder: str) -> Tokenizer:
     def lines(name: str) -> list[str]:
         path = epath.Path(folder) / name
         return [line for _, line in read_lines(path if path.exists() else path.with_name(f"{name}.gz"))]
 
     vocab = parse_json("\n".join(lines("vocab.json")))
     pairs = [line.split(" ") for line in lines("merges.txt") if not line.startswith("#version")]
-    backend = Tokenizer(BPE(vocab=vocab, merges=[(left, right) for left, right in pairs]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    backend.add_special_tokens([AddedToken(end, normalized=False, special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end)
+    return byte_level(BPE(vocab=vocab, merges=[(left, right) for left, right in pairs]))
 
 
 def open_data(folder: str | None) -> DataSet:

@@ -17,7 +17,7 @@ import numpy as np
 
 from eval import bm25
 from eval.data import DataSet
-from eval.speed.benchmark import Contest, Way
+from eval.speed.benchmark import Benchmark, Run
 from eval.speed.models import Torch
 from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.checkpoint.tensors import open_checkpoint
@@ -38,8 +38,10 @@ TORCH_BATCH_TOKENS = 2048  # torch's time a token on a CPU is the same for 512 t
 MEMORY_LENGTH = 2048
 
 
-def score_contest(source: str, data: DataSet, count: int, dtype: str, max_seq_length: int | None) -> Contest:
-    """All ways of scoring the same pairs with the same weights, from texts to numbers on the host.
+def score_benchmark(
+    source: str, data: DataSet, count: int, dtype: str, max_seq_length: int | None
+) -> Benchmark:
+    """All runs that score the same pairs with the same weights, from texts to numbers on the host.
 
     "torch, one by one" is the SGPT repository's sgptce.py: one pair at a time, logits of every token. "torch, batches"
     has pairs of like length together, and the head at the query's tokens only.
@@ -53,18 +55,18 @@ def score_contest(source: str, data: DataSet, count: int, dtype: str, max_seq_le
     def ours() -> np.ndarray:
         report = ScoreReport()
         scores = model.predict(pairs, show_progress=False, report=report)
-        contest.flops["ours"] = flops * report.tokens / report.tokens_alone
-        contest.facts["tokens"] = {
+        benchmark.flops["ours"] = flops * report.tokens / report.tokens_alone
+        benchmark.facts["tokens"] = {
             "alone": report.tokens_alone,
             "shared": report.tokens,
             "shared_padded": report.tokens_padded,
         }
         return scores
 
-    contest = Contest(
+    benchmark = Benchmark(
         work={"pairs": len(pairs), "tokens": sum(lengths)},
         unit="pairs",
-        ways={
+        runs={
             "ours": ours,
             "ours, pairs alone": lambda: _without_sharing(model, pairs),
         },
@@ -78,13 +80,13 @@ def score_contest(source: str, data: DataSet, count: int, dtype: str, max_seq_le
     )
     try:
         torch = Torch(dtype)
-        contest.ways |= _in_torch(torch, model, source, pairs)
-        contest.facts |= torch.facts()
+        benchmark.runs |= _in_torch(torch, model, source, pairs)
+        benchmark.facts |= torch.facts()
     except ModuleNotFoundError as error:
-        contest.left_out["torch"] = f"{error.name} is not installed"
+        benchmark.left_out["torch"] = f"{error.name} is not installed"
     except InputError as error:  # transformers has no such model
-        contest.left_out["torch"] = str(error)
-    return contest
+        benchmark.left_out["torch"] = str(error)
+    return benchmark
 
 
 def sample_pairs(data: DataSet, depth: int, count: int) -> Pairs:
@@ -123,7 +125,7 @@ def _rows(model: CrossEncoder, pairs: Pairs) -> list[tuple[list[int], list[int]]
     return [(tokens.contexts[context], tokens.queries[query]) for context, query in chosen]
 
 
-def _in_torch(torch: Torch, model: CrossEncoder, source: str, pairs: Pairs) -> dict[str, Way]:
+def _in_torch(torch: Torch, model: CrossEncoder, source: str, pairs: Pairs) -> dict[str, Run]:
     t = torch.torch
     with tempfile.TemporaryDirectory() as folder:
         export_folder(model.decoder, open_checkpoint(resolve(source).path).config, folder)

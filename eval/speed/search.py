@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.speed.benchmark import Contest, threads
+from eval.speed.benchmark import Benchmark, threads
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.index.build import build_index
 
@@ -18,8 +18,8 @@ QUERIES = 100
 RESULTS = 100
 
 
-def search_contest(count: int, folder: str) -> Contest:
-    """All ways of finding the best 100 of `count` vectors for each of 100 queries, float32, by inner product.
+def search_benchmark(count: int, folder: str) -> Benchmark:
+    """All runs that find the best 100 of `count` vectors for each of 100 queries, float32, by inner product.
 
     Args:
         count: vectors of dimension 768 and length 1.
@@ -42,19 +42,19 @@ def search_contest(count: int, folder: str) -> Contest:
         order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
         return np.take_along_axis(best, order, axis=1)
 
-    contest = Contest(
+    benchmark = Benchmark(
         work={"vectors": count, "queries": QUERIES, "results": results},
         unit="queries",
-        ways={"ours": lambda: index.search(queries, results)[1], "numpy": by_numpy},
+        runs={"ours": lambda: index.search(queries, results)[1], "numpy": by_numpy},
         flops={"": 2.0 * count * QUERIES * DIMENSION},
         dtype="float32",
         compare=_overlap,
     )
     try:
-        contest.ways["faiss"] = _faiss(vectors, queries, results)
+        benchmark.runs["faiss"] = _faiss(vectors, queries, results)
     except ModuleNotFoundError as error:
-        contest.left_out["faiss"] = f"{error.name} is not installed"
-    return contest
+        benchmark.left_out["faiss"] = f"{error.name} is not installed"
+    return benchmark
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

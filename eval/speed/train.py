@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from eval.data import DataSet
-from eval.speed.benchmark import Contest
+from eval.speed.benchmark import Benchmark
 from eval.speed.models import Torch, exported, pooled
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import add_zero_biases, bias_leaves
@@ -26,8 +26,8 @@ from train.step import init_state, jit_step, make_step, place_batch
 RATE = 1e-4
 
 
-def train_contest(model: BiEncoder, data: DataSet, batch_size: int) -> Contest:
-    """All ways of a step on the same batch of triplets; a model without biases is given zero ones.
+def train_benchmark(model: BiEncoder, data: DataSet, batch_size: int) -> Benchmark:
+    """All runs of a step on the same batch of triplets; a model without biases is given zero ones.
 
     Each goes on from its own state. Ours is a batch of packed rows; torch pads each column (queries, positives,
     negatives) to its longest text, as sentence-transformers does.
@@ -40,10 +40,10 @@ def train_contest(model: BiEncoder, data: DataSet, batch_size: int) -> Contest:
     batch = PackedBatches(plan, model.text, vocab_size=config.vocab_size, symmetric=True, steps=1)[0]
     texts = [text for e in examples for text in (e.query, e.positive, *e.negatives)]
     lengths = [len(row) for row in model.text.ids(texts, show_progress=False)]
-    contest = Contest(
+    benchmark = Benchmark(
         work={"examples": batch_size, "tokens": sum(lengths)},
         unit="tokens",
-        ways={},
+        runs={},
         flops={
             "": training_flops(config, lengths, biases_only=True),
             "ours, all weights": training_flops(config, lengths, biases_only=False),
@@ -51,18 +51,18 @@ def train_contest(model: BiEncoder, data: DataSet, batch_size: int) -> Contest:
         dtype=model.decoder.dtype.name,
         compare=_first_losses,
     )
-    contest.facts["compiled_memory_mb"] = {}
+    benchmark.facts["compiled_memory_mb"] = {}
     for name, rule in (("ours", "bias"), ("ours, all weights", "all")):
-        contest.ways[name], contest.facts["compiled_memory_mb"][name] = _ours(model, batch, rule)
+        benchmark.runs[name], benchmark.facts["compiled_memory_mb"][name] = _ours(model, batch, rule)
     try:
         torch = Torch(model.decoder.dtype.name)
-        contest.ways["torch"] = _in_torch(torch, model, examples)
-        contest.facts |= torch.facts()
+        benchmark.runs["torch"] = _in_torch(torch, model, examples)
+        benchmark.facts |= torch.facts()
     except ModuleNotFoundError as error:
-        contest.left_out["torch"] = f"{error.name} is not installed"
+        benchmark.left_out["torch"] = f"{error.name} is not installed"
     except InputError as error:  # transformers has no such biases
-        contest.left_out["torch"] = str(error)
-    return contest
+        benchmark.left_out["torch"] = str(error)
+    return benchmark
 
 
 def triplets(data: DataSet, count: int) -> list[Example]:
@@ -117,7 +117,7 @@ def _ours(model: BiEncoder, batch: dict, rule: str) -> tuple[Callable[[], float]
     sizes = {"moments": sum(leaf.nbytes for leaf in jax.tree.leaves(state.moments)) / 1e6}
     compiled = None
 
-    def way() -> float:
+    def run() -> float:
         nonlocal state, compiled
         if compiled is None:
             compiled = jitted.lower(state, frozen, arrays).compile()
@@ -127,7 +127,7 @@ def _ours(model: BiEncoder, batch: dict, rule: str) -> tuple[Callable[[], float]
         state, loss, _ = compiled(state, frozen, arrays)
         return float(jax.block_until_ready((state, loss))[1])
 
-    return way, sizes
+    return run, sizes
 
 
 def _in_torch(torch: Torch, model: BiEncoder, examples: list[Example]) -> Callable[[], float]:
@@ -146,7 +146,7 @@ def _in_torch(torch: Torch, model: BiEncoder, examples: list[Example]) -> Callab
         mask = (t.arange(padded.shape[1]) < sizes[:, None]).long()
         columns.append((padded.to(torch.device), mask.to(torch.device)))
 
-    def way() -> float:
+    def run() -> float:
         vectors = []
         for ids, mask in columns:
             hidden = net(ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
@@ -159,7 +159,7 @@ def _in_torch(torch: Torch, model: BiEncoder, examples: list[Example]) -> Callab
         optimizer.step()
         return loss.item()
 
-    return way
+    return run
 
 
 def _first_losses(found: Mapping[str, Any]) -> dict[str, Any]:

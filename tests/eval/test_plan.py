@@ -25,6 +25,7 @@ from eval.plan import compile as plan_compile
 from eval.plan import devices as plan_devices
 from eval.plan import estimate as plan_estimate
 from eval.plan import models as plan_models
+from eval.plan import table as plan_table
 from eval.plan.programs import Work, lower
 from sgpt_jax.decoder.flops import layer_weights
 from sgpt_jax.decoder.model import Decoder, split
@@ -63,7 +64,7 @@ def test_flops_of_the_compiled_program():
 
 
 @pytest.mark.parametrize("rule", ["bias", "all"])
-def test_held_memory_is_what_the_arrays_take(rule):
+def test_resident_memory_is_what_the_arrays_take(rule):
     decoder = Decoder(TINY, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
     _, params = split(decoder)
     mask = trainable_mask(params, rule)
@@ -156,8 +157,8 @@ BILLIONS = {"gpt-neo-125m": 0.125, "gpt-neo-1.3b": 1.316, "gpt-neo-2.7b": 2.651,
 
 @pytest.mark.parametrize("name", plan_models.MODELS)
 def test_released_models_have_their_number_of_parameters(name):
-    bytes_held, _, _ = plan_estimate.held(plan_models.find_model(name), "", "bfloat16", (1, 1, 1))
-    assert bytes_held / 2e9 == pytest.approx(BILLIONS[name], rel=0.005)
+    parameters, _, _ = plan_estimate.device_bytes(plan_models.find_model(name), "", "bfloat16", (1, 1, 1))
+    assert parameters / 2e9 == pytest.approx(BILLIONS[name], rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_the_search_prefers_what_fits_with_least_tensor_parallelism():
     plans = list(plan.search(config, target, arguments()))
     chosen = plan.choose(plans)
     assert chosen.fits and chosen.sizes[2] == 1
-    assert chosen.memory.total <= plan.MARGIN * target.chip.usable
+    assert chosen.memory.total <= target.chip.budget
     assert {math.prod(one.sizes) for one in plans} == {8}
     # Twenty billion parameters do not fit as a whole: they have to be split.
     large = plan_models.find_model("gpt-neox-20b")
@@ -201,9 +202,12 @@ def test_the_search_prefers_what_fits_with_least_tensor_parallelism():
     sizes = (1, 8, 1)
     some = [one for one in plans if one.sizes == sizes and one.work.chunk]
     assert [one.memory.total for one in some] == sorted(one.memory.total for one in some)
-    held = [plan_estimate.held(config, "all", "bfloat16", (8 // fsdp, fsdp, 1))[0] for fsdp in (1, 2, 4, 8)]
-    assert held == sorted(held, reverse=True)
-    assert held[0] / held[-1] == pytest.approx(8, rel=0.01)
+    found = [
+        plan_estimate.device_bytes(config, "all", "bfloat16", (8 // fsdp, fsdp, 1))[0]
+        for fsdp in (1, 2, 4, 8)
+    ]
+    assert found == sorted(found, reverse=True)
+    assert found[0] / found[-1] == pytest.approx(8, rel=0.01)
 
 
 def test_full_training_of_gpt_j_needs_more():
@@ -257,8 +261,26 @@ def test_without_libtpu_a_message_and_the_analytic_part(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     result = plan.make_plan("gpt-neo-125m", plan_devices.parse_target("v5e-8"), arguments(no_compile=False))
     assert result["compiled"] is None
-    assert "libtpu is not installed" in result["notes"][0]
-    assert "libtpu is not installed" in capsys.readouterr().err
+    assert plan_table.describe(result).count("libtpu is not installed") == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_fits_is_one_rule():
+    """Whatever batch is asked for, the same number would fit; one more does not, and the limit is stated."""
+    target = plan_devices.parse_target("v5e-8")
+    options = {"task": "encode", "mesh": "fsdp=8"}
+    results = [
+        plan.make_plan("gpt-j-6b", target, arguments(batch_size=rows, **options)) for rows in (8, 4096)
+    ]
+    most = results[0]["largest"]
+    assert results[1]["largest"] == most and results[0]["fits"] and not results[1]["fits"]
+    for rows, fits in ((most, True), (most + 8, False)):
+        result = plan.make_plan("gpt-j-6b", target, arguments(batch_size=rows, **options))
+        assert result["fits"] == fits
+        words = plan_table.describe(result)
+        assert f"by arithmetic {most} would fit" in words
+        assert f"may plan with {0.9 * target.chip.usable / 2**30:.2f} (90% of" in words
+        assert "s a batch: matmuls" in words
 
 
 def test_two_depths_tell_the_third(tmp_path):

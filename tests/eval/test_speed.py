@@ -1,4 +1,4 @@
-"""The speed command on tiny decoders: that every way does the same work, and what the result says; no times."""
+"""The speed command on tiny decoders: that every run does the same work, and what the result says; no times."""
 
 import json
 import sys
@@ -14,14 +14,14 @@ from eval.__main__ import main
 from eval.plan.models import MODELS
 from eval.speed import benchmark as speed_rounds
 from eval.speed import models as speed_models
-from eval.speed.encode import encode_contest
-from eval.speed.search import search_contest
+from eval.speed.encode import encode_benchmark
+from eval.speed.search import search_benchmark
 from sgpt_jax import BiEncoder
 
 
 @pytest.fixture(autouse=True)
-def small_products(monkeypatch):
-    monkeypatch.setattr(speed_rounds, "CPU_PRODUCTS", (4, 64))
+def small_matmuls(monkeypatch):
+    monkeypatch.setattr(speed_rounds, "CPU_MATMULS", (4, 64))
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,16 @@ def run(tmp_path, *arguments):
     return json.loads(output.read_text())
 
 
-def check(part, ways):
-    assert set(part["ways"]) == set(ways)
-    assert all(len(way["seconds"]) == 2 and way["of_datasheet"] is None for way in part["ways"].values())
+def check(part, runs):
+    assert set(part["ways"]) == set(runs)
+    assert all(len(run["seconds"]) == 2 and run["of_datasheet"] is None for run in part["ways"].values())
 
 
-def test_figures_of_a_race(monkeypatch):
-    """By a clock that the ways set forward themselves."""
+def test_figures_of_a_benchmark(monkeypatch):
+    """By a clock that the runs set forward themselves."""
     clock = [0.0]
 
-    def way(first, *later):
+    def timed(first, *later):
         seconds = iter((first, *later))
 
         def run():
@@ -60,18 +60,18 @@ def test_figures_of_a_race(monkeypatch):
         return run
 
     monkeypatch.setattr(speed_rounds.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(speed_rounds, "_matrix_product", lambda dtype: (way(9.0, 1.0, 2.0, 1.0), 100.0))
-    contest = speed_rounds.Contest(
+    monkeypatch.setattr(speed_rounds, "_matmul", lambda dtype: (timed(9.0, 1.0, 2.0, 1.0), 100.0))
+    benchmark = speed_rounds.Benchmark(
         work={"texts": 6, "tokens": 60},
         unit="tokens",
-        ways={"ours": way(7.0, 2.0, 2.0, 3.0), "peer": way(4.0, 3.0, 5.0, 3.0)},
+        runs={"ours": timed(7.0, 2.0, 2.0, 3.0), "peer": timed(4.0, 3.0, 5.0, 3.0)},
         flops={"": 80.0, "peer": 90.0},
         dtype="float32",
         compare=lambda found: {"first": found},
     )
-    result = speed_rounds.race(contest, 3)
+    result = speed_rounds.measure(benchmark, 3)
     assert result["matrix_product_flops"] == 100.0
-    assert result["agreement"] == {"first": {"ours": 7.0, "peer": 4.0, "matrix product": 9.0}}
+    assert result["agreement"] == {"first": {"ours": 7.0, "peer": 4.0, "matmul": 9.0}}
     ours, peer = result["ways"]["ours"], result["ways"]["peer"]
     assert (ours["seconds"], ours["median_seconds"], ours["compile_seconds"]) == ([2.0, 2.0, 3.0], 2.0, 5.0)
     assert (ours["tokens_per_second"], ours["flops_per_second"], ours["of_matrix_product"]) == (
@@ -109,8 +109,8 @@ def test_encode(model, data, tmp_path, capsys):
 def test_torch_pools_as_the_model_does(model, data, pooling):
     pytest.importorskip("torch")
     encoder = BiEncoder.from_pretrained(model, pooling=pooling)
-    ways = encode_contest(encoder, ["a b", "c", "some longer text"]).ways
-    np.testing.assert_allclose(ways["torch"](), ways["ours"](), atol=1e-4)
+    runs = encode_benchmark(encoder, ["a b", "c", "some longer text"]).runs
+    np.testing.assert_allclose(runs["torch"](), runs["ours"](), atol=1e-4)
 
 
 def test_bfloat16_encode(model, data, tmp_path):
@@ -153,10 +153,10 @@ def test_search(tmp_path):
 def test_what_is_not_installed_is_left_out_by_name(model, data, tmp_path, monkeypatch, capsys):
     for name in ("torch", "faiss"):
         monkeypatch.setitem(sys.modules, name, None)
-    contest = encode_contest(BiEncoder.from_pretrained(model), ["a b"])
-    assert set(contest.ways) == {"ours"}
-    assert set(contest.left_out) == {"torch", "sentence-transformers"}
-    assert set(search_contest(200, str(tmp_path)).left_out) == {"faiss"}
+    benchmark = encode_benchmark(BiEncoder.from_pretrained(model), ["a b"])
+    assert set(benchmark.runs) == {"ours"}
+    assert set(benchmark.left_out) == {"torch", "sentence-transformers"}
+    assert set(search_benchmark(200, str(tmp_path)).left_out) == {"faiss"}
     assert main(["speed", "search", "--vectors", "200", "--rounds", "1"]) == 0
     assert "left out: faiss: faiss is not installed" in capsys.readouterr().out
 
