@@ -14,7 +14,7 @@ from sgpt_jax.runtime.command import run_command
 # task -> (its module, with add_arguments(parser) and main(args); what it does)
 TASKS = {
     "beir": ("eval.beir", "retrieval and re-ranking on BEIR data sets"),
-    "prompts": ("eval.prompts", "several cross-encoder prompts on one first stage, in one table"),
+    "prompts": ("eval.prompt_study", "several cross-encoder prompts on one first stage, in one table"),
     "sts": ("eval.sts", "semantic textual similarity on STS-Benchmark files"),
     "useb": ("eval.useb", "the Unsupervised Sentence Embedding Benchmark"),
     "mteb": ("eval.mteb", "mteb's own evaluator on a local BEIR data set"),

@@ -23,19 +23,19 @@ from pathlib import Path
 
 from etils import epath
 
-from eval.data import AVERAGES, DataSet, default_split, forums_of, obtain
+from eval.datasets import AVERAGES, default_split, forums_of, obtain
 from eval.models import (
     add_bi_encoder_arguments,
     add_common_arguments,
     add_cross_encoder_arguments,
     bi_encoder,
     cross_encoder,
-    encode_options,
 )
 from eval.results import Result, make_folder, mean_metrics, read_result, write_result
 from eval.stages import Stages, measure
 from sgpt_jax.cli.options import PROCESSES, add_options
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.runs import write_json_run, write_run
 from sgpt_jax.runtime import processes
 
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         cross_encoder(args) if args.cross_encoder else None,
         args.rerank_depth,
         epath.Path(args.first_stage) if args.first_stage else None,
-        encode_options(args),
+        args.batch_tokens,
     )
     with processes.first_goes_ahead():  # it may have to download
         sets = list(data_sets(args))

@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 
 from eval.models import positive
-from eval.record import circumstances
+from eval.provenance import provenance
 from eval.results import make_folder, write_result
 from eval.speed.models import END, byte_level, write_random_model
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
         }
         index, curve = build(folder / "index", corpus, model, args.store, result)
         result["search"] = search(index, model, args.store)
-    result |= circumstances()
+    result |= provenance()
     result["curve"] = curve
     write_result(args.output / "large-index.json", result)
     plot(args.output / "large-index.png", result)
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         f"{args.documents} documents in {result['seconds']} s: {result['documents_per_second']} documents/s, "
         f"{result['tokens_per_second']} tokens/s; {result['waited']:.1%} of the time spent waiting for the tokenizer; "
         f"memory from {memory['at a tenth']} MB at a tenth to {memory['at nine tenths']} MB at nine tenths; "
-        f"{found['queries']} queries in {found['seconds']} s, {found['exact']:.1%} of the places as by brute force"
+        f"{found['queries']} queries in {found['seconds']} s, {found['exact']:.1%} of the hits as by brute force"
     )
 
 
@@ -104,8 +104,8 @@ def generate(count: int, seed: int) -> Iterator[str]:
     steps = np.cumsum(shares / shares.sum())
     for start in range(0, count, 10_000):
         sizes = draw.integers(5, 21, min(10_000, count - start))
-        places = np.minimum(np.searchsorted(steps, draw.random(sizes.sum())), WORDS - 1)
-        for part in np.split(words[places], np.cumsum(sizes)[:-1]):
+        chosen = np.minimum(np.searchsorted(steps, draw.random(sizes.sum())), WORDS - 1)
+        for part in np.split(words[chosen], np.cumsum(sizes)[:-1]):
             yield " ".join(part)
 
 
@@ -158,7 +158,7 @@ def build(
         index = build_index(
             folder,
             read_corpus(corpus),
-            encode_chunks=lambda chunks: model.encode_chunks(chunks, side="document", report=report),
+            lambda chunks: model.encode_chunks(chunks, side="document", report=report),
             dtype=store,
             on_progress=progress,
         )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from eval.record import revision
+from eval.provenance import revision
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.options import BATCH_TOKENS, BI_ENCODER, MESH, WEIGHTS, Group, positive
 from sgpt_jax.cli.options import dtype as dtype_option
@@ -82,12 +82,14 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 class LazyModel:
     """A model that is loaded when `model` is first asked for.
 
-    ``identity`` is known before: what tells its results from those of another model or other options.
+    Args:
+        source: what it is loaded from.
+        identity: known before: what tells its results from those of another model or other options.
+        load: loads it.
     """
 
-    def __init__(self, source: str, options: dict[str, Any], load: Callable[[], Any]) -> None:
-        self.source = source
-        self.identity = {"revision": revision(epath.Path(resolve(source).path)), **options}
+    def __init__(self, source: str, identity: dict[str, Any], load: Callable[[], Any]) -> None:
+        self.source, self.identity = source, identity
         self._load = functools.cache(load)
 
     @property
@@ -114,18 +116,18 @@ def bi_encoder(args: argparse.Namespace) -> LazyModel:
         "dtype": args.dtype,
         **_weights(args),
     }
-    lazy = LazyModel(
+    identity = {"revision": revision(epath.Path(resolve(args.model).path)), **options}
+    if args.biases:
+        if not epath.Path(args.biases).is_file():
+            raise InputError(f"{args.biases}: no such file")
+        identity["biases"] = revision(epath.Path(args.biases))
+    return LazyModel(
         args.model,
-        options,
+        identity,
         lambda: BiEncoder.from_pretrained(
             args.model, biases=args.biases, mesh=device_mesh(args.mesh), **options
         ),
     )
-    if args.biases:
-        if not epath.Path(args.biases).is_file():
-            raise InputError(f"{args.biases}: no such file")
-        lazy.identity["biases"] = revision(epath.Path(args.biases))
-    return lazy
 
 
 def cross_encoder(args: argparse.Namespace) -> LazyModel:
@@ -133,7 +135,12 @@ def cross_encoder(args: argparse.Namespace) -> LazyModel:
     prompt = Prompt.parse(PROMPTS.get(args.prompt, args.prompt))
     return LazyModel(
         args.cross_encoder,
-        {"dtype": args.dtype, **_weights(args), "prompt": dataclasses.asdict(prompt)},
+        {
+            "revision": revision(epath.Path(resolve(args.cross_encoder).path)),
+            "dtype": args.dtype,
+            **_weights(args),
+            "prompt": dataclasses.asdict(prompt),
+        },
         lambda: CrossEncoder.from_pretrained(
             args.cross_encoder,
             prompt=prompt,

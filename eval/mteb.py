@@ -25,8 +25,6 @@ from mteb.models import ModelMeta
 from mteb.types import PromptType
 
 from eval.beir import add_data_arguments, data_sets
-from eval.data import DataSet
-from eval.metrics import CUTS, Run, cut
 from eval.models import (
     add_bi_encoder_arguments,
     add_common_arguments,
@@ -34,19 +32,17 @@ from eval.models import (
     bi_encoder,
     cross_encoder,
 )
-from eval.record import circumstances
+from eval.provenance import provenance
 from eval.results import write_result
 from eval.stages import Stages, first_stage
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
+from sgpt_jax.metrics import CUTS, Run, cut
 
-_NAMES = {
-    "ndcg": "ndcg_cut",
-    "map": "map_cut",
-    "recall": "recall",
-    "precision": "P",
-}  # ours -> mteb's per query
+# our metrics -> mteb's, per query
+_NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
 
 
 class BiEncoderModel:
@@ -125,7 +121,7 @@ def local_task(
     """A BEIR folder as an mteb retrieval task, without the network.
 
     Besides mteb's scores, which are rounded to five digits, its result has the same means unrounded, under the names
-    that `eval.metrics` uses (``ndcg@10``).
+    that `sgpt_jax.metrics` uses (``ndcg@10``).
 
     Args:
         data: a loaded data set.
@@ -216,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
                 },
                 "model" if args.model else "cross_encoder": lazy.describe(),
                 "seconds": {"total": time.perf_counter() - start},
-                **circumstances("mteb", "pytrec_eval-terrier"),
+                **provenance("mteb", "pytrec_eval-terrier"),
             }
             write_result(args.output / f"{data.name}.json", result)
             print(f"{data.name}: ndcg@10 {scores['ndcg@10']:.6f} by mteb {mteb.__version__}")

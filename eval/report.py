@@ -17,8 +17,8 @@ from typing import Any
 
 from etils import epath
 
-from eval.data import AVERAGES
-from eval.record import command
+from eval.datasets import AVERAGES
+from eval.provenance import command
 from eval.results import Result, find_results, mean_metrics
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import atomic_write
@@ -213,7 +213,7 @@ def plot(rows: list[Row], metric: str, x: str, path: epath.Path) -> None:
     """A PNG: the metric over model size or re-rank depth, a colour for each data set; published points are hollow.
 
     Raises:
-        InputError: no row has a place on the x axis.
+        InputError: no row has a value for the x axis.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, NullFormatter

@@ -1,8 +1,8 @@
 """Is the difference between two systems chance? Paired t-test and bootstrap over queries, for every shared data set.
 
 A and B are results of ``python -m eval beir`` (files, or folders of them). The difference is B - A. The interval is
-the bootstrap's percentiles; the bootstrap's p-value is the share of resampled mean differences, moved to a mean of 0,
-that are at least as far from 0 as the one observed. Both tests are two-sided.
+the bootstrap's percentiles (scipy.stats.bootstrap); the bootstrap's p-value is the share of resampled mean differences,
+moved to a mean of 0, that are at least as far from 0 as the one observed. Both tests are two-sided.
 
   python -m eval significance OUT_A OUT_B --metric ndcg@10
 """
@@ -91,21 +91,27 @@ def compare(a: np.ndarray, b: np.ndarray, *, samples: int = 10_000, seed: int = 
     """
     differences = b - a
     mean = differences.mean()
-    generator = np.random.default_rng(seed)
-    means = np.empty(samples)
-    step = max(1, _BLOCK // len(differences))
-    for start in range(0, samples, step):
-        size = (min(step, samples - start), len(differences))
-        means[start : start + size[0]] = differences[generator.integers(0, size[1], size)].mean(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    same = not np.ptp(differences)  # then there is no variance to test with
+    if np.ptp(differences):
+        found = stats.bootstrap(
+            (differences,),
+            np.mean,
+            n_resamples=samples,
+            batch=max(1, _BLOCK // len(differences)),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+        means, (low, high) = found.bootstrap_distribution, found.confidence_interval
+        p_t = stats.ttest_rel(b, a).pvalue
+    else:  # no variance to test with, and every resampled mean is the mean
+        means, low, high = np.full(samples, mean), mean, mean
+        p_t = 1.0 if mean == 0 else 0.0
     return Comparison(
         queries=len(differences),
         a=float(a.mean()),
         b=float(b.mean()),
         low=float(low),
         high=float(high),
-        p_t=(1.0 if mean == 0 else 0.0) if same else float(stats.ttest_rel(b, a).pvalue),
+        p_t=float(p_t),
         p_bootstrap=float((1 + (np.abs(means - mean) >= abs(mean)).sum()) / (1 + samples)),
         wins=int((differences > 0).sum()),
         losses=int((differences < 0).sum()),

@@ -7,20 +7,21 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pytrec_eval  # noqa: F401  that it is missing shows before any work, not after the ranking
 from etils import epath
 
-from eval import bm25
-from eval.data import DataSet
-from eval.metrics import CUTS, Evaluation, cut, evaluate
 from eval.models import LazyModel
-from eval.record import circumstances, revision
-from eval.rerank import candidates, rerank
+from eval.provenance import provenance, revision
 from eval.results import Result, read_result
-from eval.search import search
+from sgpt_jax import bm25
 from sgpt_jax.cross_encoder import ScoreReport
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.runs import read_run
+from sgpt_jax.index.streaming import search_corpus
+from sgpt_jax.metrics import CUTS, Evaluation, cut, evaluate
+from sgpt_jax.rerank import rerank, texts_of
 from sgpt_jax.runtime import processes
 
 # Values per query are kept for the metrics that papers test: `python -m eval significance` reads them.
@@ -35,7 +36,7 @@ class Stages:
     cross_encoder: LazyModel | None
     rerank_depth: int
     runs: epath.Path | None
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch_tokens: int | None = None
 
     def settings(self, data: DataSet) -> dict[str, Any]:
         """All that a result depends on besides the data: two results with equal settings are the same."""
@@ -83,10 +84,18 @@ def measure(
     report = None
     if stages.cross_encoder:
         first["metrics"] = evaluation.metrics
-        shallow, texts = candidates(ranked, documents(), stages.rerank_depth)
+        shallow, _ = cut(ranked, stages.rerank_depth)
+        texts = texts_of(shallow, documents())
         report = ScoreReport()
         model = stages.cross_encoder.model
-        ranked = rerank(model, data.queries, shallow, texts, report=report, **stages.options)
+        ranked = rerank(
+            model,
+            data.queries,
+            shallow,
+            texts,
+            report=report,
+            batch_tokens=stages.batch_tokens,
+        )
         report = ScoreReport(*processes.add_up(dataclasses.astuple(report)))
         seconds["rerank"] = time.perf_counter() - start - seconds["first_stage"]
         evaluation = evaluate(data.qrels, ranked, queries=data.queries)
@@ -101,7 +110,7 @@ def measure(
         "counts": _counts(data, evaluation, unknown if "corpus" in data.reports else None, report),
         "work": dataclasses.asdict(report) if report else None,
         "seconds": seconds | {"total": time.perf_counter() - start},
-        **circumstances("bm25s", "PyStemmer", "pytrec_eval-terrier"),
+        **provenance("bm25s", "PyStemmer", "pytrec_eval-terrier"),
         "queries": evaluation.queries,
         "per_query": {name: evaluation.per_query[name] for name in PER_QUERY},
     }
@@ -119,9 +128,11 @@ def first_stage(
             raise InputError(f"{path}: ranks none of the judged queries of {data.name}")
         return {query: run[query] for query in data.queries if query in run}, _origin(path)
     if stages.model:
-        run = search(stages.model.model, data.queries, documents, depth, **stages.options)
+        run = search_corpus(
+            stages.model.model, data.queries, documents, depth, batch_tokens=stages.batch_tokens
+        )
         return run, {"name": "bi-encoder"}
-    run = bm25.search(data.queries, documents, depth)
+    run = bm25.Bm25(documents).search(data.queries, depth)
     return run, {"name": "BM25", **dataclasses.asdict(bm25.DEFAULT)}
 
 

@@ -1,9 +1,8 @@
 """Semantic textual similarity: correlation of gold scores with vector similarities (STS-Benchmark files).
 
-A file has tab-separated lines (genre, file, year, id, score, sentence 1, sentence 2, and perhaps two licence columns),
-as STS-Benchmark is published; quotes are plain characters. Both sentences are encoded without brackets. The measures
-are those of sentence-transformers' EmbeddingSimilarityEvaluator, by which the SGPT paper chose its NLI checkpoints:
-Spearman and Pearson for cosine, Manhattan, Euclidean and dot product.
+Files are STS-Benchmark's, or others with two sentences and a score (see `sgpt_jax.files.sts`). Both sentences are
+encoded without brackets. The measures are those of sentence-transformers' EmbeddingSimilarityEvaluator, by which the
+SGPT paper chose its NLI checkpoints: Spearman and Pearson for cosine, Manhattan, Euclidean and dot product.
 
   python -m eval sts sts-dev.csv sts-test.csv --model MODEL --output OUT
 """
@@ -11,7 +10,6 @@ Spearman and Pearson for cosine, Manhattan, Euclidean and dot product.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from typing import Any, Protocol
 
@@ -20,12 +18,10 @@ from etils import epath
 from scipy import stats
 
 from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
-from eval.record import circumstances
+from eval.provenance import provenance
 from eval.results import write_result
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.lines import line_error, read_lines
-
-Pair = tuple[float, str, str]
+from sgpt_jax.files.sts import Pair, read_sts
 
 
 class Encoder(Protocol):
@@ -48,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Measures every file."""
-    data = {name_of(path): read_pairs(path) for path in args.files}
+    data = {name_of(path): read_sts(path) for path in args.files}
     if len(data) < len(args.files):
         raise InputError("two files have the same name: give each an --output of its own")
     lazy = bi_encoder(args)
@@ -62,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
             "model": lazy.describe(),
             "counts": {"pairs": len(pairs)},
             "seconds": {"total": time.perf_counter() - start},
-            **circumstances("scipy"),
+            **provenance("scipy"),
         }
         if args.output:
             write_result(args.output / f"{name}.json", result)
@@ -74,30 +70,7 @@ def main(args: argparse.Namespace) -> None:
 
 def name_of(path: epath.Path) -> str:
     """A result's name: the file's, without its endings."""
-    return path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".tsv")
-
-
-def read_pairs(path: epath.Path) -> list[Pair]:
-    """Reads (gold score, sentence 1, sentence 2) from an STS-Benchmark file.
-
-    Raises:
-        InputError: a line with other than 7 to 9 columns or without a finite score, or fewer than two pairs.
-    """
-    pairs = []
-    for number, line in read_lines(path):
-        cells = line.split("\t")
-        if not 7 <= len(cells) <= 9:
-            raise line_error(path, number, f"7 to 9 columns are needed, not {len(cells)}")
-        try:
-            score = float(cells[4])
-        except ValueError:
-            score = math.nan
-        if not math.isfinite(score):
-            raise line_error(path, number, f"the score must be a number, not {cells[4]!r}")
-        pairs.append((score, cells[5], cells[6]))
-    if len(pairs) < 2:
-        raise InputError(f"{path}: holds {len(pairs)} pairs; a correlation needs two")
-    return pairs
+    return epath.Path(path.name.removesuffix(".gz")).stem
 
 
 def evaluate(model: Encoder, pairs: list[Pair], **options: Any) -> dict[str, float]:

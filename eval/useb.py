@@ -22,18 +22,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pytrec_eval
+import pytrec_eval  # noqa: F401  that it is missing shows before any work, not at the last task
 from etils import epath
 from scipy import stats
 
 from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
-from eval.record import circumstances
+from eval.provenance import provenance
 from eval.results import write_result
-from eval.search import search
 from eval.sts import Encoder, similarities
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.lines import line_error, parse_json, read_lines
+from sgpt_jax.index.streaming import search_corpus
+from sgpt_jax.metrics import rank, trec_eval
 
 _URL_LABEL = re.compile(r"\s*\(\s*(\d+)\s*,\s*\d+\s*\)\s*")  # how many of how many raters said paraphrase
 SCIDOCS = ("cite", "cocite", "coview", "coread")
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         "details": details,
         "model": lazy.describe(),
         "seconds": {"total": time.perf_counter() - start},
-        **circumstances("scipy", "pytrec_eval-terrier"),
+        **provenance("scipy", "pytrec_eval-terrier"),
     }
     if args.output:
         write_result(args.output / "useb.json", result)
@@ -89,10 +90,10 @@ def evaluate(
     def encode(texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [n, E]; every distinct text is encoded once."""
         distinct = {text.strip(): 0 for text in texts}
-        places = {text: place for place, text in enumerate(distinct)}
-        vectors = np.asarray(model.encode(list(places), **options), np.float32)
+        rows = {text: row for row, text in enumerate(distinct)}
+        vectors = np.asarray(model.encode(list(rows), **options), np.float32)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors[[places[text.strip()] for text in texts]]
+        return vectors[[rows[text.strip()] for text in texts]]
 
     return {name: task(encode, folder / name, split) for name, (task, _) in TASKS.items()}
 
@@ -124,7 +125,7 @@ def ask_ubuntu(encode: Encode, folder: epath.Path, split: str) -> dict[str, floa
     for question, relevant, found in questions:
         scores = [float(vectors[question] @ vectors[id]) for id in found]
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-        hits = np.array([found[place] in relevant for place in order], float)
+        hits = np.array([found[row] in relevant for row in order], float)
         precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
         if not hits.any():
             rows.append((0.0,) * 4)
@@ -150,7 +151,7 @@ def cqadupstack(encode: Encode, folder: epath.Path, split: str) -> dict[str, flo
         pool = [Document(id, text) for id, text in texts.items() if id not in relevant]
         queries = {question: texts[question] for question in relevant}
         precisions, gains = [], []
-        for question, hits in search(_Symmetric(encode), queries, pool, 100).items():
+        for question, hits in search_corpus(_Symmetric(encode), queries, pool, 100).items():
             labels = np.array([id in relevant[question] for id in hits])
             precisions.append(average_precision(labels, list(hits.values())))
             if relevant[question]:
@@ -182,10 +183,8 @@ def twitter_para(encode: Encode, folder: epath.Path, split: str) -> dict[str, fl
             labels.append(int(label.group(1)))
         vectors = encode([text for pair in pairs for text in pair])
         scores = similarities(vectors[0::2], vectors[1::2])["cosine"]
-        clear = [place for place, label in enumerate(labels) if label != 3]
-        results[f"ap {name}"] = average_precision(
-            [labels[place] > 3 for place in clear], scores[clear].tolist()
-        )
+        clear = [row for row, label in enumerate(labels) if label != 3]
+        results[f"ap {name}"] = average_precision([labels[row] > 3 for row in clear], scores[clear].tolist())
         results[f"spearman {name}"] = float(stats.spearmanr(labels, scores).statistic)
     for measure in ("ap", "spearman"):
         results[f"{measure} avg"] = (results[f"{measure} twitterurl"] + results[f"{measure} pit"]) / 2
@@ -210,8 +209,8 @@ def scidocs(encode: Encode, folder: epath.Path, split: str) -> dict[str, float]:
                     others = np.stack([vectors[id] for id in papers])
                     queries = np.broadcast_to(vectors[query], others.shape)
                     scores = similarities(queries, others)[distance]
-                    run[query] = dict(zip(papers, scores.tolist(), strict=True))
-            measured = pytrec_eval.RelevanceEvaluator(qrels, {"map", "ndcg"}).evaluate(run)
+                    run[query] = rank(dict(zip(papers, scores.tolist(), strict=True)), query=query)
+            measured = trec_eval(qrels, run, ("map", "ndcg"))
             for measure in ("map", "ndcg"):
                 mean = float(np.mean([values[measure] for values in measured.values()]))
                 results[f"{measure} {relation} {distance}"] = mean
@@ -232,9 +231,10 @@ TASKS = {
 
 
 def average_precision(labels: Sequence[bool] | np.ndarray, scores: Sequence[float]) -> float:
-    """The sum of precision times gain in recall over the distinct scores, as scikit-learn has it; 0 without hits.
+    """The sum of precision times gain in recall over the distinct scores; 0 without hits.
 
-    Items of the same score count as retrieved together.
+    Items of the same score count as retrieved together. It is scikit-learn's `average_precision_score`, whose package
+    nothing else here needs.
     """
     order = np.argsort(-np.asarray(scores, float), kind="stable")
     hits = np.asarray(labels, float)[order]
@@ -254,7 +254,7 @@ class _Symmetric:
     def __init__(self, encode: Encode) -> None:
         self.encode = encode
 
-    def encode_query(self, texts: list[str], **options: Any) -> np.ndarray:
+    def encode_query(self, texts: Sequence[str], **options: Any) -> np.ndarray:
         return self.encode(texts)
 
     encode_document = encode_query

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from sgpt_jax.checkpoint import bias_sets
 from sgpt_jax.checkpoint.export import export_folder
+from sgpt_jax.checkpoint.fingerprint import model_fingerprint
 from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.pooling import POOLING_MODES, normalize
 from sgpt_jax.decoder.sharding import batch_sharding, num_shards
@@ -178,6 +179,20 @@ class BiEncoder:
     def dimension(self) -> int:
         """Length of the vectors."""
         return self.decoder.config.hidden_dim
+
+    def fingerprint(self) -> str:
+        """What tells this model and its settings from any other, see `model_fingerprint`: 40 hexadecimal digits.
+
+        An index keeps it: queries must be encoded by what has the same one (`Index.check_model`).
+        """
+        settings = {
+            "pooling": self.pooling,
+            "brackets": self.text.brackets,
+            "prompts": self.text.prompts,
+            "max_seq_length": self.text.max_seq_length,
+            "normalized": self.normalized,
+        }
+        return model_fingerprint(self.decoder, settings)
 
     def encode(
         self,

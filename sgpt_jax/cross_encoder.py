@@ -24,7 +24,14 @@ from sgpt_jax.runtime.one_behind import one_behind
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.progress import progress
 from sgpt_jax.text.encoder import TextEncoder, check_ids
-from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt, TokenPairs, query_room, tokenise_pairs
+from sgpt_jax.text.pairs import (
+    DEFAULT_PROMPT,
+    Prompt,
+    TokenPairs,
+    query_room,
+    query_tokens,
+    tokenise_pairs,
+)
 
 Reduction = Literal["sum", "mean", "search-endpoint"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -249,6 +256,24 @@ class CrossEncoder:
         )
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [{"corpus_id": int(index), "score": float(scores[index])} for index in order]
+
+    def token_log_probs(self, query: str, document: str) -> tuple[list[str], np.ndarray]:
+        """How probable each token of a query is after the prompt with the document: why `predict` scores it so.
+
+        Returns:
+            The tokens as pieces of the query (see `query_tokens`), and their log-probabilities, float32 [n], whose sum
+            is the score of the pair with `reduction="sum"`.
+
+        Raises:
+            TypeError: for what is no str.
+        """
+        queries, documents = _check_pairs([(query, document)])
+        tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=False)
+        for ids in (tokens.contexts, tokens.queries):
+            check_ids(ids, self.decoder.config.vocab_size)
+        found = [_fetch(started)[1] for started in self._start(tokens, None, ScoreReport())]
+        log_probs = np.concatenate([*found, np.zeros(0)]).astype(np.float32)
+        return query_tokens(self.text, self.prompt, query), log_probs
 
     def sums(
         self,

@@ -14,7 +14,10 @@ import numpy as np
 from etils import epath
 
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.lines import display_name, fix_surrogates, line_error, parse_json, read_lines
+from sgpt_jax.files.columns import DOCUMENT, EXAMPLE, Named
+from sgpt_jax.files.corpora import join_title, read_text
+from sgpt_jax.files.lines import display_name, fix_surrogates, line_error, read_lines
+from sgpt_jax.files.tables import read_table
 
 
 class Example(NamedTuple):
@@ -93,87 +96,108 @@ class ListExamples:
 def read_pairs(source: str, split: str | None = None) -> list[Example]:
     """Reads pairs and triplets.
 
+    Records name their fields as the table in `sgpt_jax.files.columns` has it: `query`, `positive` and `negatives`, or
+    other usual spellings. Positive and negatives are a text, or a list of texts or of passages ({"title", "text"}).
+    Each positive makes an example, with all the negatives. `scores` are a teacher's, of the one positive and then of
+    each negative; `pos_scores` and `neg_scores` are the same for several positives.
+
     Args:
-        source: a JSONL file with `query`, `positive`, `negatives` (a list, may be missing) and perhaps
-            `scores` (of the positive, then of each negative); a TSV file with the columns query, positive and
-            any number of negatives (quotes are plain characters); or a TFDS source (see `open_tfds`) with the
-            features of the JSONL file, or `negative` in place of `negatives`.
+        source: JSON lines, a JSON array, CSV, or TSV (quotes are plain characters; without a header the columns are
+            query, positive and any number of negatives); or a TFDS source (see `open_tfds`) with such features.
         split: of a TFDS source; "train" by default.
 
     Raises:
         InputError: naming file and line.
     """
+    examples: list[Example] = []
     if is_tfds(source):
-        return [_tfds_example(source, row) for row in open_tfds(source, split)]
+        for features in open_tfds(source, split):
+            values = {name: _decoded(value) for name, value in features.items()}
+            try:
+                examples += _examples(EXAMPLE.of_object(values))
+            except ValueError as error:
+                raise InputError(f"{source}: {error} (features: {', '.join(values)})") from None
+        return examples
     if epath.Path(source).is_dir():
         raise InputError(
             f"{source}: is a folder, but not a prepared TFDS data set: dataset_info.json is missing"
         )
-    examples: list[Example] = []
-    is_json = False
-    for line, text in read_lines(source):
-        is_json = text.lstrip().startswith("{") if not examples else is_json
-        if is_json:
-            examples.append(_json_example(source, line, text))
-            continue
-        cells = text.split("\t")
-        if len(cells) < 2:
+    for line, row in read_table(source, EXAMPLE, plain="tsv"):
+        if isinstance(row, dict):
+            try:
+                examples += _examples(row)
+            except ValueError as error:
+                raise line_error(source, line, str(error)) from None
+        elif len(row) < 2:
             raise line_error(source, line, "a query and a positive are needed, with a tab between them")
-        examples.append(Example(cells[0], cells[1], tuple(cells[2:])))
+        else:
+            examples.append(Example(row[0], row[1], tuple(row[2:])))
     if not examples:
         raise InputError(f"{display_name(source)}: holds no examples")
     return examples
 
 
-def _json_example(path: str, line: int, text: str) -> Example:
-    try:
-        row = parse_json(text)
-    except ValueError as error:
-        raise line_error(path, line, f"broken JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise line_error(path, line, f"a JSON object is needed, not {text[:40]!r}")
-    try:
-        return _make_example(row)
-    except ValueError as error:
-        raise line_error(path, line, str(error)) from None
+def _examples(row: Named) -> list[Example]:
+    """The examples of a record.
+
+    Raises:
+        ValueError: a field is missing or not what it should be.
+    """
+    if row.get("label", ("", None))[1] is not None:
+        raise ValueError("`label`: pairs are all positive; labelled ones are for the recipe nli")
+    queries, positives, negatives = (_texts(row, field) for field in ("query", "positive", "negatives"))
+    if len(queries) != 1 or isinstance(row["query"][1], list):
+        raise ValueError("`query` is missing" if not queries else f"`{row['query'][0]}` must be one text")
+    if not positives:
+        raise ValueError("`positive` is missing")
+    scores = _scores(row, len(positives), len(negatives))
+    return [
+        Example(queries[0], positive, negatives, some)
+        for positive, some in zip(positives, scores, strict=True)
+    ]
 
 
-def _make_example(row: dict[str, Any]) -> Example:
-    negatives = row.get("negatives")
-    negatives = [] if negatives is None else negatives
-    if not isinstance(negatives, list):
-        raise ValueError(f"`negatives` must be a list of texts, not {negatives!r:.60}")
+def _texts(row: Named, field: str) -> tuple[str, ...]:
+    """The texts of a field: one, a list, or a list of passages with titles."""
+    key, value = row.get(field, (field, None))
+    if value is None:
+        return ()
     texts = []
-    for name, value in [
-        ("query", row.get("query")),
-        ("positive", row.get("positive")),
-        *(("negatives", text) for text in negatives),
-    ]:
-        if not isinstance(value, str):
-            raise ValueError(
-                f"`{name}` is missing" if value is None else f"`{name}`: not a text: {value!r:.60}"
-            )
-        texts.append(fix_surrogates(value))
-    scores = row.get("scores")
-    if scores is not None:
-        numbers = isinstance(scores, list) and all(
-            isinstance(score, int | float) and not isinstance(score, bool) and np.isfinite(score)
-            for score in scores
-        )
-        if not numbers or len(scores) != 1 + len(negatives):
-            raise ValueError("`scores` must be a list of numbers: the positive's, then one for each negative")
-        scores = tuple(float(score) for score in scores)
-    return Example(texts[0], texts[1], tuple(texts[2:]), scores)
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, dict):
+            text = join_title(*read_text(DOCUMENT.of_object(text)))
+        if not isinstance(text, str):
+            raise ValueError(f"`{key}`: not a text: {text!r:.60}")
+        texts.append(fix_surrogates(text))
+    return tuple(texts)
 
 
-def _tfds_example(source: str, row: dict[str, Any]) -> Example:
-    row = {name: _decoded(value) for name, value in row.items()}
-    if "negatives" not in row and "negative" in row:
-        row["negatives"] = [row["negative"]]
-    try:
-        return _make_example(row)
-    except ValueError as error:
-        raise InputError(f"{source}: {error} (features: {', '.join(row)})") from None
+def _scores(row: Named, positives: int, negatives: int) -> list[tuple[float, ...] | None]:
+    """A teacher's scores for the example of each positive: its own, then those of the negatives."""
+    if row.get("scores", ("", None))[1] is not None:
+        if "positive scores" in row or "negative scores" in row:
+            raise ValueError("`scores` and `pos_scores` or `neg_scores` mean the same thing")
+        values = _numbers(row, "scores", 1 + negatives)
+        if positives != 1:
+            raise ValueError("`scores` are for one positive; `pos_scores` and `neg_scores` for several")
+        return [values]
+    if "positive scores" not in row and "negative scores" not in row:
+        return [None] * positives
+    first = _numbers(row, "positive scores", positives)
+    return [(score, *_numbers(row, "negative scores", negatives)) for score in first]
+
+
+def _numbers(row: Named, field: str, count: int) -> tuple[float, ...]:
+    key, value = row.get(field, (field, None))
+    value = [] if value is None else value
+    numbers = isinstance(value, list) and all(
+        isinstance(score, int | float) and not isinstance(score, bool) and np.isfinite(score)
+        for score in value
+    )
+    if not numbers or len(value) != count:
+        what = "the positive's, then one for each negative" if field == "scores" else "one for each text"
+        raise ValueError(f"`{key}` must be a list of {count} numbers: {what}")
+    return tuple(float(score) for score in value)
 
 
 def _decoded(value: Any) -> Any:
@@ -275,7 +299,7 @@ def _read_allnli(path: str, split: str) -> Iterator[tuple[str, str, str]]:
             continue
         if len(cells) != columns:
             raise line_error(path, line, f"{columns} columns are needed, not {len(cells)}")
-        first, second, label, its_split = (cells[place] for place in order)
+        first, second, label, its_split = (cells[column] for column in order)
         if its_split == split:
             yield first, second, label
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
+from sgpt_jax.bm25 import Bm25
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.corpora import read_corpus, read_queries
+from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.lines import write_jsonl
-from sgpt_jax.files.runs import read_qrels
+from sgpt_jax.runtime.progress import progress
 
 
 def add_mine_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
@@ -49,58 +49,47 @@ def add_mine_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> N
 def mine(data: str, output: str, split: str, negatives: int, depth: int, skip: int, seed: int) -> None:
     """Writes one example for each relevant (query, document): query, positive, negatives.
 
-    The negatives are drawn from the places `skip` to `depth` of the query's BM25 ranking (k1 0.9, b 0.4, as BEIR's
-    BM25), without the documents judged relevant.
+    The negatives are drawn from the ranks `skip` to `depth` of the query's BM25 ranking (that of evaluation, see
+    `sgpt_jax.bm25`), without the documents judged relevant.
 
     Raises:
-        InputError: the data are not as they should be, or a query finds too few documents.
+        InputError: the data are not as they should be.
     """
-    from train.dev import find_file  # which imports JAX
-
-    try:
-        import bm25s
-    except ImportError:
-        raise InputError("mining needs bm25s: pip install bm25s") from None
     if not 0 < negatives <= depth - skip or skip < 0:
-        raise InputError(f"--negatives {negatives} cannot be drawn from places {skip} to {depth}")
+        raise InputError(f"--negatives {negatives} cannot be drawn from ranks {skip} to {depth}")
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    root = epath.Path(data)
-    documents = list(read_corpus(find_file(root / "corpus.jsonl")))
-    queries = read_queries(find_file(root / "queries.jsonl"))
-    qrels = read_qrels(find_file(root / "qrels" / f"{split}.tsv"))
+    folder = DataSet("", epath.Path(data), split).load()
+    documents = list(folder.documents())
     texts = {document.id: document.text for document in documents}
     relevant = {
-        query: [document for document, grade in grades.items() if grade > 0 and document in texts]
-        for query, grades in qrels.items()
-        if query in queries
+        query: [id for id, grade in folder.qrels[query].items() if grade > 0 and id in texts]
+        for query in folder.queries
     }
     relevant = {query: found for query, found in relevant.items() if found}
     if not relevant:
         raise InputError(f"{data}: no query of split {split!r} has a relevant document")
-    index = bm25s.BM25(k1=0.9, b=0.4)
-    index.index(bm25s.tokenize(list(texts.values()), show_progress=False), show_progress=False)
+    index = Bm25(documents)
     draw = np.random.default_rng(seed)
-    ids = list(texts)
     examples = []
-    for query, positives in tqdm(relevant.items(), desc="mining", unit="query", delay=1, disable=None):
-        words = bm25s.tokenize(queries[query], show_progress=False)
-        count = min(len(ids), depth + len(positives))
-        places, scores = index.retrieve(words, k=count, show_progress=False)
-        found = [ids[place] for place, score in zip(places[0], scores[0], strict=True) if score > 0]
-        pool = [document for document in found if document not in positives][skip:depth]
-        if len(pool) < negatives:
-            # A query whose words hardly occur: any document will do.
-            others = [document for document in ids if document not in positives and document not in pool]
-            missing = min(negatives - len(pool), len(others))
-            pool += [others[place] for place in draw.choice(len(others), missing, replace=False)]
-        for positive in positives:
-            chosen = draw.choice(len(pool), min(negatives, len(pool)), replace=False)
-            examples.append(
-                {
-                    "query": queries[query],
-                    "positive": texts[positive],
-                    "negatives": [texts[pool[place]] for place in chosen],
-                }
-            )
+    with progress("mining", "query", len(relevant)) as bar:
+        for query, positives in relevant.items():
+            text = folder.queries[query]
+            found = index.candidates(text, depth + len(positives))
+            pool = [id for id in found if id not in positives][skip:depth]
+            if len(pool) < negatives:
+                # A query whose words hardly occur: any document will do.
+                others = [id for id in texts if id not in positives and id not in pool]
+                missing = min(negatives - len(pool), len(others))
+                pool += [others[row] for row in draw.choice(len(others), missing, replace=False)]
+            for positive in positives:
+                chosen = draw.choice(len(pool), min(negatives, len(pool)), replace=False)
+                examples.append(
+                    {
+                        "query": text,
+                        "positive": texts[positive],
+                        "negatives": [texts[pool[row]] for row in chosen],
+                    }
+                )
+            bar.update()
     write_jsonl(output, examples)
     print(f"{len(examples):,} examples of {len(relevant):,} queries: {output}")

@@ -2,8 +2,7 @@
 
 The four files (the first two from MS MARCO, the others from the data set
 sentence-transformers/msmarco-hard-negatives): collection.tsv, queries.train.tsv,
-msmarco-hard-negatives.jsonl.gz and cross-encoder-ms-marco-MiniLM-L-6-v2-scores.pkl.gz. Each may be gzip or
-not.
+msmarco-hard-negatives.jsonl.gz and cross-encoder-ms-marco-MiniLM-L-6-v2-scores.pkl.gz. Each may be gzip or not.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ class _Plain(pickle.Unpickler):
 
 
 def read_scores(path: Any) -> Scores:
-    """Reads cross-encoder scores, {query id: {passage id: score}}, from a pickle without running anything in
-    it.
+    """Reads cross-encoder scores, {query id: {passage id: score}}, from a pickle, and runs nothing that is in it.
 
     Only dictionaries with integer keys and numbers as values are accepted.
 
@@ -70,8 +68,7 @@ def read_scores(path: Any) -> Scores:
 
 
 class TextTable:
-    """Texts of a two-column TSV by integer id, read when asked for: 8.8 million passages as offsets in
-    memory.
+    """Texts of a two-column TSV by integer id, read when asked for: in memory are the offsets of 8.8 million passages.
 
     An uncompressed local file is memory-mapped; anything else is read whole.
     """
@@ -130,8 +127,7 @@ class TextTable:
 
 
 class RotatingExamples:
-    """One example a query and epoch; positives and negatives take turns from epoch to epoch (SGPT
-    repository).
+    """One example a query and epoch; positives and negatives take turns from epoch to epoch (SGPT repository).
 
     Args:
         queries, passages: texts by id.
@@ -157,7 +153,7 @@ class RotatingExamples:
     def _ids(self, index: int, epoch: int) -> tuple[int, int, list[int]]:
         query, positives, negatives = self.records[index]
         count = min(self.negatives, len(negatives))
-        turn = [negatives[(epoch * count + place) % len(negatives)] for place in range(count)]
+        turn = [negatives[(epoch * count + number) % len(negatives)] for number in range(count)]
         return query, positives[epoch % len(positives)], turn
 
     def get(self, index: int, epoch: int) -> Example:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from sgpt_jax.folder.source import resolve
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.checkpoints import Checkpoints
 from train.data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
-from train.dev import Judge, make_judge
+from train.dev import DevEvaluator, make_evaluator
 from train.export import BIASES
 from train.losses import LossConfig
 from train.msmarco import open_msmarco
@@ -85,7 +84,7 @@ class Run:
     rate: optax.Schedule
     examples: int
     batches: Any
-    evaluate: Judge | None
+    evaluate: DevEvaluator | None
     eval_every: int
     checkpoints: Checkpoints
     start: int
@@ -123,8 +122,7 @@ def prepare(config: TrainConfig) -> Run:
     notes.append(describe_split(trainable, frozen))
 
     total = config.total_steps(len(examples))
-    share = math.ceil(config.warmup_share * total)
-    warmup = share if config.warmup_steps is None else config.warmup_steps
+    warmup = config.warmup(total)
     rate = linear_schedule(config.lr, warmup, total)
     optimizer = make_optimizer(mask, rate)
     state = init_state(trainable, optimizer, config.seed, mesh)
@@ -139,7 +137,7 @@ def prepare(config: TrainConfig) -> Run:
         dropout=config.dropout,
     )
     batches = _open_batches(config, examples, model, total)
-    evaluate = make_judge(config.dev, config.dev_split) if config.dev else None
+    evaluate = make_evaluator(config.dev, config.dev_split) if config.dev else None
 
     if first:
         write_config(config)
@@ -148,11 +146,7 @@ def prepare(config: TrainConfig) -> Run:
     if config.resume and (found := checkpoints.restore(state)) is not None:
         start, state, position = found
         batches.set_state(position)
-    notes.append(_describe_steps(len(examples), examples.negatives, total, warmup, start))
-    if total == 1 and warmup:
-        notes.append(
-            "the only step is warm-up, at learning rate 0, and trains nothing: give more --steps, or --warmup-steps 0"
-        )
+    notes += _describe_steps(examples, total, warmup, start)
     return Run(
         config, mesh, model, base_sha256, graphdef, frozen, state, jit_step(step, state, mesh), chunk_rows, rate,
         len(examples), batches, evaluate, config.eval_every or max(1, total // 10), checkpoints, start, total,
@@ -329,6 +323,12 @@ def _open_batches(config: TrainConfig, examples: ExampleSource, model: BiEncoder
     return iterate(batches)
 
 
-def _describe_steps(examples: int, negatives: int, total: int, warmup: int, start: int) -> str:
-    text = f"{examples:,} examples with up to {negatives} hard negatives; {total:,} steps, {warmup:,} of them warm-up"
-    return text + (f"; going on after step {start:,}" if start else "")
+def _describe_steps(examples: ExampleSource, total: int, warmup: int, start: int) -> list[str]:
+    text = f"{len(examples):,} examples with up to {examples.negatives} hard negatives; {total:,} steps, "
+    text += f"{warmup:,} of them warm-up" + (f"; going on after step {start:,}" if start else "")
+    if total > 1 or not warmup:
+        return [text]
+    return [
+        text,
+        "the only step is warm-up, at learning rate 0, and trains nothing: give more --steps, or --warmup-steps 0",
+    ]

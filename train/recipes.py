@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -106,6 +107,10 @@ class TrainConfig:
     def total_steps(self, examples: int) -> int:
         """How many steps the run has."""
         return max(1, int(self.epochs * examples) // self.batch_size) if self.steps is None else self.steps
+
+    def warmup(self, total: int) -> int:
+        """How many of `total` steps are warm-up."""
+        return math.ceil(self.warmup_share * total) if self.warmup_steps is None else self.warmup_steps
 
 
 # Options that only one recipe has.

@@ -25,8 +25,8 @@ from eval.plan.estimate import Memory, Sizes, Times, chunks_of, device_bytes, fl
 from eval.plan.models import MODELS, find_model, with_biases
 from eval.plan.programs import Work, at_depth
 from eval.plan.table import describe, write_table
-from eval.record import circumstances
-from sgpt_jax.cli.options import WEIGHTS, positive
+from eval.provenance import provenance
+from sgpt_jax.cli.options import WEIGHTS, add_options, dtype, option, positive
 from sgpt_jax.decoder.build import Build, Lora
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.sharding import mesh_sizes
@@ -56,31 +56,59 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m eval plan`."""
-    parser.add_argument("--model", nargs="+", required=True, metavar="MODEL",
-                        help=f"a folder with a config.json, or by name: {', '.join(MODELS)}")  # fmt: skip
-    parser.add_argument("--topology", nargs="+", required=True, metavar="DEVICES",
-                        help="a TPU slice such as v5e:2x4 or v5e-8 (Cloud TPU's name), or GPUs such as h100:8; "
-                        f"known: {', '.join(CHIPS)}")  # fmt: skip
-    parser.add_argument("--task", choices=("train", "encode", "score"), default="train")
-    parser.add_argument("--trainable", default="bias", metavar="RULE",
-                        help="what trains: bias, lora, lora,bias, all, or a regular expression "
-                        "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--lora-rank", type=positive, metavar="N",
-                        help="of the adapters of --trainable lora (default: 8)")  # fmt: skip
-    parser.add_argument("--length", type=positive, default=300, metavar="N",
-                        help="tokens of a row (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, metavar="N",
-                        help="examples of a training step, or rows of a batch (default: the MS MARCO recipe's "
-                        f"{RECIPES['msmarco'][0].batch_size}; what the library takes at a time)")  # fmt: skip
-    parser.add_argument("--chunk-size", type=positive, metavar="N",
-                        help="rows at a time in training, over all devices (default: the most that fit)")  # fmt: skip
-    parser.add_argument("--mesh", metavar="SPEC", help="such as fsdp=8 (default: what is suggested)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    WEIGHTS.add_to(parser)
-    parser.add_argument("--full", action="store_true", help="compile all layers, however long it takes")
-    parser.add_argument("--no-compile", action="store_true", help="the analytic part alone")
-    parser.add_argument(
-        "--output", metavar="FOLDER", help="write a JSON file a plan, and README.md of all in there"
+    models, chips = ", ".join(MODELS), ", ".join(CHIPS)
+    batch = RECIPES["msmarco"][0].batch_size
+    add_options(
+        parser,
+        option(
+            "--model",
+            nargs="+",
+            required=True,
+            metavar="MODEL",
+            help=f"a folder with a config.json, or by name: {models}",
+        ),
+        option(
+            "--topology",
+            nargs="+",
+            required=True,
+            metavar="DEVICES",
+            help=f"a TPU slice such as v5e:2x4 or v5e-8 (Cloud TPU's name), or GPUs such as h100:8; known: {chips}",
+        ),
+        option("--task", choices=("train", "encode", "score"), default="train", help="default: %(default)s"),
+        option(
+            "--trainable",
+            default="bias",
+            metavar="RULE",
+            help="what trains: bias, lora, lora,bias, all, or a regular expression (default: %(default)s)",
+        ),
+        option(
+            "--lora-rank",
+            type=positive,
+            metavar="N",
+            help="of the adapters of --trainable lora (default: 8)",
+        ),
+        option(
+            "--length", type=positive, default=300, metavar="N", help="tokens of a row (default: %(default)s)"
+        ),
+        option(
+            "--batch-size",
+            type=positive,
+            metavar="N",
+            help=f"examples of a training step (default: the MS MARCO recipe's {batch}), or rows of a batch "
+            "(default: what the library takes at a time)",
+        ),
+        option(
+            "--chunk-size",
+            type=positive,
+            metavar="N",
+            help="rows at a time in training, over all devices (default: the most that fit)",
+        ),
+        option("--mesh", metavar="SPEC", help="such as fsdp=8 (default: what is suggested)"),
+        dtype(default="bfloat16", of="of weights and matmuls (default: bfloat16)"),
+        WEIGHTS,
+        option("--full", action="store_true", help="compile all layers, however long it takes"),
+        option("--no-compile", action="store_true", help="the analytic part alone"),
+        option("--output", metavar="FOLDER", help="write a JSON file a plan, and README.md of all in there"),
     )
 
 
@@ -100,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
                 stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
                 folder = epath.Path(args.output)
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / f"{stem}.json", result | circumstances())
+                write_json(folder / f"{stem}.json", result | provenance())
                 write_table(folder)
 
 
@@ -120,10 +148,6 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
     chosen = choose(plans)
     compiled, chosen, notes = _compile(config, target, chosen, args)
     work, sizes, time = chosen.work, chosen.sizes, chosen.times
-    small = at_depth(config, 2 * compiler.depth_step(config))
-    count = dataclasses.replace(work, rows=8)
-    if work.task == "train":
-        count = dataclasses.replace(count, chunk=4 if chunks_of(work) > 1 else 0, examples=4)
     return {
         "model": name,
         "task": work.task,
@@ -148,14 +172,23 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
         "notes": notes,
         "devices_needed": target.count if chosen.fits else needed(config, target, work),
         "flops": flops(config, work),
-        "flops_check": {
-            "layers": small.num_layers,
-            "analytic": flops(small, count, loops_once=True),
-            "xla": compiler.counted_flops(small, count),
-        },
+        "flops_check": _check_flops(config, work),
         "seconds": dataclasses.asdict(time) | {"step": time.step},
         "tokens_per_second": work.rows * work.length / time.step,
-    }  # fmt: skip
+    }
+
+
+def _check_flops(config: DecoderConfig, work: Work) -> dict[str, Any]:
+    """Both counts of FLOPs, of few layers and rows, where XLA's is quick."""
+    small = at_depth(config, 2 * compiler.depth_step(config))
+    few = dataclasses.replace(work, rows=8)
+    if work.task == "train":
+        few = dataclasses.replace(few, chunk=4 if chunks_of(work) > 1 else 0, examples=4)
+    return {
+        "layers": small.num_layers,
+        "analytic": flops(small, few, loops_once=True),
+        "xla": compiler.counted_flops(small, few),
+    }
 
 
 def search(config: DecoderConfig, target: Target, args: argparse.Namespace) -> Iterator[Plan]:
@@ -292,9 +325,9 @@ def _compile(
         return None, plan, []
     devices = compiler.devices_of(target)
     if devices is None:
-        missing = compiler.NO_LIBTPU if target.chip.kind == "tpu" else (
-            f"{target.count} of these GPUs are not here, so nothing was compiled"
-        )  # fmt: skip
+        missing = f"{target.count} of these GPUs are not here, so nothing was compiled"
+        if target.chip.kind == "tpu":
+            missing = compiler.NO_LIBTPU
         return None, plan, [missing]
     notes: list[str] = []
     while True:

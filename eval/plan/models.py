@@ -21,6 +21,22 @@ def _gpt_neo(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _qwen3(hidden: int, layers: int, heads: int, mlp: int, tied: bool) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": mlp,
+        "max_position_embeddings": 40960, "rope_theta": 1000000.0, "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+def _gemma3(hidden: int, layers: int, heads: int, mlp: int, positions: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": mlp,
+        "max_position_embeddings": positions, "sliding_window": 512, **more,
+    }  # fmt: skip
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "gpt-neo-125m": _gpt_neo(768, 12, 12),
     "gpt-neo-1.3b": _gpt_neo(2048, 24, 16),
@@ -47,11 +63,11 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": False,
     },
-    "qwen3-8b": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288,
-        "max_position_embeddings": 40960, "rope_theta": 1000000.0, "tie_word_embeddings": False,
-    },
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
+    "gemma-3-1b": _gemma3(1152, 26, 4, 6912, 32768),
+    "embeddinggemma-300m": _gemma3(768, 24, 3, 1152, 2048, use_bidirectional_attention=True),
 }  # fmt: skip
 
 

@@ -24,13 +24,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from eval.plan.models import MODELS
-from eval.record import circumstances
+from eval.provenance import provenance
 from eval.speed.benchmark import Benchmark, measure, print_table, threads
 from eval.speed.encode import encode_benchmark
 from eval.speed.models import mixed_texts, open_data, write_shape
 from eval.speed.search import search_benchmark
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.cli.options import positive
+from sgpt_jax.cli.options import SOURCE, add_options, dtype, option, positive
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
 
@@ -42,20 +42,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this program."""
     data = os.environ.get("SGPT_DATA")
     here = "$SGPT_DATA/{}" if data is None else os.path.join(data, "{}")
-    parser.add_argument("part", nargs="?", choices=PARTS, help="what to measure (default: all)")
-    parser.add_argument("--model", help="model folder, hub id, or .gguf file; search needs none")
-    parser.add_argument("--shape", choices=list(MODELS),
-                        help="in its place: this shape, with random weights, which take as long")  # fmt: skip
-    parser.add_argument("--tokenizer", default=data and here.format("gpt2_tokenizer"), metavar="FOLDER",
-                        help="of --shape: vocab.json and merges.txt (default: $SGPT_DATA/gpt2_tokenizer)")  # fmt: skip
-    parser.add_argument("--data", default=data and here.format("scifact"), metavar="FOLDER",
-                        help="texts, in BEIR's format (default: $SGPT_DATA/scifact)")  # fmt: skip
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="of weights and matmuls; search is float32 (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--max-seq-length", type=positive, metavar="N",
-        help=f"tokens of a text that are read (default: the model's limit; of train {TRAIN_LENGTH})",
-    )  # fmt: skip
+    add_options(
+        parser,
+        option("part", nargs="?", choices=PARTS, help="what to measure (default: all)"),
+        option("--model", help=f"{SOURCE}; search needs none"),
+        option(
+            "--shape",
+            choices=list(MODELS),
+            help="in its place: this shape, with random weights, which take as long",
+        ),
+        option(
+            "--tokenizer",
+            default=data and here.format("gpt2_tokenizer"),
+            metavar="FOLDER",
+            help="of --shape: vocab.json and merges.txt (default: $SGPT_DATA/gpt2_tokenizer)",
+        ),
+        option(
+            "--data",
+            default=data and here.format("scifact"),
+            metavar="FOLDER",
+            help="texts, in BEIR's format (default: $SGPT_DATA/scifact)",
+        ),
+        dtype(of="of weights and matmuls; search is float32 (default: float32)"),
+        option(
+            "--max-seq-length",
+            type=positive,
+            metavar="N",
+            help=f"tokens of a text that are read (default: the model's limit; of train {TRAIN_LENGTH})",
+        ),
+    )
     for name, default, what in (
         ("rounds", 5, "timed turns of each"),
         ("texts", 500, "encode: four documents, one query, and so on"),
@@ -63,9 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("batch-size", 32, "train: triplets a step"),
         ("vectors", 100_000, "search: vectors of dimension 768"),
     ):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N",
-                            help=f"{what} (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="write the figures to this JSON file")
+        text = f"{what} (default: {default})"
+        option(f"--{name}", type=positive, default=default, metavar="N", help=text).add_to(parser)
+    option("--output", metavar="FILE", help="write the figures to this JSON file").add_to(parser)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -96,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
         loads = {"threads": threads(), "load_average": os.getloadavg()}
         loads["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
         peers = ("torch", "sentence-transformers", "faiss-cpu", "faiss-gpu")
-        write_json(args.output, result | loads | circumstances(*peers))
+        write_json(args.output, result | loads | provenance(*peers))
 
 
 def _benchmark(part: str, args: argparse.Namespace, source: str, folder: str) -> Benchmark:

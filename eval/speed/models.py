@@ -14,7 +14,6 @@ from flax import nnx
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from eval.data import DataSet
 from eval.plan.models import MODELS
 from eval.speed.benchmark import threads
 from sgpt_jax.bi_encoder import BiEncoder
@@ -24,6 +23,7 @@ from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import read_config
+from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.lines import parse_json, read_lines
 from sgpt_jax.text.tokenizer import save_tokenizer
 

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval import bm25
-from eval.data import DataSet
 from eval.speed.benchmark import Benchmark, Run
 from eval.speed.models import Torch
+from sgpt_jax.bm25 import Bm25
 from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.cross_encoder import CrossEncoder, ScoreReport
@@ -29,6 +28,7 @@ from sgpt_jax.decoder.flops import forward_flops
 from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.text.pairs import TokenPairs, tokenise_pairs
 
@@ -92,7 +92,7 @@ def score_benchmark(
 
 def sample_pairs(data: DataSet, depth: int, count: int) -> Pairs:
     """`count` pairs: of randomly drawn documents all queries that have them among BM25's first `depth`."""
-    run = bm25.search(data.queries, data.documents(), depth)
+    run = Bm25(data.documents()).search(data.queries, depth)
     asking: dict[str, list[str]] = {}
     for query, hits in run.items():
         for document in hits:

@@ -31,7 +31,7 @@ def search_benchmark(count: int, folder: str) -> Benchmark:
     index = build_index(
         Path(folder) / "index",
         (Document(f"{row:09}", str(row)) for row in range(count)),
-        lambda rows: vectors[[int(row) for row in rows]],
+        lambda chunks: (vectors[[int(row) for row in rows]] for rows in chunks),
         similarity="dot",
         store_texts=False,
     )

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eval.data import DataSet
 from eval.speed.benchmark import Benchmark
 from eval.speed.models import Torch, exported, pooled
 from sgpt_jax.bi_encoder import BiEncoder
@@ -17,6 +16,7 @@ from sgpt_jax.checkpoint.bias_sets import add_zero_biases, bias_leaves
 from sgpt_jax.decoder.flops import training_flops
 from sgpt_jax.decoder.model import split
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
 from train.batches import BatchPlan, PackedBatches
 from train.data import Example, ListExamples
 from train.losses import LossConfig

@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from sgpt_jax import demo as demonstration
 from sgpt_jax import rerank as reranking
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
 from sgpt_jax.checkpoint.export import count_parameters
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.cli import demo as demonstration
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
@@ -33,6 +33,8 @@ from sgpt_jax.index.build import build_index
 from sgpt_jax.index.export import export_index
 from sgpt_jax.index.files import MANIFEST
 from sgpt_jax.index.search import Index
+from sgpt_jax.metrics import cut
+from sgpt_jax.rerank_job import rerank_job
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.command import printable
 from sgpt_jax.runtime.memory import peak_memory
@@ -54,8 +56,10 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
 def _load(settings: dict[str, Any], mesh: str | None) -> BiEncoder:
     return BiEncoder.from_pretrained(
         settings["model"],
-        **{name: settings[name] for name in ("pooling", "brackets", "max_seq_length", "dtype", "biases")},
-        weights=settings.get("weights"),  # which an older index does not have
+        **{
+            name: settings[name]
+            for name in ("pooling", "brackets", "max_seq_length", "dtype", "weights", "biases")
+        },
         mesh=device_mesh(mesh),
     )
 
@@ -117,11 +121,12 @@ def index(options: argparse.Namespace) -> None:
         index = build_index(
             options.output,
             read_corpus(options.corpus, **reading),
-            encode_chunks=lambda chunks: model.encode_chunks(chunks, side="document", report=report),
+            lambda chunks: model.encode_chunks(chunks, side="document", report=report),
             dtype=options.store,
             chunk_size=options.chunk_size,
             store_texts=not options.no_texts,
             metadata=metadata,
+            fingerprint=model.fingerprint(),
             on_progress=show,
         )
     work = _describe_work(report)
@@ -167,11 +172,10 @@ def search(options: argparse.Namespace) -> None:
         if options.queries is None
         else read_queries(options.queries, **_reading(options))
     )
-    settings = dict(index.metadata)
-    settings["model"] = options.model or settings["model"]
-    settings["dtype"] = options.dtype or settings["dtype"]
-    settings["weights"] = options.weights or settings.get("weights")
-    vectors = _load(settings, options.mesh).encode_query(list(queries.values()))
+    settings = _index_settings(index, options)
+    model = _load(settings, options.mesh)
+    index.check_model(model.fingerprint())
+    vectors = model.encode_query(list(queries.values()))
     scores, found = index.search(vectors, max(k, options.rerank))
     run: dict[str, dict[str, float]] = {}
     rows: dict[str, dict[str, int]] = {}  # query -> document -> its row in the index
@@ -197,6 +201,16 @@ def search(options: argparse.Namespace) -> None:
             _print_listing(title, documents)
 
 
+def _index_settings(index: Index, options: argparse.Namespace) -> dict[str, Any]:
+    """What `_load` needs for the model that an index was made with, or that the options name."""
+    settings: dict[str, Any] = {"pooling": None, "brackets": None, "max_seq_length": None, "biases": None}
+    settings |= {"dtype": "float32", "weights": None} | index.metadata
+    settings |= {name: vars(options)[name] for name in ("model", "dtype", "weights") if vars(options)[name]}
+    if "model" not in settings:
+        raise InputError(f"{options.index}: does not say which model it was made with; give it as --model")
+    return settings
+
+
 def _print_json(query: str, text: str, documents: list[tuple[str, float, str]]) -> None:
     hits = [{"_id": id, "score": score, "text": content} for id, score, content in documents]
     print(json.dumps({"_id": query, "query": text, "hits": hits}, ensure_ascii=False))
@@ -217,20 +231,16 @@ def _reranked(
     run: dict[str, dict[str, float]],
     rows: dict[str, dict[str, int]],
 ) -> dict[str, dict[str, float]]:
-    """The run with its first documents in the order of the cross-encoder, best first, with its scores."""
+    """The run's first documents in the order of the cross-encoder, best first, with its scores."""
     source = options.cross_encoder or settings["model"]
     model = CrossEncoder.from_pretrained(
         source, dtype=settings["dtype"], mesh=device_mesh(options.mesh), weights=settings["weights"]
     )
-    pairs = [(query, id) for query, hits in run.items() for id in list(hits)[: options.rerank]]
-    texts = index.texts([rows[query][id] for query, id in pairs])
-    scores = model.predict([(queries[query], text) for (query, _), text in zip(pairs, texts, strict=True)])
-    found: dict[str, dict[str, float]] = {query: {} for query in run}
-    for (query, id), score in sorted(
-        zip(pairs, scores, strict=True), key=lambda item: (item[1], item[0][1]), reverse=True
-    ):
-        found[query][id] = float(score)
-    return found
+    shallow, _ = cut(run, options.rerank)
+    row_of = {id: rows[query][id] for query, hits in shallow.items() for id in hits}
+    texts = dict(zip(row_of, index.texts(list(row_of.values())), strict=True))
+    scored, _ = cut(reranking.rerank(model, queries, shallow, texts), None)
+    return scored
 
 
 def rerank(options: argparse.Namespace) -> None:
@@ -246,7 +256,7 @@ def rerank(options: argparse.Namespace) -> None:
         mesh=device_mesh(options.mesh),
         weights=options.weights,
     )
-    report = reranking.rerank(
+    report = rerank_job(
         model,
         run,
         queries,
@@ -263,10 +273,25 @@ def rerank(options: argparse.Namespace) -> None:
     )
 
 
+def serve(options: argparse.Namespace) -> None:
+    try:
+        from sgpt_jax.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        raise InputError(f"sgpt serve needs {error.name}: pip install 'sgpt-jax[serve]'") from None
+    run(options)
+
+
 def info(options: argparse.Namespace) -> None:
     """Prints what a model or an index is."""
     if os.path.exists(os.path.join(options.source, MANIFEST)):
-        _index_info(Index.open(options.source))
+        index = Index.open(options.source)
+        if options.verify:
+            index.verify()
+        _index_info(index)
+        if options.verify:
+            print("verified: every file fits its checksum")
+    elif options.verify:
+        raise InputError(f"{options.source}: --verify is for an index, which has checksums")
     else:
         _model_info(options.source)
 
@@ -282,6 +307,7 @@ def _index_info(index: Index) -> None:
         print(f"against float32, over {facts['recall']['queries']} documents as queries: {kept}")
     for name, value in facts["metadata"].items():
         print(printable(f"{name}: {value}"))
+    print(f"fingerprint of model and settings: {facts['fingerprint'] or 'unknown'}")
 
 
 def _model_info(source: str) -> None:

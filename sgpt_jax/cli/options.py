@@ -111,7 +111,7 @@ BI_ENCODER = (
 
 # How files of texts are read.
 FORMAT = option(
-    "--format", choices=("jsonl", "tsv", "text"), help="of the input (default: by name and content)"
+    "--format", choices=("jsonl", "tsv", "csv", "text"), help="of the input (default: by name and content)"
 )
 ENCODING_ERRORS = option(
     "--encoding-errors",

@@ -143,9 +143,56 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
             *READING,
         ),
     ),
+    "serve": (
+        "Serve embeddings, re-ranking and a search page over HTTP; without a model or an index, the demonstration's.",
+        (
+            option("--index", help="the index that is searched"),
+            option("--cross-encoder", help="the decoder that re-ranks (default: no re-ranking)"),
+            option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)"),
+            option("--port", type=int, default=8000, help="default: 8000; 0 takes a free one"),
+            option(
+                "--api-key-file",
+                metavar="FILE",
+                help="holds the key that callers must send; so does the environment variable SGPT_API_KEY",
+            ),
+            option(
+                "--cors-origin",
+                action="append",
+                default=[],
+                metavar="ORIGIN",
+                help="let web pages of this origin call; may be repeated (default: none)",
+            ),
+            option(
+                "--max-queue-tokens",
+                type=positive,
+                metavar="N",
+                help="tokens that may wait; above them callers get 429 (default: by device)",
+            ),
+            option(
+                "--drain",
+                type=positive,
+                default=8,
+                metavar="SECONDS",
+                help="how long requests may go on after SIGTERM (default: 8)",
+            ),
+            model(required=False, default=f"{INDEX_MODEL}, or the demonstration's"),
+            dtype(default=None, of="of weights and matmuls (default: the index's, or float32)"),
+            WEIGHTS,
+            MESH,
+            *BI_ENCODER,
+            # Refused with a reason, where argparse would only not know them.
+            *(
+                option(*each.flags, dest="several_hosts", nargs="?", const=True, help=argparse.SUPPRESS)
+                for each in PROCESSES.options
+            ),
+        ),
+    ),
     "info": (
         "What a model or an index is: family, sizes, biases, memory; recall of the index.",
-        (option("source", help="a model (folder, hub id, .gguf file) or an index"),),
+        (
+            option("source", help="a model (folder, hub id, .gguf file) or an index"),
+            option("--verify", action="store_true", help="read the whole index and check all its checksums"),
+        ),
     ),
     "export": (
         "Write a model as a folder that transformers and sentence-transformers load, or an index as a FAISS or "

@@ -1,7 +1,7 @@
 """The lowest layer of reading and writing: lines, gzip, encodings, JSON, and files that appear whole.
 
-Paths are anything that ``etils.epath`` takes, so ``gs://`` works where ``gcsfs`` is installed. Readers
-take ``"-"`` for standard input.
+Paths are anything that ``etils.epath`` takes, so ``gs://`` works where ``gcsfs`` is installed. Readers take ``"-"`` for
+standard input.
 """
 
 import contextlib
@@ -75,7 +75,11 @@ def fix_surrogates(text: str) -> str:
 
 
 def read_lines(
-    path: PathLike, *, errors: str = "strict", report: ReadReport | None = None
+    path: PathLike,
+    *,
+    errors: str = "strict",
+    report: ReadReport | None = None,
+    keep_blank: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text) for every line that is not blank, in constant memory.
 
@@ -86,10 +90,10 @@ def read_lines(
         path: the file, or "-" for standard input.
         errors: "strict" or "replace" (invalid UTF-8 becomes U+FFFD, counted in ``report.replaced``).
         report: counts are added here.
+        keep_blank: yield blank lines, too.
 
     Raises:
-        InputError: the file cannot be opened, its gzip data are damaged or cut short, or it holds invalid
-        UTF-8.
+        InputError: the file cannot be opened, its gzip data are damaged or cut short, or it holds invalid UTF-8.
     """
     report = ReadReport() if report is None else report
     number = 0
@@ -98,14 +102,14 @@ def read_lines(
             for number, raw in enumerate(stream, 1):
                 bom = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
                 line = raw[bom:].removesuffix(b"\n").removesuffix(b"\r")
-                if not line or line.isspace():
+                if not keep_blank and (not line or line.isspace()):
                     continue
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     if errors != "replace":
-                        place = f"byte {bom + error.start + 1} of the line (0x{line[error.start]:02x})"
-                        raise line_error(path, number, f"invalid UTF-8 at {place}") from None
+                        where = f"byte {bom + error.start + 1} of the line (0x{line[error.start]:02x})"
+                        raise line_error(path, number, f"invalid UTF-8 at {where}") from None
                     text = line.decode("utf-8", "replace")
                     report.replaced += text.count("\ufffd") - line.count(b"\xef\xbf\xbd")
                 yield number, text
@@ -131,8 +135,8 @@ def parse_json(text: str) -> Any:
 def atomic_write(path: PathLike) -> Iterator[BinaryIO]:
     """Yields a binary stream whose content appears at ``path`` in one step when the block ends well.
 
-    Until then it lies under a temporary name in the same folder, which an exception removes. What is there
-    already and is no regular file (a pipe, a terminal) is written to directly.
+    Until then it lies under a temporary name in the same folder, which an exception removes. What is there already and
+    is no regular file (a pipe, a terminal) is written to directly.
 
     Raises:
         InputError: the folder does not exist or cannot be written.

@@ -1,12 +1,11 @@
 """Relevance judgements (qrels) and retrieval runs: reading, and writing in trec_eval's order."""
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import (
@@ -18,6 +17,7 @@ from sgpt_jax.files.lines import (
     line_error,
     read_lines,
 )
+from sgpt_jax.metrics import rank
 
 _GRADE = re.compile(r"([+-]?[0-9]{1,18})(?:\.0+)?", re.ASCII)
 _QUERY_HEADERS = {"queryid", "qid", "query", "topic", "topicid"}
@@ -29,13 +29,13 @@ def read_qrels(
 ) -> dict[str, dict[str, int]]:
     """Reads judgements as {query id: {document id: grade}}, in file order.
 
-    Lines have three columns (query, document, grade; a header is recognised by its names) or the four of
-    TREC (query, anything, document, grade), the same number in the whole file, separated by tabs or spaces.
-    Ids may hold spaces where tabs separate. The same judgement twice is kept once and counted.
+    Lines have three columns (query, document, grade; a header is recognised by its names) or the four of TREC (query,
+    anything, document, grade), the same number in the whole file, separated by tabs or spaces. Ids may hold spaces
+    where tabs separate. The same judgement twice is kept once and counted.
 
     Raises:
-        InputError: mixed column counts, a grade that is no integer (``1.0`` is one), one document judged
-            differently twice, or no judgement at all.
+        InputError: mixed column counts, a grade that is no integer (``1.0`` is one), one document judged differently
+            twice, or no judgement at all.
     """
     report = ReadReport() if report is None else report
     qrels: dict[str, dict[str, int]] = {}
@@ -76,24 +76,24 @@ def read_run(
 ) -> dict[str, dict[str, float]]:
     """Reads a run as {query id: {document id: score}}, in file order.
 
-    A file that begins with ``{`` is JSON {query: {document: score}}; any other has TREC's six columns
-    (query, anything, document, rank, score, tag), where the rank is not used. The same entry twice is kept
-    once and counted.
+    A file that begins with ``{`` is JSON {query: {document: score}}. Any other has TREC's six columns (query, anything,
+    document, rank, score, tag), where the rank is not used, or MS MARCO's three (query, document, rank from 1), where
+    the score is the rank with a minus before it. The same entry twice is kept once and counted.
 
     Raises:
-        InputError: broken JSON, a wrong number of columns, a score that is no number or NaN (infinities are
-            legal), one document with two scores, or an empty run.
+        InputError: broken JSON, a wrong number of columns, a score that is no number or NaN (infinities are legal), a
+            rank that is no whole number or given twice, one document with two scores, or an empty run.
     """
     report = ReadReport() if report is None else report
     lines = read_lines(path, errors=errors, report=report)
     first = next(lines, None)
     if first is None:
         raise InputError(f"{display_name(path)}: holds no run")
-    start = [first]
+    lines = itertools.chain([first], lines)
     if first[1].lstrip().startswith("{"):
-        run = _read_json_run(path, start, lines, report)
+        run = _read_json_run(path, lines, report)
     else:
-        run = _read_trec_run(path, start, lines, report)
+        run = _read_columns(path, lines, report)
     if not run:
         raise InputError(f"{display_name(path)}: holds no run")
     return run
@@ -103,22 +103,21 @@ def write_run(path: PathLike, run: Mapping[str, Mapping[str, float]], *, tag: st
     """Writes a run with TREC's six columns, atomically, in trec_eval's order, with ranks from 1.
 
     Raises:
-        InputError: a NaN score, or an id that is empty or holds white space, which this format cannot
-        express.
+        InputError: a NaN score, or an id that is empty or holds white space, which this format cannot express.
     """
     with atomic_write(path) as stream:
         for query, scores in run.items():
-            _check_id(query, "query")
-            for rank, (document, score) in enumerate(_ranked(query, scores), 1):
-                _check_id(document, "document")
-                stream.write(f"{query} Q0 {document} {rank} {score!r} {tag}\n".encode())
+            check_trec_id(query, "query")
+            for number, (document, score) in enumerate(rank(scores, query=query).items(), 1):
+                check_trec_id(document, "document")
+                stream.write(f"{query} Q0 {document} {number} {float(score)!r} {tag}\n".encode())
 
 
 def write_json_run(path: PathLike, run: Mapping[str, Mapping[str, float]]) -> None:
     """Writes a run as JSON {query: {document: score}}, atomically, documents in trec_eval's order.
 
-    JSON has no infinity: it is written as ``1e999``, a valid number that every reader of doubles turns back
-    into infinity.
+    JSON has no infinity: it is written as ``1e999``, a valid number that every reader of doubles turns back into
+    infinity.
 
     Raises:
         InputError: a NaN score, or an id with a lone surrogate.
@@ -127,23 +126,12 @@ def write_json_run(path: PathLike, run: Mapping[str, Mapping[str, float]]) -> No
         stream.write(b"{")
         for number, (query, scores) in enumerate(run.items()):
             entries = ", ".join(
-                f"{_json_id(document)}: {_json_number(score)}" for document, score in _ranked(query, scores)
+                f"{_json_id(document)}: {_json_number(float(score))}"
+                for document, score in rank(scores, query=query).items()
             )
             separator = "," if number else ""
             stream.write(f"{separator}\n{_json_id(query)}: {{{entries}}}".encode())
         stream.write(b"\n}\n")
-
-
-def _ranked(query: str, scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Entries by score as float32, best first; ties by document id, descending (trec_eval)."""
-    entries = [(document, float(score)) for document, score in scores.items()]
-    for document, score in entries:
-        if math.isnan(score):
-            raise InputError(f"the score of query {query!r}, document {document!r} is NaN")
-    with np.errstate(over="ignore"):  # beyond float32 means infinity there, as in trec_eval
-        compared = np.array([score for _, score in entries]).astype(np.float32).tolist()
-    order = sorted(range(len(entries)), key=lambda i: (compared[i], entries[i][0]), reverse=True)
-    return [entries[i] for i in order]
 
 
 def _json_id(id: str) -> str:
@@ -156,15 +144,14 @@ def _json_number(score: float) -> str:
     return ("1e999" if score > 0 else "-1e999") if math.isinf(score) else repr(score)
 
 
-def _check_id(id: str, kind: str) -> None:
+def check_trec_id(id: str, kind: str) -> None:
+    """Raises InputError when the columns of a TREC run cannot hold an id; `kind` is "query" or "document"."""
     if not id or id.split() != [id] or fix_surrogates(id) != id:
         raise InputError(f"a TREC run cannot hold the {kind} id {id!r}: it is empty or has white space in it")
 
 
 def _split(text: str, counts: tuple[int, ...]) -> list[str]:
-    """Cells between tabs where that gives an expected count without empty cells, else between runs of tabs
-    and spaces.
-    """
+    """Cells between tabs where that gives an expected count of full cells, else between runs of tabs and spaces."""
     if "\t" in text:
         cells = [cell.strip(" \r") for cell in text.split("\t")]
         if len(cells) in counts and all(cells):
@@ -179,22 +166,23 @@ def _is_header(cells: list[str]) -> bool:
     )
 
 
-def _read_trec_run(
-    path: PathLike, start: Iterable[tuple[int, str]], lines: Iterator[tuple[int, str]], report: ReadReport
+def _read_columns(
+    path: PathLike, lines: Iterator[tuple[int, str]], report: ReadReport
 ) -> dict[str, dict[str, float]]:
+    """A run of six columns (TREC), or of three with ranks for scores (MS MARCO)."""
     run: dict[str, dict[str, float]] = {}
     seen_lines: dict[tuple[str, str], int] = {}
-    for line, text in (pair for part in (start, lines) for pair in part):
-        cells = _split(text, (6,))
-        if len(cells) != 6:
-            raise line_error(path, line, f"a TREC run has 6 columns, not {len(cells)}")
-        query, document, raw = cells[0], cells[2], cells[4]
-        try:
-            score = float(raw)
-        except ValueError:
-            score = None
-        if score is None or "_" in raw or not raw.isascii():
-            raise line_error(path, line, f"the score must be a number, not {raw!r}")
+    columns = 0
+    for line, text in lines:
+        cells = _split(text, (6, 3))
+        columns = columns or len(cells)
+        if len(cells) != columns or columns not in (3, 6):
+            message = f"a TREC run has 6 columns, not {len(cells)} (MS MARCO's has 3: query, document, rank)"
+            raise line_error(path, line, message)
+        if columns == 6:
+            query, document, score = cells[0], cells[2], _score(path, line, cells[4])
+        else:
+            query, document, score = cells[0], cells[1], -float(_rank(path, line, cells[2]))
         if math.isnan(score):
             raise line_error(path, line, f"the score of query {query!r}, document {document!r} is NaN")
         first = seen_lines.setdefault((query, document), line)
@@ -206,17 +194,38 @@ def _read_trec_run(
         else:
             message = f"query {query!r}, document {document!r} has another score in line {first}"
             raise line_error(path, line, message)
+    if columns == 3:
+        for query, scores in run.items():
+            if len(set(scores.values())) < len(scores):
+                raise InputError(
+                    f"{display_name(path)}: two documents of query {query!r} have the same rank: in three columns the "
+                    "third is a rank; a run with scores has TREC's six"
+                )
     return run
 
 
+def _score(path: PathLike, line: int, text: str) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = None
+    if score is None or "_" in text or not text.isascii():
+        raise line_error(path, line, f"the score must be a number, not {text!r}")
+    return score
+
+
+def _rank(path: PathLike, line: int, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
+        raise line_error(path, line, f"the rank must be a whole number from 1, not {text!r}")
+    return int(text)
+
+
 def _read_json_run(
-    path: PathLike, start: Iterable[tuple[int, str]], lines: Iterator[tuple[int, str]], report: ReadReport
+    path: PathLike, lines: Iterator[tuple[int, str]], report: ReadReport
 ) -> dict[str, dict[str, float]]:
     texts: list[str] = []
-    for line, text in (pair for part in (start, lines) for pair in part):
-        texts.extend(
-            [""] * (line - 1 - len(texts))
-        )  # blank lines again, so that JSON's line numbers are the file's
+    for line, text in lines:
+        texts.extend([""] * (line - 1 - len(texts)))  # blank lines again, so that JSON's lines are the file's
         texts.append(text)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -248,15 +257,15 @@ def _read_json_run(
             if not id or fix_surrogates(id) != id:
                 raise InputError(f"{display_name(path)}: the id {id!r} is empty or holds a lone surrogate")
         for document, score in scores.items():
-            place = f"{display_name(path)}: the score of query {query!r}, document {document!r}"
+            which = f"{display_name(path)}: the score of query {query!r}, document {document!r}"
             if isinstance(score, bool) or not isinstance(score, int | float):
-                raise InputError(f"{place} must be a number, not {score!r}")
+                raise InputError(f"{which} must be a number, not {score!r}")
             try:
                 scores[document] = float(score)
             except OverflowError:
-                raise InputError(f"{place} is out of range") from None
+                raise InputError(f"{which} is out of range") from None
             if math.isnan(score):
-                raise InputError(f"{place} is NaN")
+                raise InputError(f"{which} is NaN")
         run[query] = scores
         report.records += len(scores)
     return run

@@ -4,7 +4,8 @@ import collections
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import numpy as np
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
-from sgpt_jax.files.lines import PathLike
+from sgpt_jax.files.lines import PathLike, atomic_write
 from sgpt_jax.index import recall
-from sgpt_jax.index.columns import calibrate, check_id, checked_vectors, pack_columns, save_array
+from sgpt_jax.index.columns import array_bytes, calibrate, check_id, checked_vectors, pack_columns
 from sgpt_jax.index.files import (
     CALIBRATION,
     DTYPES,
@@ -31,23 +32,26 @@ from sgpt_jax.index.search import Index
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.prefetch import ahead
 
+EncodeChunks = Callable[[Iterator[list[str]]], Iterator[np.ndarray]]
+
 # Few enough for many processes to have equal shares, many enough for the number of files.
 SHARD_ROWS = 1 << 14
 
-_OPTIONS = ("format", "dtype", "similarity", "chunk_size", "shard_size", "store_texts", "metadata")
+_OPTIONS = ("dtype", "similarity", "chunk_size", "shard_size", "store_texts")
+_SOURCES = ("model", "biases")  # metadata that only say where a model lay
 
 
 def build_index(
     folder: PathLike,
     documents: Iterable[Document],
-    encode: Callable[[list[str]], np.ndarray] | None = None,
+    encode_chunks: EncodeChunks,
     *,
-    encode_chunks: Callable[[Iterator[list[str]]], Iterator[np.ndarray]] | None = None,
     dtype: Dtype = "float32",
     similarity: Similarity = "cosine",
     chunk_size: int = 1024,
     store_texts: bool = True,
     metadata: dict[str, Any] | None = None,
+    fingerprint: str = "",
     on_progress: Callable[[int], None] | None = None,
 ) -> Index:
     """Builds an index, or goes on with one that was interrupted, or checks one that is finished.
@@ -63,15 +67,18 @@ def build_index(
     Args:
         folder: where; made when it is not there.
         documents: the corpus with distinct ids, from its beginning, in a fixed order.
-        encode: texts -> vectors [n, E]; gets ``chunk_size`` texts (the last time fewer).
-        encode_chunks: in its place: a stream of such lists -> a stream of such arrays, such as
-            `BiEncoder.encode_chunks`, so that it can read ahead. It runs in a thread of its own.
+        encode_chunks: a stream of lists of texts -> a stream of their vectors [n, E], such as
+            `BiEncoder.encode_chunks`, so that it can read ahead. Lists have ``chunk_size`` texts (the last one fewer).
+            It runs in a thread of its own, so that the next chunk is encoded while one is being written.
         dtype: how vectors are stored. "int8" takes a quarter of float32, "float16" half; the recall that is left
             is measured during the build (see `Index.info`).
         similarity: "cosine" (vectors are stored normalised) or "dot".
         chunk_size: documents between two moments of safety.
         store_texts: keep the texts, for showing what was found.
-        metadata: JSON values that say how the vectors were made; they must be the same when a build goes on.
+        metadata: JSON values that say how the vectors were made; they must be the same when a build goes on. With a
+            fingerprint the keys "model" and "biases", which say where that model lay, may change.
+        fingerprint: what tells the model and its settings from any other, 40 hexadecimal digits
+            (`sgpt_jax.checkpoint.fingerprint.model_fingerprint`); empty where that is not known.
         on_progress: called with the number of documents that are safe, first with those found there; of several
             processes, those found and those of this process since.
 
@@ -82,10 +89,8 @@ def build_index(
     path = local_folder(folder)
     if chunk_size < 1 or dtype not in DTYPES or similarity not in ("cosine", "dot"):
         raise InputError(f"chunk_size {chunk_size}, dtype {dtype!r}, similarity {similarity!r}: not possible")
-    if (encode is None) == (encode_chunks is None):
-        raise ValueError("give either encode or encode_chunks")
     shard_size = max(1, SHARD_ROWS // chunk_size) * chunk_size
-    manifest = Manifest(dtype, similarity, chunk_size, shard_size, store_texts, metadata or {})
+    manifest = Manifest(dtype, similarity, chunk_size, shard_size, store_texts, metadata or {}, fingerprint)
     leader = processes.first()
     if not leader:
         processes.gather(None)  # until the first process has begun
@@ -95,12 +100,11 @@ def build_index(
         elif any(path.iterdir()):
             raise InputError(f"{path}: is not empty, and not an index")
         build = _Build(path, manifest, iter(documents), on_progress)
-        vectors = _in_thread(encode_chunks) if encode is None else _one_by_one(encode)
         if leader:
-            build.prepare(vectors)
+            build.prepare(encode_chunks)
             let_others_in()
             processes.gather(None)
-        build.run(vectors)
+        build.run(encode_chunks)
         rows = processes.gather(build.rows)  # until all are done
         if leader:
             build.finish(rows)
@@ -108,32 +112,28 @@ def build_index(
         return Index.open(path)
 
 
-_Encode = Callable[[Iterator[list[str]]], Generator[np.ndarray]]
-
-
-def _one_by_one(encode: Callable[[list[str]], np.ndarray]) -> _Encode:
-    return lambda chunks: (encode(texts) for texts in chunks)
-
-
-def _in_thread(encode_chunks: Callable[[Iterator[list[str]]], Iterator[np.ndarray]] | None) -> _Encode:
-    """Encodes the next chunk while one is being written."""
-    assert encode_chunks is not None
-    return lambda chunks: ahead(encode_chunks(chunks), 1)
-
-
 def _resumed(path: Path, wanted: Manifest) -> Manifest:
     found = Manifest.load(path)
+    if not found.checked:
+        raise InputError(f"{path}: holds an index of an earlier version; use another folder")
     there, now = found.plain(), wanted.plain()
-    differences = [name for name in _OPTIONS if name != "metadata" and there[name] != now[name]]
+    differences = [name for name in _OPTIONS if there[name] != now[name]]
     texts = [f"{name} is {there[name]!r} there and {now[name]!r} now" for name in differences]
     before, after = there["metadata"], now["metadata"]
+    same_model = found.fingerprint and found.fingerprint == wanted.fingerprint
     for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
+        if before.get(name) != after.get(name) and not (same_model and name in _SOURCES):
             texts.append(f"{name} is {before.get(name)!r} there and {after.get(name)!r} now")
     if texts:
         raise InputError(
             f"{path}: holds an index that was begun otherwise: {'; '.join(texts)}. "
             "Use the same options, or another folder"
+        )
+    if found.fingerprint != wanted.fingerprint:
+        raise InputError(
+            f"{path}: holds vectors of another model: the weights or settings changed since it was begun (fingerprint "
+            f"{found.fingerprint[:12] or 'none'} there, {wanted.fingerprint[:12] or 'none'} now). Index into another "
+            "folder, or remove this one first"
         )
     return found
 
@@ -183,7 +183,7 @@ class _Build:
         self._unread: list[list[Document]] = []
         self._probes: dict[int, recall.Probe] = {}
 
-    def prepare(self, encode: _Encode) -> None:
+    def prepare(self, encode_chunks: EncodeChunks) -> None:
         """What has to be there before shards can be written: the manifest, and what depends on the first chunk."""
         manifest = self.manifest
         if manifest.complete:
@@ -194,23 +194,31 @@ class _Build:
         needed = [MANIFEST]
         needed += [CALIBRATION] if manifest.dtype == "int8" else []
         needed += [recall.QUERIES] if manifest.dtype != "float32" else []
-        if all((self.path / name).exists() for name in needed):
+        missing = [name for name in needed if not (self.path / name).exists()]
+        if not missing:
             return
+        if manifest.rows:  # which depend on what these files held
+            raise InputError(
+                f"{self.path / missing[0]}: is not there any more. Remove {self.path} and build again"
+            )
         chunk = list(itertools.islice(self.stream, manifest.chunk_size))
         if not chunk:
             raise InputError("the corpus holds no document")
         _check_ids(chunk, 0)
-        (vectors,) = encode(iter([_texts(chunk)]))
+        (vectors,) = encode_chunks(iter([_texts(chunk)]))
         self._first = vectors
         self._unread.append(chunk)
         vectors = checked_vectors(manifest, chunk, vectors)
+        calibration = array_bytes(calibrate(vectors)) if manifest.dtype == "int8" else None
+        manifest.calibration = None if calibration is None else zlib.crc32(calibration)
         manifest.save(self.path)  # from here on the folder is known as an index, and a kill can be recovered
-        if manifest.dtype == "int8":
-            save_array(self.path / CALIBRATION, calibrate(vectors))
+        if calibration is not None:
+            with atomic_write(self.path / CALIBRATION) as stream:
+                stream.write(calibration)
         if manifest.dtype != "float32":
             recall.save_queries(self.path, vectors)
 
-    def run(self, encode: _Encode) -> None:
+    def run(self, encode_chunks: EncodeChunks) -> None:
         """Writes this process's shards, from where they are."""
         self._on_progress(self._safe)
         new = self._pieces()
@@ -223,7 +231,7 @@ class _Build:
                 pieces.append(piece)
                 yield _texts(piece.documents)
 
-        with contextlib.closing(encode(texts())) as encoded:
+        with contextlib.closing(ahead(encode_chunks(texts()), 1)) as encoded:
             for vectors in encoded:
                 processes.check()
                 self._write(pieces.popleft(), vectors)
@@ -313,7 +321,7 @@ class _Build:
                     f"{self.path}: the processes read {sorted(set(rows))} documents and wrote {manifest.rows}: "
                     "the corpus changed meanwhile, or they do not see the same folder"
                 )
-            manifest.check_order()
+            manifest.check_consistency()
             if manifest.dtype != "float32":
                 manifest.recall = recall.measure(self.path, manifest)
             manifest.complete = True

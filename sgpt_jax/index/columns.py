@@ -1,5 +1,7 @@
 """What goes into the columns of an index: strings as bytes, vectors as int8."""
 
+import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
-from sgpt_jax.files.lines import atomic_write, fix_surrogates
+from sgpt_jax.files.lines import fix_surrogates
 from sgpt_jax.index.files import CALIBRATION, DTYPES, Manifest, Shard
 
 
@@ -42,7 +44,7 @@ def pack_columns(
     """The bytes that a chunk adds to each column."""
     columns: dict[str, bytes] = {}
     if manifest.dtype == "int8":
-        codes, factors = quantize(vectors, load_array(path / CALIBRATION))
+        codes, factors = quantize(vectors, load_calibration(path, manifest))
         columns |= {"vectors": codes.tobytes(), "scales": factors.astype("<f4").tobytes()}
     else:
         columns["vectors"] = vectors.astype(DTYPES[manifest.dtype]).tobytes()
@@ -60,14 +62,14 @@ def pack_strings(values: Sequence[str], start: int, name: str) -> dict[str, byte
     return {f"{name}s": b"".join(encoded), f"{name}-ends": ends.astype("<u8").tobytes()}
 
 
-def unpack_strings(blob: np.ndarray, ends: np.ndarray, places: np.ndarray) -> list[str]:
-    """The strings at some places of two columns.
+def unpack_strings(blob: np.ndarray, ends: np.ndarray, rows: np.ndarray) -> list[str]:
+    """The strings in some rows of two columns.
 
     Raises:
         InputError: the columns contradict each other.
     """
-    stops = ends[places].astype(np.int64)
-    starts = np.where(places > 0, ends[places - 1], 0).astype(np.int64)
+    stops = ends[rows].astype(np.int64)
+    starts = np.where(rows > 0, ends[rows - 1], 0).astype(np.int64)
     if ((starts < 0) | (starts > stops) | (stops > len(blob))).any():
         raise InputError("the index is damaged: strings end where there are none")
     view = memoryview(blob.data)
@@ -123,19 +125,30 @@ def check_id(id: str, position: int) -> str:
     return id
 
 
-def save_array(path: Path, value: np.ndarray) -> None:
-    """Writes one array as .npy, atomically."""
-    with atomic_write(path) as stream:
-        np.save(stream, value)
+def array_bytes(value: np.ndarray) -> bytes:
+    """One array as the bytes of a .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, value)
+    return stream.getvalue()
 
 
-def load_array(path: Path) -> np.ndarray:
-    """Reads what `save_array` wrote.
+def load_calibration(folder: Path, manifest: Manifest) -> np.ndarray:
+    """Mean and scale of each dimension, [2, E] float32, see `calibrate`.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read, or is damaged.
     """
+    path = folder / CALIBRATION
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if manifest.calibration is not None and zlib.crc32(raw) != manifest.calibration:
+        raise InputError(f"{path}: is damaged: it does not fit its checksum in the manifest")
+    try:
+        value = np.load(io.BytesIO(raw), allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+        raise InputError(f"{path}: is damaged: {error}") from error
+    if value.shape != (2, manifest.dimension) or value.dtype != np.float32:
+        raise InputError(f"{path}: is damaged: {value.dtype} of shape {value.shape}")
+    return value

@@ -1,9 +1,11 @@
 """What an index is on disk: a manifest, and columns of raw bytes in shards that only ever grow at their end.
 
-    manifest.json                            what the columns hold; when it is complete, it alone says what counts
+    manifest.json                            what the columns hold, and by which model; when it is complete, it alone
+                                             says what counts
     calibration.npy                          int8 alone: mean and scale of each dimension, [2, E] float32
     <first row>-<last row + 1>.<column>      one file for each shard and column, little-endian, rows in corpus order
-        vectors [n, E]; scales [n] float32 (int8 alone); ids, texts: UTF-8; id-ends, text-ends [n] uint64
+        vectors [n, E]; scales [n] float32 (int8 alone); ids, texts: UTF-8; id-ends, text-ends [n] uint64;
+        checks: for each chunk of rows the `checksum` of what it added to the other columns, in the order of `sizes`
 
 and while it is being built (`index_build`):
 
@@ -21,6 +23,7 @@ import fcntl
 import json
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,11 +32,13 @@ from typing import Any, Literal
 import numpy as np
 
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.lines import PathLike, dump_json, write_json
+from sgpt_jax.files.lines import PathLike, dump_json, parse_json, write_json
+from sgpt_jax.index import schema
+from sgpt_jax.index.checksum import checksum
+from sgpt_jax.index.schema import FORMAT, OLD_FORMAT
 
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.npy"
-FORMAT = "sgpt-jax index 2"
 
 Dtype = Literal["float32", "float16", "int8"]
 Similarity = Literal["cosine", "dot"]
@@ -46,31 +51,25 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass
 class Shard:
-    """Rows ``[start, start + rows)``, how many bytes their ids and texts take, and the SHA-256 of those."""
+    """Rows ``[start, start + rows)``, how many bytes their ids and texts take, and the SHA-256 of those.
+
+    ``checks`` is the CRC-32 of the column of that name.
+    """
 
     start: int
     rows: int = 0
     id_bytes: int = 0
     text_bytes: int = 0
     fingerprint: str = ""
-
-    @classmethod
-    def read(cls, value: Any) -> "Shard":
-        """A shard from its JSON.
-
-        Raises:
-            ValueError, TypeError: it makes no sense.
-        """
-        shard = cls(**value)
-        numbers = (shard.start, shard.rows, shard.id_bytes, shard.text_bytes)
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError("sizes must be integers")
-        return shard
+    checks: int = 0
 
 
 @dataclass
 class Manifest:
-    """Everything about an index but its rows. The first part is fixed when the index is begun."""
+    """Everything about an index but its rows. The first part is fixed when the index is begun.
+
+    ``fingerprint`` is that of the model, or empty; ``calibration`` is the CRC-32 of calibration.npy.
+    """
 
     dtype: str
     similarity: str
@@ -78,8 +77,10 @@ class Manifest:
     shard_size: int
     store_texts: bool
     metadata: dict[str, Any]
+    fingerprint: str = ""
     format: str = FORMAT
     dimension: int = 0
+    calibration: int | None = None
     complete: bool = False
     recall: dict[str, float] | None = None
     shards: list[Shard] = field(default_factory=list)
@@ -89,20 +90,25 @@ class Manifest:
         """How many documents are in the index."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def checked(self) -> bool:
+        """Whether there are checksums: an index of an earlier version has none."""
+        return self.format != OLD_FORMAT
+
     def plain(self) -> dict[str, Any]:
         """The manifest as JSON would give it back."""
         return json.loads(dump_json(asdict(self), None))
 
     def save(self, folder: Path) -> None:
         """Replaces the manifest in ``folder`` and makes that last through a power cut."""
-        _write_lasting(folder / MANIFEST, asdict(self))
+        _write_checked(folder / MANIFEST, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Reads the manifest of ``folder``; the shards of an unfinished index may have gaps between them.
 
         Raises:
-            InputError: there is none, or it is not one of this format.
+            InputError: there is none, or it is not one of this format, or damaged.
         """
         path = folder / MANIFEST
         try:
@@ -111,28 +117,35 @@ class Manifest:
             reason = error.strerror or str(error)
             raise InputError(f"{folder}: is no index: {MANIFEST} cannot be read: {reason}") from error
         try:
-            value = json.loads(raw)
-            shards = [Shard.read(shard) for shard in value.pop("shards")]
-            manifest = cls(**value, shards=shards)
-            numbers = [manifest.dimension, manifest.chunk_size, manifest.shard_size]
-            if any(type(number) is not int or number < 0 for number in numbers):
-                raise ValueError("sizes must be integers")
-            manifest.check_order()
-            if manifest.format != FORMAT or manifest.dtype not in DTYPES:
-                raise ValueError(f"format {manifest.format!r}, dtype {manifest.dtype!r}")
-            if manifest.complete and not manifest.rows:
-                raise ValueError("complete without a document")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            value = parse_json(raw.decode("utf-8"))
+            old = isinstance(value, dict) and value.get("format") == OLD_FORMAT
+            crc = _crc_of(value)
+            known = _from_old(value) if old else value
+            schema.check(known, schema.MANIFEST)
+            shards = [_shard(shard) for shard in known["shards"]]
+            manifest = cls(**{**known, "shards": shards})
+            manifest.check_consistency()
+            if not old or crc is not None:
+                _check_crc(value, crc)
+        except ValueError as error:
             raise InputError(f"{path}: is damaged, or no index of this version: {error}") from error
         if not manifest.complete:
             manifest.shards = manifest.load_shards(folder)
         return manifest
 
-    def check_order(self) -> None:
-        """Raises ValueError when the shards do not follow each other from row 0 on."""
-        starts = [0, *np.cumsum([shard.rows for shard in self.shards]).tolist()]
-        if [shard.start for shard in self.shards] != starts[:-1]:
-            raise ValueError("shards do not follow each other")
+    def check_consistency(self) -> None:
+        """Raises ValueError when values contradict each other, or shards do not follow each other from row 0 on."""
+        if self.shard_size % self.chunk_size:
+            raise ValueError(f"shard_size {self.shard_size} is no multiple of chunk_size {self.chunk_size}")
+        start = 0
+        for shard in self.shards:
+            if shard.start != start or start % self.shard_size or not 0 < shard.rows <= self.shard_size:
+                raise ValueError(f"shards do not follow each other at row {shard.start}")
+            start += shard.rows
+        if self.complete and not (self.shards and self.dimension):
+            raise ValueError("complete without a document")
+        if self.complete and self.checked and (self.calibration is None) == (self.dtype == "int8"):
+            raise ValueError(f"calibration is {self.calibration} for dtype {self.dtype}")
 
     def load_shards(self, folder: Path, *, last: bool = False) -> list[Shard]:
         """The shards of an unfinished index as their own files tell, by row.
@@ -150,17 +163,21 @@ class Manifest:
             if path.name.endswith(".last.json") and not last:
                 continue
             try:
-                shard = Shard.read(json.loads(path.read_bytes()))
+                value = parse_json(path.read_bytes().decode("utf-8"))
+                crc = _crc_of(value)
+                shard = _shard(value if self.checked else _from_old(value))
+                if self.checked:
+                    _check_crc(value, crc)
                 if path.name.split(".")[0] != self.path(folder, shard, "x").name.split(".")[0]:
                     raise ValueError(f"it starts at {shard.start}")
-            except (OSError, ValueError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 raise InputError(f"{path}: is damaged: {error}") from error
             found[shard.start] = shard
         return [found[start] for start in sorted(found)]
 
     def save_shard(self, folder: Path, shard: Shard, *, last: bool = False) -> None:
         """Makes the rows of a shard count; ``last``: beside those of its full chunks."""
-        _write_lasting(self.path(folder, shard, "last.json" if last else "json"), asdict(shard))
+        _write_checked(self.path(folder, shard, "last.json" if last else "json"), asdict(shard))
 
     def remove_shard_files(self, folder: Path, *, last: bool = False) -> None:
         """Removes what `save_shard` wrote; ``last``: only what it wrote so."""
@@ -182,11 +199,17 @@ class Manifest:
             sizes["scales"] = shard.rows * 4
         if self.store_texts:
             sizes |= {"texts": shard.text_bytes, "text-ends": shard.rows * 8}
+        if self.checked:
+            sizes["checks"] = -(-shard.rows // self.chunk_size) * len(sizes) * 4
         return sizes
 
     def append(self, folder: Path, shard: Shard, columns: Mapping[str, bytes], rows: int) -> None:
-        """Adds rows to a shard behind those it has; call `save_shard` to make them count."""
-        for column, size in self.sizes(shard).items():
+        """Adds a chunk to a shard behind those it has; call `save_shard` to make it count."""
+        sizes = self.sizes(shard)
+        sums = [checksum(columns[column]) for column in sizes if column != "checks"]
+        checks = np.array(sums, "<u4").tobytes()
+        columns = {**columns, "checks": checks}
+        for column, size in sizes.items():
             path = self.path(folder, shard, column)
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -203,6 +226,7 @@ class Manifest:
         shard.rows += rows
         shard.id_bytes += len(columns["ids"])
         shard.text_bytes += len(columns.get("texts", b""))
+        shard.checks = zlib.crc32(checks, shard.checks)
 
     def check_column(self, folder: Path, shard: Shard, column: str) -> None:
         """Raises InputError when a column's file is not there or shorter than the manifest says."""
@@ -222,7 +246,11 @@ class Manifest:
         """
         self.check_column(folder, shard, column)
         path, size = self.path(folder, shard, column), self.sizes(shard)[column]
-        dtype = {"vectors": DTYPES[self.dtype], "scales": np.dtype("<f4")}.get(column)
+        dtype = {
+            "vectors": DTYPES[self.dtype],
+            "scales": np.dtype("<f4"),
+            "checks": np.dtype("<u4"),
+        }.get(column)
         if dtype is None:
             dtype = np.dtype("<u8") if column.endswith("-ends") else np.dtype("u1")
         try:
@@ -247,9 +275,37 @@ def local_folder(folder: PathLike) -> Path:
     return Path(name)
 
 
-def _write_lasting(path: Path, value: Any) -> None:
-    """Replaces a JSON file and makes that last through a power cut."""
-    write_json(path, value)
+def _shard(value: Any) -> Shard:
+    schema.check(value, schema.SHARD)
+    return Shard(**value)
+
+
+def _from_old(value: Any) -> Any:
+    """A manifest or shard of the format before this one, with what it lacks at the values that mean so."""
+    if not isinstance(value, dict):
+        return value
+    if "start" in value:
+        return {**value, "checks": 0}
+    shards = value.get("shards")
+    if isinstance(shards, list):
+        value = {**value, "shards": [_from_old(shard) for shard in shards]}
+    return {**value, "fingerprint": "", "calibration": None}
+
+
+def _crc_of(value: Any) -> Any:
+    """Takes the checksum out of what `_write_checked` wrote."""
+    return value.pop("crc32", None) if isinstance(value, dict) else None
+
+
+def _check_crc(value: dict[str, Any], found: Any) -> None:
+    if found != zlib.crc32(dump_json(value, None)):
+        raise ValueError("its checksum does not fit it")
+
+
+def _write_checked(path: Path, value: dict[str, Any]) -> None:
+    """Replaces a JSON file, which has a checksum of the rest then, and makes that last through a power cut."""
+    value = json.loads(dump_json(value, None))
+    write_json(path, {**value, "crc32": zlib.crc32(dump_json(value, None))})
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

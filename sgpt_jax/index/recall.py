@@ -1,6 +1,8 @@
 """What a stored dtype costs, measured while an index is built: documents of the first chunk, spread over it, are the
 queries, and their float32 nearest neighbours are gathered from the whole corpus while it passes by."""
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,5 +111,6 @@ def _load(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as saved:
             return dict(saved)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        # A broken build had kept it; without it the build begins anew.
+        raise InputError(f"{path}: cannot be read: {error}. Remove {path.parent} and build again") from error

@@ -1,8 +1,6 @@
-"""Reading and searching an index on disk: memory-mapped, exact, in memory that does not grow with the
-corpus.
-"""
+"""Reading and searching an index on disk: memory-mapped, exact, in memory that does not grow with the corpus."""
 
-import collections
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +9,17 @@ import numpy as np
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import PathLike
-from sgpt_jax.index.columns import load_array, normalized, unpack_strings
-from sgpt_jax.index.files import CALIBRATION, Manifest, Shard, local_folder
+from sgpt_jax.index.columns import load_calibration, normalized
+from sgpt_jax.index.files import Manifest, local_folder
+from sgpt_jax.index.reader import Columns
 from sgpt_jax.index.topk import Block, exact_top_k
 
-# Numbers in a block of vectors. Float32 blocks are views of the file; the others are converted on the
-# device, and on a CPU a converted copy that is larger than the caches costs several times the search
-# (100,000 x 768, one query: 460 instead of 50 ms).
+# Elements of a block of vectors. Float32 blocks are views of the file; the others are converted on the device, and on a
+# CPU a converted copy that is larger than the caches costs several times the search (100,000 x 768, one query: 460
+# instead of 50 ms).
 BLOCK_ELEMENTS = {"float32": 1 << 24, "float16": 1 << 22, "int8": 1 << 22}
 
-
-# Files that are mapped into memory at a time.
-MAX_MAPPED = 512
+logger = logging.getLogger(__name__)
 
 
 class Index:
@@ -32,24 +29,16 @@ class Index:
         """Looks at the columns that ``manifest`` describes; `Index.open` is the way in for a finished index."""
         self.folder = folder
         self.manifest = manifest
-        self._starts = np.array([shard.start for shard in manifest.shards])
-        # Mapped columns: each takes a file descriptor, of which a process has about a thousand.
-        self._columns: collections.OrderedDict[tuple[int, str], np.ndarray] = collections.OrderedDict()
-        for shard in manifest.shards:
-            for column in manifest.sizes(shard):
-                manifest.check_column(folder, shard, column)
-        self._calibration: np.ndarray | None = None
-        if manifest.dtype == "int8":
-            self._calibration = load_array(folder / CALIBRATION)
-            if self._calibration.shape != (2, manifest.dimension):
-                raise InputError(f"{folder / CALIBRATION}: is damaged: shape {self._calibration.shape}")
+        self._columns = Columns(folder, manifest)
+        self._calibration = load_calibration(folder, manifest) if manifest.dtype == "int8" else None
 
     @classmethod
     def open(cls, folder: PathLike) -> "Index":
         """Opens an index.
 
         Raises:
-            InputError: no index there, one that is unfinished, or files that are missing or cut short.
+            InputError: no index there, one that is unfinished, or files that are missing, cut short or damaged. Columns
+                are checked when they are read: by the methods that do so.
         """
         path = local_folder(folder)
         manifest = Manifest.load(path)
@@ -58,7 +47,49 @@ class Index:
                 f"{path}: the index is unfinished ({manifest.rows} documents so far); "
                 "build it again from the same corpus to go on where it stopped"
             )
+        if not manifest.checked:
+            logger.warning(
+                "%s: was made by an earlier version, without checksums and without the fingerprint of its model: "
+                "damage and another model go unnoticed. Index again to have both",
+                path,
+            )
         return cls(path, manifest)
+
+    def check_model(self, fingerprint: str) -> None:
+        """Checks that queries and documents are encoded by one model with the same settings.
+
+        Args:
+            fingerprint: of the model for the queries, see `sgpt_jax.checkpoint.fingerprint.model_fingerprint`.
+
+        Raises:
+            InputError: the index knows its model, and that is another one.
+        """
+        own = self.manifest.fingerprint
+        if own and own != fingerprint:
+            raise InputError(
+                f"{self.folder}: was made with another model: other weights or other settings (fingerprint {own[:12]} "
+                f"there, {fingerprint[:12]} now). Vectors of two models cannot be compared: search with the model "
+                "that made it, or index the corpus again into another folder"
+            )
+
+    def verify(self) -> None:
+        """Reads the whole index and checks all of it.
+
+        Raises:
+            InputError: damaged files, all of them named; or there are no checksums.
+        """
+        if not self.manifest.checked:
+            raise InputError(f"{self.folder}: was made by an earlier version, without checksums")
+        damages = []
+        for shard in self.manifest.shards:
+            for column in self.manifest.sizes(shard):
+                try:
+                    if column != "checks":  # which the others are checked against
+                        self._columns.read(shard, column)
+                except InputError as error:
+                    damages.append(str(error))
+        if damages:
+            raise InputError("; ".join(dict.fromkeys(damages)))
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -74,12 +105,11 @@ class Index:
         return self.manifest.metadata
 
     def info(self) -> dict[str, Any]:
-        """Facts for people: documents, dimension, dtype, similarity, bytes, the recall of the stored dtype,
-        metadata.
+        """Facts for people: documents, dimension, dtype, similarity, bytes, the recall of the stored dtype, metadata,
+        and the fingerprint of the model ("" where it is unknown).
 
-        ``recall`` is {"queries", "recall@10", "recall@100"} against exact float32 search over the whole
-        corpus,
-        with documents of the corpus as queries; None for float32 itself.
+        ``recall`` is {"queries", "recall@10", "recall@100"} against exact float32 search over the whole corpus, with
+        documents of the corpus as queries; None for float32 itself.
         """
         manifest = self.manifest
         sizes: dict[str, int] = {}
@@ -96,11 +126,12 @@ class Index:
             "vector_bytes": sizes.get("vectors", 0) + sizes.get("scales", 0),
             "recall": manifest.recall,
             "metadata": manifest.metadata,
+            "fingerprint": manifest.fingerprint,
         }
 
     def ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The document ids of some rows."""
-        return self._strings("id", rows)
+        return self._columns.strings("id", rows)
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The document texts of some rows.
@@ -110,16 +141,17 @@ class Index:
         """
         if not self.manifest.store_texts:
             raise InputError(f"{self.folder}: this index holds no texts")
-        return self._strings("text", rows)
+        return self._columns.strings("text", rows)
 
     def vectors(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The stored vectors of some rows as float32 [n, E]."""
         result = np.empty((len(rows), self.dimension), np.float32)
-        for shard, members, places in self._places(rows):
-            stored = self._column(shard, "vectors").reshape(-1, self.dimension)[places].astype(np.float32)
+        for shard, members, local in self._columns.by_shard(rows):
+            table = self._columns.read(shard, "vectors", local).reshape(-1, self.dimension)
+            stored = table[local].astype(np.float32)
             if self._calibration is not None:
                 mean, scale = self._calibration
-                stored = mean + scale * stored * self._column(shard, "scales")[places, None]
+                stored = mean + scale * stored * self._columns.read(shard, "scales", local)[local, None]
             result[members] = stored
         return result
 
@@ -128,9 +160,8 @@ class Index:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k best documents for each query, exactly, on the default device.
 
-        The vectors are streamed from disk in blocks. Equal scores rank by document id, descending as
-        strings, at the cut too, as trec_eval ranks them. Scores are cosines or dot products in float32, at
-        full precision.
+        The vectors are streamed from disk in blocks. Equal scores rank by document id, descending as strings, at the
+        cut too, as trec_eval ranks them. Scores are cosines or dot products in float32, at full precision.
 
         Args:
             queries: float [Q, E]; normalised here where the similarity is cosine.
@@ -141,8 +172,7 @@ class Index:
             scores float32 [Q, min(k, n)] and rows int64 of the same shape, best first.
 
         Raises:
-            InputError: no query, a wrong dimension, NaN or infinity in a query, k below 1, or damaged
-            vectors.
+            InputError: no query, a wrong dimension, NaN or infinity in a query, k below 1, or damaged vectors.
         """
         queries = np.asarray(queries, np.float32)
         if queries.ndim != 2 or not len(queries):
@@ -167,51 +197,22 @@ class Index:
         if block_size is None:
             size = 1 << (size.bit_length() - 1)
         size = min(size, max(shard.rows for shard in self.manifest.shards))
-        return exact_top_k(queries, offsets, lambda: self._blocks(size), len(self), k, self.ids)
+        return exact_top_k(queries, offsets, self._blocks(size), min(k, len(self)), self.ids)
 
     def _blocks(self, size: int) -> Iterator[Block]:
-        """Blocks of ``size`` rows. The last one of a shard begins early, so that it is a full view of the
-        file:
-        a view costs no copy, where the device is the CPU."""
+        """Blocks of ``size`` rows. The last one of a shard begins early, so that it is a full view of the file: a view
+        costs no copy, where the device is the CPU.
+        """
         for shard in self.manifest.shards:
-            vectors = self._column(shard, "vectors").reshape(shard.rows, self.dimension)
-            scales = self._column(shard, "scales") if self._calibration is not None else None
             for wanted in range(0, shard.rows, size):
                 start = max(0, min(wanted, shard.rows - size))
                 end = min(start + size, shard.rows)
-                block, factors = vectors[start:end], None if scales is None else scales[start:end]
+                rows = slice(start, end)
+                vectors = self._columns.read(shard, "vectors", rows).reshape(shard.rows, self.dimension)
+                block, factors = vectors[rows], None
+                if self._calibration is not None:
+                    factors = self._columns.read(shard, "scales", rows)[rows]
                 if end - start < size:  # a shard smaller than a block
                     block = np.pad(block, ((0, size - len(block)), (0, 0)))
                     factors = None if factors is None else np.pad(factors, (0, size - len(factors)))
                 yield Block(block, factors, shard.start + start, wanted - start, end - start)
-
-    def _column(self, shard: Shard, column: str) -> np.ndarray:
-        key = (shard.start, column)
-        if key not in self._columns:
-            if len(self._columns) >= MAX_MAPPED:
-                self._columns.popitem(last=False)  # whoever still uses it keeps it alive
-            self._columns[key] = self.manifest.read_column(self.folder, shard, column)
-        self._columns.move_to_end(key)
-        return self._columns[key]
-
-    def _places(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
-        """For each shard that holds some of the rows: the shard, which of the rows, and their places in
-        it.
-        """
-        wanted = np.asarray(rows, np.int64)
-        outside = (wanted < 0) | (wanted >= len(self))
-        if outside.any():
-            raise IndexError(f"row {wanted[outside][0]} of an index with {len(self)} documents")
-        numbers = np.searchsorted(self._starts, wanted, side="right") - 1
-        for number in np.unique(numbers):
-            shard = self.manifest.shards[number]
-            members = np.flatnonzero(numbers == number)
-            yield shard, members, wanted[members] - shard.start
-
-    def _strings(self, name: str, rows: Sequence[int] | np.ndarray) -> list[str]:
-        result = [""] * len(rows)
-        for shard, members, places in self._places(rows):
-            blob, ends = self._column(shard, f"{name}s"), self._column(shard, f"{name}-ends")
-            for member, string in zip(members.tolist(), unpack_strings(blob, ends, places), strict=True):
-                result[member] = string
-        return result

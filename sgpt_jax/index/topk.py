@@ -1,7 +1,8 @@
-"""Exact top-k over vectors that arrive in blocks: the scores live on the device, one block at a time.
+"""Exact top-k over vectors that pass by once, in blocks: scores live on the device, one block at a time.
 
-Equal scores rank by document id, descending as strings, which is trec_eval's order; this holds at the cut as
-well, where the last places go to the highest of all the ids that share the score.
+Equal scores rank by document id, descending as strings, which is trec_eval's order. This holds at the cut as well,
+where the last ranks go to the highest of all the ids that share the score: rows that tie with the k-th and do not fit
+are remembered until the k-th score rises.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,13 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgpt_jax.errors import InputError
+from sgpt_jax.metrics import rank
+from sgpt_jax.runtime.one_behind import one_behind
 
-MAX_QUERIES = 512  # a pass over the blocks; more queries take more passes
+MAX_QUERIES = 512  # scored at a time: scores are [512, rows of a block]
+
+Ids = Callable[[np.ndarray], list[str]]
+_Arrays = tuple[jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of an index: ``vectors`` [B, E], of which ``[first:last]`` count, row ``start + i`` at position i."""
+    """Rows ``[start, start + B)`` of a corpus: ``vectors`` [B, E], of which ``[first:last]`` count."""
 
     vectors: np.ndarray
     scales: np.ndarray | None  # [B] float32, factor of each row, or None
@@ -28,9 +34,54 @@ class Block:
     last: int
 
 
+def exact_top_k(
+    queries: np.ndarray, offsets: np.ndarray, blocks: Iterable[Block], k: int, ids: Ids
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k rows with the highest ``vectors @ query`` (times scale, plus offset, where there are scales).
+
+    Products are float32 at full precision. Memory holds two blocks, their scores for `MAX_QUERIES` queries, and k + 1
+    candidates a query.
+
+    Args:
+        queries: [Q, E] float32.
+        offsets: [Q] float32, added to the scores of rows that have scales.
+        blocks: all of one shape (each shape compiles a program), iterated once; every row counts in one block.
+        k: results a query.
+        ids: the ids of some rows that have passed by, asked for where scores are equal only.
+
+    Returns:
+        scores [Q, min(k, n)] float32 and rows of the same shape, int64, best first, of the n rows that passed by.
+
+    Raises:
+        InputError: a score is NaN or infinite.
+    """
+    parts = max(1, -(-len(queries) // MAX_QUERIES))
+    groups = [
+        _Queries(part, part_offsets, k, ids)
+        for part, part_offsets in zip(
+            np.array_split(queries, parts), np.array_split(offsets, parts), strict=True
+        )
+    ]
+    count = 0
+
+    def started() -> Iterator[tuple[_Queries, Block, jax.Array, _Arrays, _Arrays]]:
+        nonlocal count
+        for block in blocks:
+            count += block.last - block.first
+            vectors = jax.device_put(block.vectors)
+            scales = None if block.scales is None else jax.device_put(block.scales)
+            for group in groups:
+                yield group, block, *group.look_at(block, vectors, scales)
+
+    for _ in one_behind(started(), lambda item: item[0].keep_ties(*item[1:])):
+        pass
+    results = [group.result(min(k, count)) for group in groups]
+    return np.concatenate([scores for scores, _ in results]), np.concatenate([rows for _, rows in results])
+
+
 @jax.jit
 def _block_scores(queries: jax.Array, offsets: jax.Array, vectors: jax.Array, scales: jax.Array | None):
-    """Scores [Q, B] float32. A program of its own, so that a second pass finds the same bits."""
+    """Scores [Q, B] float32; -0.0 is 0.0, which top_k would put first."""
     scores = jax.lax.dot_general(
         queries,
         vectors.astype(jnp.float32),
@@ -38,131 +89,104 @@ def _block_scores(queries: jax.Array, offsets: jax.Array, vectors: jax.Array, sc
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    return scores if scales is None else scores * scales + offsets[:, None]
+    if scales is not None:
+        scores = scores * scales + offsets[:, None]
+    return jnp.where(scores == 0, 0.0, scores)
 
 
-@partial(jax.jit, static_argnames="k")
-def _merge(best: tuple[jax.Array, jax.Array], scores: jax.Array, place: jax.Array, k: int):
-    """The k best of (scores, rows) so far and of one block; ``place`` is (start, first, last) of the block."""
-    positions = jnp.arange(scores.shape[1], dtype=jnp.int32)
-    inside = (positions >= place[1]) & (positions < place[2])
-    block_scores, found = jax.lax.top_k(jnp.where(inside, scores, -jnp.inf), min(k, scores.shape[1]))
-    all_scores = jnp.concatenate([best[0], block_scores], axis=1)
-    all_rows = jnp.concatenate([best[1], found + place[0]], axis=1)
-    top_scores, order = jax.lax.top_k(all_scores, k)
-    return top_scores, jnp.take_along_axis(all_rows, order, axis=1)
+@jax.jit
+def _merge(best: _Arrays, scores: jax.Array, position: jax.Array) -> tuple[_Arrays, jax.Array]:
+    """The best (scores, rows) [Q, k + 1] so far and of one block, and the block's own best scores [Q, <= k + 1].
 
-
-def exact_top_k(
-    queries: np.ndarray,
-    offsets: np.ndarray,
-    blocks: Callable[[], Iterable[Block]],
-    rows: int,
-    k: int,
-    ids: Callable[[np.ndarray], list[str]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k rows with the highest ``vectors @ query`` (times scale, plus offset, where there are scales).
-
-    Args:
-        queries: [Q, E] float32.
-        offsets: [Q] float32, added to the scores of rows that have scales.
-        blocks: starts a pass over the blocks, all of one shape.
-        rows: how many rows the blocks hold in all.
-        k: results a query; more than ``rows`` gives all of them.
-        ids: the ids of some rows, asked for where scores are equal only.
-
-    Raises:
-        InputError: a score is NaN or infinite.
-
-    Returns:
-        scores [Q, min(k, rows)] float32 and rows of the same shape, int64, best first.
+    ``position`` is (start, first, last) of the block.
     """
-    k = min(k, rows)
-    passes = max(1, -(-len(queries) // MAX_QUERIES))
-    parts = [
-        _one_pass(part, part_offsets, blocks, rows, k, ids)
-        for part, part_offsets in zip(
-            np.array_split(queries, passes), np.array_split(offsets, passes), strict=True
-        )
-    ]
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    kept = best[0].shape[1]
+    columns = jnp.arange(scores.shape[1], dtype=jnp.int32)
+    inside = (columns >= position[1]) & (columns < position[2])
+    block_scores, found = jax.lax.top_k(jnp.where(inside, scores, -jnp.inf), min(kept, scores.shape[1]))
+    all_scores = jnp.concatenate([best[0], block_scores], axis=1)
+    all_rows = jnp.concatenate([best[1], found + position[0]], axis=1)
+    top_scores, order = jax.lax.top_k(all_scores, kept)
+    return (top_scores, jnp.take_along_axis(all_rows, order, axis=1)), block_scores
 
 
-def _one_pass(
-    queries: np.ndarray,
-    offsets: np.ndarray,
-    blocks: Callable[[], Iterable[Block]],
-    rows: int,
-    k: int,
-    ids: Callable[[np.ndarray], list[str]],
-) -> tuple[np.ndarray, np.ndarray]:
-    count = len(queries)
-    # few different shapes, so that few programs are compiled: 1, 2, 4, 8, 16, 32, 48, ...
-    padded = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
-    device_queries = jax.device_put(np.pad(queries, ((0, padded - count), (0, 0))))
-    device_offsets = jax.device_put(np.pad(offsets, (0, padded - count)))
-    wanted = min(k + 1, rows)  # one more shows whether the cut goes through equal scores
-    best = (jnp.full((padded, wanted), -jnp.inf), jnp.full((padded, wanted), -1, jnp.int32))
-    earlier = best
-    for block, scores in _scored(device_queries, device_offsets, blocks):
-        # Not more than two blocks wait on the device, and the next one moves there while this one is worked on.
-        jax.block_until_ready(earlier)
-        earlier = best
-        place = np.array([block.start, block.first, block.last], np.int32)
-        best = _merge(best, scores, place, k=wanted)
-    top_scores, top_rows = (np.asarray(part)[:count] for part in best)
-    if not np.isfinite(top_scores).all():
-        raise InputError("the vectors are too large or damaged: a score is NaN or infinite")
-    top_scores = top_scores + np.float32(0)  # -0.0 equals 0.0 and is shown as such
+@jax.jit
+def _ties(before: jax.Array, after: jax.Array, block_scores: jax.Array) -> _Arrays:
+    """The k-th scores [Q] after a merge, and whether rows with just this score may have been lost in it [Q]: more have
+    it than there are ranks, and some of those are in the block, or had to make way for higher ones of the block.
 
-    cut = top_scores[:, k - 1] == top_scores[:, -1] if wanted > k else np.zeros(count, bool)
-    tied = (top_scores[:, 1:] == top_scores[:, :-1]).any(axis=1)
-    result_scores, result_rows = top_scores[:, :k].copy(), top_rows[:, :k].astype(np.int64)
-    more: dict[int, np.ndarray] = {}
-    if cut.any():
-        levels = {int(query): top_scores[query, k - 1] for query in np.flatnonzero(cut)}
-        more = _rows_at(levels, _scored(device_queries, device_offsets, blocks), k, ids)
-    for query in np.flatnonzero(tied):
-        candidates = dict(zip(top_rows[query].tolist(), top_scores[query].tolist(), strict=True))
-        for row in more.get(int(query), np.zeros(0, np.int64)).tolist():
-            candidates.setdefault(row, top_scores[query, k - 1].item())
-        names = ids(np.fromiter(candidates, np.int64))
-        ranked = sorted(
-            zip(candidates.values(), names, candidates, strict=True),
-            key=lambda entry: entry[:2],
-            reverse=True,
-        )
-        result_scores[query] = [score for score, _, _ in ranked[:k]]
-        result_rows[query] = [row for _, _, row in ranked[:k]]
-    return result_scores, result_rows
+    A program of its own: where a part of top_k's result is used in the same one, XLA sorts the whole block on a CPU (10
+    times the time).
+    """
+    levels = after[:, -2]
+    tied = (levels == after[:, -1]) & jnp.isfinite(levels)
+    come = (block_scores == levels[:, None]).any(axis=1)
+    gone = (before == levels[:, None]).any(axis=1) & (block_scores[:, 0] > levels)
+    return levels, tied & (come | gone)
 
 
-def _scored(
-    queries: jax.Array, offsets: jax.Array, blocks: Callable[[], Iterable[Block]]
-) -> Iterator[tuple[Block, jax.Array]]:
-    for block in blocks():
-        scales = None if block.scales is None else jax.device_put(block.scales)
-        yield block, _block_scores(queries, offsets, jax.device_put(block.vectors), scales)
+@partial(jax.jit, static_argnames=("rows", "kept"))
+def _nothing(rows: int, kept: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.full((rows, kept), -jnp.inf), jnp.full((rows, kept), -1, jnp.int32)
 
 
-def _rows_at(
-    levels: dict[int, np.float32],
-    scored: Iterable[tuple[Block, jax.Array]],
-    k: int,
-    ids: Callable[[np.ndarray], list[str]],
-) -> dict[int, np.ndarray]:
-    """For each query, of the rows whose score is exactly its level, the k with the highest ids."""
-    found = {query: np.zeros(0, np.int64) for query in levels}
+class _Queries:
+    """Some queries on the device and the best rows so far: k and one more, which shows a tie at the cut."""
 
-    def keep(rows: np.ndarray) -> np.ndarray:
-        names = ids(rows)
-        order = sorted(range(len(rows)), key=names.__getitem__, reverse=True)
-        return rows[order[:k]]
+    def __init__(self, queries: np.ndarray, offsets: np.ndarray, k: int, ids: Ids) -> None:
+        self._count, self._k, self._ids = len(queries), k, ids
+        # few different shapes, so that few programs are compiled: 1, 2, 4, 8, 16, 32, 48, ...
+        count = self._count
+        padded = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+        self._queries = jax.device_put(np.pad(queries, ((0, padded - count), (0, 0))))
+        self._offsets = jax.device_put(np.pad(offsets, (0, padded - count)))
+        self._best = _nothing(padded, k + 1)
+        self._ties: dict[int, tuple[float, np.ndarray]] = {}  # query -> level, rows that have it
 
-    for block, scores in scored:
-        host_scores = np.asarray(scores)
-        for query, level in levels.items():
-            hits = np.flatnonzero(host_scores[query, block.first : block.last] == level)
-            rows = np.concatenate([found[query], hits + (block.start + block.first)])
-            found[query] = keep(rows) if len(rows) > 4 * k + 1000 else rows
-    return {query: keep(rows) for query, rows in found.items()}
+    def look_at(
+        self, block: Block, vectors: jax.Array, scales: jax.Array | None
+    ) -> tuple[jax.Array, _Arrays, _Arrays]:
+        """Starts the work on a block; what it gives goes to `keep_ties`."""
+        scores = _block_scores(self._queries, self._offsets, vectors, scales)
+        position = np.array([block.start, block.first, block.last], np.int32)
+        before = self._best
+        self._best, block_scores = _merge(before, scores, position)
+        return scores, before, _ties(before[0], self._best[0], block_scores)
+
+    def keep_ties(self, block: Block, scores: jax.Array, before: _Arrays, ties: _Arrays) -> None:
+        """Remembers all rows with the score at the cut, where some of them may have been lost."""
+        levels, lost = (np.asarray(part)[: self._count] for part in ties)
+        if not lost.any():
+            return
+        host_scores, (old_scores, old_rows) = np.asarray(scores), map(np.asarray, before)
+        for query in np.flatnonzero(lost).tolist():
+            level = levels[query].item()
+            rows = np.flatnonzero(host_scores[query, block.first : block.last] == level)
+            rows = np.concatenate(
+                [rows + (block.start + block.first), old_rows[query, old_scores[query] == level]]
+            )
+            if query in self._ties and self._ties[query][0] == level:
+                rows = np.union1d(self._ties[query][1], rows)
+            if len(rows) > 4 * self._k + 1000:  # no more than k can be among the results
+                order = sorted(zip(self._ids(rows), rows.tolist(), strict=True), reverse=True)
+                rows = np.array([row for _, row in order[: self._k]], np.int64)
+            self._ties[query] = level, rows
+
+    def result(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows [Q, k], k not above the rows that have passed by."""
+        scores, rows = (np.asarray(part)[: self._count] for part in self._best)
+        result_scores, result_rows = scores[:, :k].copy(), rows[:, :k].astype(np.int64)
+        if not np.isfinite(result_scores).all():
+            raise InputError("the vectors are too large or damaged: a score is NaN or infinite")
+        tied = (scores[:, 1 : k + 1] == scores[:, :k]) & np.isfinite(scores[:, 1 : k + 1])
+        for query in np.flatnonzero(tied.any(axis=1)).tolist():
+            valid = np.isfinite(scores[query])
+            found = dict(zip(rows[query, valid].tolist(), scores[query, valid].tolist(), strict=True))
+            level, others = self._ties.get(query, (None, np.zeros(0, np.int64)))
+            if level == scores[query, k - 1]:
+                found |= dict.fromkeys(others.tolist(), level)
+            row_of = dict(zip(self._ids(np.fromiter(found, np.int64)), found, strict=True))
+            ranked = rank({id: found[row] for id, row in row_of.items()}, k)
+            result_scores[query] = list(ranked.values())
+            result_rows[query] = [row_of[id] for id in ranked]
+        return result_scores, result_rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import fix_surrogates
 from sgpt_jax.text.encoder import TextEncoder
 
 DEFAULT_PROMPT = (
@@ -104,6 +106,20 @@ def query_room(text: TextEncoder, prompt: Prompt) -> int:
     if room < 1:
         raise InputError(f"the prompt takes {fixed} tokens, max_seq_length is {text.max_seq_length}")
     return room
+
+
+def query_tokens(text: TextEncoder, prompt: Prompt, query: str) -> list[str]:
+    """The query (after `prompt.query_start`) cut where its tokens end, one str a token that `tokenise_pairs` gives.
+
+    A character that is several tokens stands at the first of them; the others are empty. A query that is cut for
+    `query_room` ends there.
+    """
+    if not query:
+        return []
+    whole = prompt.query_start + fix_surrogates(query)
+    spans = text.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).offsets
+    ends = [0, *(end for _, end in spans[:-1]), len(whole)]
+    return [whole[start:end] for start, end in itertools.pairwise(ends)][: query_room(text, prompt)]
 
 
 def tokenise_pairs(

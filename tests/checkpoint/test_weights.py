@@ -119,11 +119,11 @@ def test_configs_that_are_refused(change, message, tmp_path):
 def test_unsupported_rotary_scaling_is_refused(tmp_path):
     folder = decoders.write_checkpoint("llama", tmp_path)
     config = decoders.config("llama") | {
-        "rope_scaling": {"type": "yarn", "factor": 4.0},
+        "rope_scaling": {"type": "proportional", "factor": 4.0},
         "rope_parameters": None,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="rotary scaling 'yarn'"):
+    with pytest.raises(InputError, match="rotary scaling 'proportional'"):
         load(folder)
 
 

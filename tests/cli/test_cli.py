@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 import decoders
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import sgpt_jax as sgpt
+from sgpt_jax import demo
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
-from sgpt_jax.cli import demo
 from sgpt_jax.cli.parser import main
 from sgpt_jax.files.runs import read_run
 
@@ -175,6 +177,55 @@ def test_info_prints_the_measured_recall(model, corpus, tmp_path, capsys):
     assert main(["index", corpus, "-o", folder, "--model", model, "--store", "int8"]) == 0
     assert main(["info", folder]) == 0
     assert re.search(r"recall@10 [01]\.\d{4}", capsys.readouterr().out)
+
+
+def other_model(folder, change):
+    """The model of the fixture with all weights multiplied, so that 1 leaves it as it is."""
+    decoders.write_tokenizer(decoders.write_checkpoint("llama", folder))
+    path = folder / "model.safetensors"
+    save_file({name: tensor * np.float32(change) for name, tensor in load_file(path).items()}, path)
+    return str(folder)
+
+
+def test_an_index_knows_its_model(model, index, corpus, tmp_path, capsys):
+    other = other_model(tmp_path / "other", 1.5)
+    copy = other_model(tmp_path / "copy", 1)  # the same weights in another folder
+    capsys.readouterr()
+    assert main(["search", index, "night", "--model", other]) == 1
+    error = capsys.readouterr().err
+    assert "was made with another model: other weights or other settings" in error and error.count("\n") == 1
+    assert main(["search", index, "night", "--model", copy]) == 0
+
+    # Training again into the model's folder makes another model of it.
+    own = str(tmp_path / "index")
+    command = ["index", corpus, "-o", own, "--model", copy, "--chunk-size", "8"]
+    assert main(command) == 0
+    other_model(tmp_path / "copy", 1.1)
+    capsys.readouterr()
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "holds vectors of another model" in error and "another folder, or remove this one first" in error
+    assert main(["search", own, "night"]) == 1
+    assert "was made with another model" in capsys.readouterr().err
+    # A model that moved is the same model.
+    other_model(tmp_path / "moved", 1)
+    assert main(["index", corpus, "-o", own, "--model", str(tmp_path / "moved"), "--chunk-size", "8"]) == 0
+    assert "nothing was left to encode" in capsys.readouterr().out
+
+
+def test_info_verifies_an_index(model, index, tmp_path, capsys):
+    assert main(["info", index, "--verify"]) == 0
+    assert "verified: every file fits its checksum" in capsys.readouterr().out
+    broken = tmp_path / "broken"
+    shutil.copytree(index, broken)
+    for name in ("texts", "vectors"):
+        path = next(broken.glob(f"*.{name}"))
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert main(["info", str(broken), "--verify"]) == 1
+    error = capsys.readouterr().err
+    assert ".texts: is damaged" in error and ".vectors: is damaged" in error and error.count("\n") == 1
+    assert main(["info", model, "--verify"]) == 1
+    assert "--verify is for an index" in capsys.readouterr().err
 
 
 def test_export_is_loaded_by_transformers_rules(model, tmp_path):

@@ -43,7 +43,7 @@ def formula(q, k, v, mask, bias):
     return out
 
 
-@pytest.mark.parametrize("block", [1, 16, 63, 64, 256])
+@pytest.mark.parametrize("block", [5, 16, 63, 64, 256])
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("alibi", [False, True])
 def test_blocks_equal_the_formula(block, window, alibi, monkeypatch):
@@ -208,7 +208,7 @@ def test_without_cudnn(monkeypatch, caplog):
     expected = attention.attend(q, k, v, mask, scale=0.3)
     monkeypatch.setattr(attention, "_gpu_major", lambda: 9)
     np.testing.assert_array_equal(attention.attend(q, k, v, mask, scale=0.3), expected)
-    assert "cuDNN is not detected" in caplog.text
+    assert re.search("attention by XLA, not by cuDNN: .*(not detected|not found for platform)", caplog.text)
 
 
 def test_platform_is_that_of_the_mesh(monkeypatch):

@@ -48,7 +48,7 @@ def test_default_of_a_command():
         import jax
         from sgpt_jax.decoder.sharding import device_mesh
         assert device_mesh(None) is None
-        print(device_mesh("fsdp=4,tensor=2").shape)
+        print(dict(device_mesh("fsdp=4,tensor=2").shape))
         class Accelerator:  # as jax.make_mesh sees it
             def __init__(self, device): self.device = device
             platform = "gpu"
@@ -59,7 +59,7 @@ def test_default_of_a_command():
         print(device_mesh(None), device_mesh("tensor=8"))
     """
     assert run_on_eight(code).stdout.splitlines() == [
-        "OrderedDict([('data', 1), ('fsdp', 4), ('tensor', 2)])",
+        "{'data': 1, 'fsdp': 4, 'tensor': 2}",
         "(None, 8) ('tensor=8', 8)",
     ]
 

@@ -13,7 +13,7 @@ import pytrec_eval
 
 import eval.beir
 from eval.__main__ import main
-from eval.data import AVERAGES, FORUMS
+from eval.datasets import AVERAGES, FORUMS
 from sgpt_jax.files.runs import read_qrels, read_run
 
 

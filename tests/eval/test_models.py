@@ -13,14 +13,14 @@ import pytest
 pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
 pytest.importorskip("bm25s", reason="the eval extra is not installed")
 
-from eval import prompts
+from eval import prompt_study
 from eval.__main__ import main
-from eval.data import DataSet
 from eval.models import PROMPTS
-from eval.record import command, revision
+from eval.provenance import command, revision
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.runs import read_run
 from sgpt_jax.text.pairs import Prompt
 
@@ -150,16 +150,16 @@ def test_the_example_is_the_shortest_judged_pair(tmp_path):
     class Model:
         text = Characters()
 
-    found = prompts.find_example(data, eval_cases.Ready(Model()))
-    assert found == prompts.Example(
+    found = prompt_study.find_example(data, eval_cases.Ready(Model()))
+    assert found == prompt_study.Example(
         "d2", "q1", "aaaaaaa", "b"
     )  # 8 tokens for grade 3, less than 4 for grade 1
-    assert prompts.find_example(data, eval_cases.Ready(Model()), shortest=4).document_id == "d2"
+    assert prompt_study.find_example(data, eval_cases.Ready(Model()), shortest=4).document_id == "d2"
     with pytest.raises(InputError, match="no judged pair"):
-        prompts.find_example(data, eval_cases.Ready(Model()), shortest=8)
+        prompt_study.find_example(data, eval_cases.Ready(Model()), shortest=8)
 
 
-EXAMPLE = prompts.Example("d", "q", "DOC", "QUERY")
+EXAMPLE = prompt_study.Example("d", "q", "DOC", "QUERY")
 
 
 SEARCHED = "Documents are searched to find matches with the same content.\n"
@@ -183,20 +183,20 @@ BOT = (
     ],
 )
 def test_contexts_of_the_papers_prompts(name, context):
-    study = prompts.STUDIES[name]
+    study = prompt_study.STUDIES[name]
     prompt = study.prompt(None if study.instruction is None else EXAMPLE)
     assert prompt.prefix + "X" + prompt.suffix == context
 
 
 def test_all_the_papers_prompts_are_there():
-    assert {*"ABCDEFGHIJKLM", *(f"quora{letter}" for letter in "ABCDE")} == prompts.STUDIES.keys()
+    assert {*"ABCDEFGHIJKLM", *(f"quora{letter}" for letter in "ABCDE")} == prompt_study.STUDIES.keys()
 
 
 def test_answers_are_scored_against_each_other(tiny):
     """log p(Yes) / (p(Yes) + p(No)), from the probabilities of the two as continuations."""
     model = CrossEncoder.from_pretrained(tiny, prompt=Prompt("Document: ", "\nBot:"))
     pairs = [("cat", "cats purr"), ("rain", "cats purr"), ("cat", "snow")]
-    found = prompts.Answering(model, (" Yes", " No")).predict(pairs)
+    found = prompt_study.Answering(model, (" Yes", " No")).predict(pairs)
     for (query, document), score in zip(pairs, found.tolist(), strict=True):
         yes, no = model.predict([(word, f"{document}\nQuery: {query}") for word in (" Yes", " No")]).tolist()
         assert score == pytest.approx(-np.log1p(np.exp(no - yes)), rel=1e-4)

@@ -190,7 +190,8 @@ def test_the_abstract_state_is_placed_as_the_real_one():
 
 
 BILLIONS = {"gpt-neo-125m": 0.125, "gpt-neo-1.3b": 1.316, "gpt-neo-2.7b": 2.651, "gpt-j-6b": 6.051,
-            "bloom-7b1": 7.069, "gpt-neox-20b": 20.55, "llama-3.1-8b": 8.03, "qwen3-8b": 8.19}  # fmt: skip
+            "bloom-7b1": 7.069, "gpt-neox-20b": 20.55, "llama-3.1-8b": 8.03, "qwen3-0.6b": 0.596,
+            "qwen3-4b": 4.022, "qwen3-8b": 8.19, "gemma-3-1b": 0.99989, "embeddinggemma-300m": 0.30286}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", plan_models.MODELS)

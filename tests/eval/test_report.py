@@ -13,7 +13,7 @@ pytest.importorskip("scipy", reason="the eval extra is not installed")
 from scipy import stats
 
 from eval.__main__ import main
-from eval.data import AVERAGES
+from eval.datasets import AVERAGES
 from eval.report import collect, published
 from eval.significance import compare
 

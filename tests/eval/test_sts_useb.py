@@ -15,6 +15,7 @@ pytest.importorskip("scipy", reason="the eval extra is not installed")
 from eval import sts, useb
 from eval.__main__ import main
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.sts import read_sts
 
 EXPECTED = json.loads((eval_cases.FIXTURES / "expected.json").read_text())
 
@@ -58,7 +59,7 @@ def test_sts_command(tmp_path, fake, capsys):
 def test_sts_quotes_are_plain_and_licence_columns_are_allowed(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(sts_line(1, '"No', "b") + sts_line(2, "c", 'd"', "licence", "more") + "\n")
-    assert sts.read_pairs(path) == [(1.0, '"No', "b"), (2.0, "c", 'd"')]
+    assert read_sts(path) == [(1.0, '"No', "b"), (2.0, "c", 'd"')]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_sts_refuses(tmp_path, fake, capsys, text, message):
 @pytest.mark.skipif("SGPT_DATA" not in os.environ, reason="SGPT_DATA is not set")
 @pytest.mark.parametrize(("part", "count"), [("train", 5749), ("dev", 1500), ("test", 1379)])
 def test_sts_benchmark_is_read_whole(part, count):
-    pairs = sts.read_pairs(Path(os.environ["SGPT_DATA"]) / f"sts/sts-{part}.csv.gz")
+    pairs = read_sts(Path(os.environ["SGPT_DATA"]) / f"sts/sts-{part}.csv.gz")
     assert len(pairs) == count
     assert all(0 <= score <= 5 and first and second for score, first, second in pairs)
 
@@ -115,6 +116,18 @@ def test_useb_equals_its_own_code(tmp_path):
     for task, names in NAMES.items():
         for ours, theirs in names.items():
             assert found[task][ours] == pytest.approx(EXPECTED["useb"][task][theirs], abs=1e-6), (task, ours)
+
+
+def test_useb_scidocs_with_negative_grades(tmp_path):
+    """A grade below 0 counts as 0, so nothing changes where 0 becomes -1."""
+    folder = eval_cases.write_useb(tmp_path / "data-eval")
+    path = folder / "scidocs/data.json"
+    before = useb.evaluate(eval_cases.HashEncoder(), folder)["scidocs"]
+    data = json.loads(path.read_text())
+    for found in data["test"]["cite"].values():
+        found.update({id: grade or -1 for id, grade in found.items()})
+    path.write_text(json.dumps(data))
+    assert useb.evaluate(eval_cases.HashEncoder(), folder)["scidocs"] == before
 
 
 def test_useb_command(tmp_path, fake, capsys):
@@ -196,4 +209,4 @@ def test_a_missing_sts_file_is_named(fake, capsys):
 
 def test_sts_errors_are_input_errors(tmp_path):
     with pytest.raises(InputError):
-        sts.read_pairs(write_sts(tmp_path / "one.csv", [(1.0, "a", "b")]))
+        read_sts(write_sts(tmp_path / "one.csv", [(1.0, "a", "b")]))

@@ -47,10 +47,10 @@ def test_hidden_states_and_the_way_back(window, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["Phi3ForCausalLM"]
 
 
-def test_longrope_is_refused_by_name_and_published_code_is_known(tmp_path):
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 500.0}
+def test_longrope_factors_must_fit_and_published_code_is_known(tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 4, "rope_theta": 500.0}
     fused(tmp_path / "long", rope_parameters=rope)
-    with pytest.raises(InputError, match="rotary scaling 'longrope' is not supported"):
+    with pytest.raises(InputError, match=r"short_factor is .* expected a list of 4 numbers above 0"):
         load(tmp_path / "long")
     code = {
         "AutoConfig": "configuration_phi3.Phi3Config",

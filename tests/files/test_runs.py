@@ -86,6 +86,21 @@ def test_run_round_trip(tmp_path, write):
     assert report.records == 6
 
 
+def test_run_of_ms_marco_has_ranks_for_scores(file):
+    assert read_run(file("q1\td7\t1\nq1\td2\t2\n2\td7\t1\n")) == {
+        "q1": {"d7": -1.0, "d2": -2.0}, "2": {"d7": -1.0},
+    }  # fmt: skip
+    for content, message in (
+        ("q d 0.5\n", "line 1: the rank must be a whole number from 1, not '0.5'"),
+        ("q d 0\n", "line 1: the rank must be a whole number"),
+        ("q d 1\nq e 1\n", "two documents of query 'q' have the same rank: in three columns"),
+        ("q d 1\nq d 2\n", "line 2: query 'q', document 'd' has another score in line 1"),
+        ("q d 1\nq Q0 e 2 0.5 t\n", "line 2: a TREC run has 6 columns"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_run(file(content))
+
+
 def test_trec_lines_are_in_trec_evals_order(tmp_path):
     near: dict[str, Any] = {
         "a": 0.1,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from devices import TESTS
-from indexes import encode
+from indexes import encode, streamed, vectors_of
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document, read_corpus
@@ -34,15 +34,16 @@ from sgpt_jax.index import build as index_build
 from sgpt_jax.index.files import Manifest
 from sgpt_jax.files.corpora import read_corpus
 sys.path.insert(0, {tests!r})
-from indexes import encode
+from indexes import streamed, vectors_of
 
 index_build.SHARD_ROWS = 512
 folder, source, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 random.seed(seed)
 
+@streamed
 def slow(texts):
     time.sleep(0.06)  # 47 chunks: longer than the ten attempts together, so that each of them is killed
-    return encode(texts)
+    return vectors_of(texts)
 
 def attempt(seconds, more=0):
     start = rows()
@@ -183,9 +184,10 @@ def test_only_the_rest_is_encoded(tmp_path):
     batches: list[int] = []
     progress: list[int] = []
 
+    @streamed
     def watched(texts):
         batches.append(len(texts))
-        return encode(texts)
+        return vectors_of(texts)
 
     build_index(tmp_path / "i", corpus(18), watched, chunk_size=4, on_progress=progress.append)
     assert batches == [4, 4, 2]
@@ -257,7 +259,9 @@ def test_other_options_are_refused(tmp_path, options, message, finished):
 def test_another_dimension_is_refused(tmp_path):
     interrupted(tmp_path / "i", corpus(20), 8)
     with pytest.raises(InputError, match="the encoder gives 8 dimensions, but the index has 16"):
-        build_index(tmp_path / "i", corpus(20), lambda texts: encode(texts)[:, :8], chunk_size=4)
+        build_index(
+            tmp_path / "i", corpus(20), streamed(lambda texts: vectors_of(texts)[:, :8]), chunk_size=4
+        )
 
 
 def test_column_that_lost_rows_is_noticed_when_going_on(tmp_path):
@@ -280,10 +284,11 @@ def test_foreign_folder_is_left_alone(tmp_path):
 
 
 def test_two_writers_at_once(tmp_path):
+    @streamed
     def second(texts):
         with pytest.raises(InputError, match="another process is writing"):
             build_index(tmp_path / "i", corpus(3), encode)
-        return encode(texts)
+        return vectors_of(texts)
 
     build_index(tmp_path / "i", corpus(3), second)
 

@@ -21,7 +21,9 @@ def index(request, tmp_path_factory):
     vectors = iter(np.split(draw.randn(700, 24).astype(np.float32) + 0.5, 7))
     documents = [Document(f"d/{number}\n", f"text {number}") for number in range(700)]
     folder = tmp_path_factory.mktemp(request.param) / "index"
-    return build_index(folder, documents, lambda texts: next(vectors), dtype=request.param, chunk_size=100)
+    return build_index(
+        folder, documents, lambda chunks: (next(vectors) for _ in chunks), dtype=request.param, chunk_size=100
+    )
 
 
 def queries():

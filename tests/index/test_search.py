@@ -5,11 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from indexes import streamed
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.index import build as index_build
-from sgpt_jax.index import search as index_module
+from sgpt_jax.index import reader
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.files import Dtype
 from sgpt_jax.index.search import Index
@@ -23,7 +24,7 @@ def documents(count, name="d{}"):
 
 def table(vectors):
     """An encoder that gives the vectors of `documents`, by the number in the text."""
-    return lambda texts: vectors[[int(text.split()[1]) for text in texts]]
+    return streamed(lambda texts: vectors[[int(text.split()[1]) for text in texts]])
 
 
 def ranked(scores, ids, k):
@@ -172,7 +173,10 @@ def test_odd_texts_and_ids_come_back(tmp_path, small_shards):
     ]
     corpus = [Document(f"{text[:3]}{n}", text) for n, text in enumerate(texts * 7)]
     index = build_index(
-        tmp_path / "i", iter(corpus), lambda batch: np.ones((len(batch), 2), np.float32), chunk_size=5
+        tmp_path / "i",
+        iter(corpus),
+        streamed(lambda batch: np.ones((len(batch), 2), np.float32)),
+        chunk_size=5,
     )
     rows = [62, 0, 49, 50, 7]
     assert index.texts(rows) == [corpus[row].text for row in rows]
@@ -184,7 +188,7 @@ def test_odd_texts_and_ids_come_back(tmp_path, small_shards):
 
 
 def test_all_texts_empty_and_lone_surrogates(tmp_path):
-    ones = lambda batch: np.ones((len(batch), 2), np.float32)  # noqa: E731
+    ones = streamed(lambda batch: np.ones((len(batch), 2), np.float32))
     index = build_index(tmp_path / "e", [Document("a", ""), Document("b", "")], ones)
     assert Index.open(tmp_path / "e").texts([1, 0]) == ["", ""]
     index = build_index(tmp_path / "s", [Document("a", "x\ud83d"), Document("b", "\ud83d\ude00")], ones)
@@ -202,7 +206,9 @@ def test_without_texts(tmp_path):
 def test_bad_id(tmp_path, id):
     with pytest.raises(InputError, match="document 1: the id"):
         build_index(
-            tmp_path / "i", [Document("ok", ""), Document(id, "")], lambda b: np.ones((len(b), 2), np.float32)
+            tmp_path / "i",
+            [Document("ok", ""), Document(id, "")],
+            streamed(lambda b: np.ones((len(b), 2), np.float32)),
         )
 
 
@@ -230,7 +236,7 @@ def test_large_vectors_are_fine_where_they_are_normalised(tmp_path):
 
 def test_encoder_of_the_wrong_shape(tmp_path):
     for shape in ((3, 2), (4,), (4, 0)):
-        wrong = functools.partial(lambda result, _: result, np.ones(shape, np.float32))
+        wrong = streamed(functools.partial(lambda result, _: result, np.ones(shape, np.float32)))
         with pytest.raises(InputError, match="the encoder gave an array of shape"):
             build_index(tmp_path / "i", documents(4), wrong)
 
@@ -268,7 +274,7 @@ def test_every_cut_or_missing_file_is_noticed(tmp_path, dtype):
     vectors = np.random.default_rng(5).standard_normal((30, 4)).astype(np.float32)
     build_index(tmp_path / "i", documents(30), table(vectors), dtype=dtype)
     files = sorted((tmp_path / "i").iterdir())
-    assert len(files) == (6 if dtype == "float32" else 8)
+    assert len(files) == (7 if dtype == "float32" else 9)
     for file in files:
         content = file.read_bytes()
         for damaged in (content[:-1], content[: len(content) // 2], None):
@@ -331,20 +337,21 @@ def test_info(tmp_path):
         "dtype": "float32",
         "similarity": "cosine",
         "texts": True,
-        "bytes": 4 * 12 + 4 * (2 + 8) + 4 * (6 + 8),
+        "bytes": 4 * 12 + 4 * (2 + 8) + 4 * (6 + 8) + 5 * 4,  # the last for five checksums
         "vector_bytes": 48,
         "recall": None,
         "metadata": {"model": "m", "n": 1},
+        "fingerprint": "",
     }
     assert (len(index), index.dimension, index.metadata["model"]) == (4, 3, "m")
 
 
 def test_more_files_than_are_mapped_at_a_time(tmp_path, small_shards, monkeypatch):
-    monkeypatch.setattr(index_module, "MAX_MAPPED", 3)
+    monkeypatch.setattr(reader, "MAX_MAPPED", 3)
     vectors = np.random.RandomState(0).randn(233, 8).astype(np.float32)
     index = build_index(tmp_path / "i", documents(233), table(vectors), similarity="dot", chunk_size=10)
     scores, rows = index.search(vectors[:4], 233)
     np.testing.assert_allclose(scores, -np.sort(-(vectors[:4] @ vectors.T), axis=1), rtol=1e-5, atol=1e-5)
     assert index.ids(rows[0]) == [f"d{row}" for row in rows[0]]
     assert index.texts(rows[0]) == [documents(233)[row].text for row in rows[0]]
-    assert len(index._columns) <= 3
+    assert len(index._columns._mapped) <= 3

@@ -14,8 +14,10 @@ import eval_cases
 import numpy as np
 import pytest
 
+from sgpt_jax import rerank
 from sgpt_jax.cli.parser import main
 from sgpt_jax.index import build as index_build
+from sgpt_jax.index import streaming
 from sgpt_jax.index.files import Manifest
 from sgpt_jax.index.search import Index
 
@@ -40,8 +42,9 @@ def slow(*arguments):
 index_build._Build._write = slow
 """
 EVAL = """
-import eval.rerank, eval.search
-eval.search.CHUNK, eval.rerank._PAIRS = 4, 7
+import sgpt_jax.rerank
+from sgpt_jax.index import streaming
+streaming.CHUNK, sgpt_jax.rerank.part_pairs = 4, lambda: 7
 from eval.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -198,16 +201,15 @@ def test_a_killed_process_and_four_that_go_on(model, corpus, one, tmp_path):
 
 def test_two_processes_evaluate_as_one(model, tmp_path, monkeypatch):
     pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
-    import eval.rerank
-    import eval.search
+
     from eval.__main__ import main as evaluate
 
     data = eval_cases.small_beir(tmp_path / "small")
     arguments = ["beir", data, "--model", model, "--cross-encoder", model, "--rerank-depth", "6", "--output"]
     codes, outputs = Job(2, tmp_path, EVAL, [*arguments, tmp_path / "two"]).wait()
     assert codes == [0, 0], outputs
-    monkeypatch.setattr(eval.search, "CHUNK", 4)
-    monkeypatch.setattr(eval.rerank, "_PAIRS", 7)
+    monkeypatch.setattr(streaming, "CHUNK", 4)
+    monkeypatch.setattr(rerank, "part_pairs", lambda: 7)
     assert evaluate([*map(str, arguments), str(tmp_path / "one")]) == 0
     ours, theirs = (json.loads((tmp_path / name / "small.json").read_text()) for name in ("two", "one"))
     for part in ("metrics", "first_stage", "counts", "queries", "per_query", "settings", "model", "work"):

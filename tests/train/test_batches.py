@@ -191,6 +191,20 @@ def test_mining(tmp_path):
         mine(str(tmp_path), str(tmp_path / "out.jsonl"), "empty", 1, 2, 0, 0)
 
 
+def test_mining_ranks_as_evaluation_does(tmp_path):
+    """Words are stemmed: "sleeping" finds "sleeps", and no document that shares nothing is drawn."""
+    documents = {"1": "the cats", "2": "it sleeps", "3": "a dog", "4": "the moon"}
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "text": t} for i, t in documents.items()])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "cat sleeping"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("q\t1\t1\n")
+    for seed in range(3):
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, 2, 0, seed)
+        assert read_pairs(str(tmp_path / "out.jsonl")) == [
+            Example("cat sleeping", "the cats", ("it sleeps",))
+        ]
+
+
 @pytest.mark.skipif(not DATA, reason="SGPT_DATA does not name the folder with the real data sets")
 def test_mining_scifact(tmp_path):
     mine(f"{DATA}/scifact", str(tmp_path / "out.jsonl"), "train", 2, 30, 0, 0)

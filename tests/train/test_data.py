@@ -60,8 +60,8 @@ def test_pairs_from_tsv(tmp_path):
     [
         ('{"query": "a"}', "`positive` is missing"),
         ('{"query": 3, "positive": "b"}', "`query`: not a text"),
-        ('{"query": "a", "positive": "b", "negatives": "c"}', "must be a list"),
-        ('{"query": "a", "positive": "b", "negatives": [null]}', "`negatives` is missing"),
+        ('{"query": "a", "positive": "b", "negatives": 5}', "`negatives`: not a text: 5"),
+        ('{"query": "a", "positive": "b", "negatives": [null]}', "`negatives`: not a text: None"),
         ('{"query": "a", "positive": "b", "negatives": ["c"], "scores": [1]}', "`scores`"),
         ('{"query": "a", "positive": "b", "scores": [true]}', "`scores`"),
         ('{"query": "a", "positive": "b", "scores": [NaN]}', "`scores`"),
@@ -72,6 +72,80 @@ def test_pairs_from_tsv(tmp_path):
 def test_bad_pairs_name_the_line(line, message, tmp_path):
     path = write(tmp_path / "x.jsonl", '{"query": "a", "positive": "b"}', "", line)
     with pytest.raises(InputError, match=rf"x.jsonl, line 3: .*{message}"):
+        read_pairs(path)
+
+
+def test_spellings_of_training_data(tmp_path):
+    expected = [Example("a", "b", ("c", "d"))]
+    for query in ("query", "anchor", "question", "sentence1"):
+        for positive in ("positive", "pos", "answer", "document", "sentence2"):
+            for negatives in ("negatives", "negative", "neg", "hard_negatives", "hard_negative"):
+                record = {query: "a", positive: ["b"], negatives: ["c", "d"], "id": 5, "pos_id": ["x"]}
+                assert read_pairs(write(tmp_path / "x.jsonl", json.dumps(record))) == expected
+    one = {"query": "a", "positive": "b", "negative": "c"}
+    assert read_pairs(write(tmp_path / "x.jsonl", json.dumps(one))) == [Example("a", "b", ("c",))]
+    assert read_pairs(write(tmp_path / "x.json", json.dumps([one, one]))) == [Example("a", "b", ("c",))] * 2
+
+
+def test_passages_and_several_positives(tmp_path):
+    record = {
+        "query_id": "7",
+        "query": "a",
+        "positive_passages": [
+            {"docid": "1", "title": "T", "text": "b"},
+            {"docid": "2", "title": "", "text": "c"},
+        ],
+        "negative_passages": [{"docid": "3", "text": "d"}],
+    }
+    path = write(tmp_path / "x.jsonl", json.dumps(record))
+    assert read_pairs(path) == [Example("a", "T b", ("d",)), Example("a", "c", ("d",))]
+    scored = {"query": "a", "pos": ["b", "c"], "neg": ["d", "e"], "pos_scores": [4, 3], "neg_scores": [2, 1]}
+    assert read_pairs(write(tmp_path / "y.jsonl", json.dumps(scored))) == [
+        Example("a", "b", ("d", "e"), (4.0, 2.0, 1.0)), Example("a", "c", ("d", "e"), (3.0, 2.0, 1.0)),
+    ]  # fmt: skip
+
+
+def test_pairs_from_csv_and_headers(tmp_path):
+    expected = [Example('a, "b"', "c", ("d", "e")), Example("f", "g", ("h",))]
+    rows = ["query,positive,negative,negative", '"a, ""b""",c,d,e', "f,g,h,"]
+    assert read_pairs(write(tmp_path / "x.csv", *rows)) == expected
+    rows = ["negative\tanchor\tpositive\tnegative\tsource", 'd\ta, "b"\tc\te\tx', "h\tf\tg\t\tx"]
+    assert read_pairs(write(tmp_path / "x.tsv", *rows)) == expected
+    for name, lines, message in (
+        ("y.csv", ["a,b"], "line 1: a CSV file needs a header that names `query` and `positive`"),
+        ("y.tsv", ["query\tanswer\tneg_text", "a\tb\tc"], "line 1: `neg_text` is not a known key"),
+        ("z.tsv", ["query\tnegative", "a\tb"], "line 1: query, negative looks like a header, but names no"),
+        ("w.tsv", ["query\tpositive", "a\tb\tc"], "line 2: 2 columns are needed, not 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_pairs(write(tmp_path / name, *lines))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"Negatives": ["c"]}, "`Negatives` is not a known key; `negatives`"),
+        ({"neg_texts": ["c"]}, "`neg_texts` is not a known key; `negatives`"),
+        ({"hardNegatives": ["c"]}, "`hardNegatives` is not a known key; `hard_negatives`"),
+        ({"negative_1": "c"}, "`negative_1` is not a known key; `negatives`"),
+        ({"positives": ["c"]}, "`positives` is not a known key; `positive`"),
+        ({"score": 1.0}, "`score` is not a known key; `scores`"),
+        ({"pos": "c"}, "`positive` and `pos` mean the same thing, and differ"),
+        ({"neg": "c", "hard_negatives": ["d"]}, "`neg` and `hard_negatives` mean the same thing, and differ"),
+        ({"label": 0}, "`label`: pairs are all positive"),
+        ({"neg": ["c"], "pos_scores": [1]}, "`negative scores` must be a list of 1 numbers"),
+        ({"pos_scores": [1, 2]}, "`pos_scores` must be a list of 1 numbers"),
+        ({"scores": [1], "pos_scores": [1]}, "`scores` and `pos_scores` or `neg_scores` mean the same"),
+        ({"negative_passages": [{"docid": 1}]}, "the record has no `text`"),
+    ],
+)
+def test_training_keys_that_are_refused(more, message, tmp_path):
+    path = write(
+        tmp_path / "x.jsonl",
+        '{"query": "a", "positive": "b"}',
+        json.dumps({"query": "a", "positive": "b"} | more),
+    )
+    with pytest.raises(InputError, match=rf"x\.jsonl, line 2: {message}"):
         read_pairs(path)
 
 

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
+
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_jsonl
-from train.dev import make_judge
+from train.dev import make_evaluator
 
 
 class Vectors:
@@ -14,7 +16,7 @@ class Vectors:
     def __init__(self, table):
         self.table = table
 
-    def encode(self, texts, *, normalize, show_progress):
+    def encode(self, texts, *, show_progress, normalize=False, batch_tokens=None):
         rows = np.array([self.table[text] for text in texts], np.float32)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -28,20 +30,20 @@ def test_sts(tmp_path):
     pairs = [("a", "b", 5.0), ("a", "c", 2.0), ("a", "d", 1.0), ("a", 'e "', 3.0)]
     lines = [f"g\tf\ty\t{n}\t{score}\t{x}\t{y}\tmore" for n, (x, y, score) in enumerate(pairs)]
     path.write_text("\n".join(lines))
-    judge = make_judge(str(path), "")
-    assert judge.name == "cosine Spearman"
-    assert judge(model) == pytest.approx(1.0)
+    evaluator = make_evaluator(str(path), "")
+    assert evaluator.name == "cosine Spearman"
+    assert evaluator(model) == pytest.approx(1.0)
     # scores 5, 2, 1, 9 for cosines ranked 4, 2, 1, 3: d is 0.1, 0, 0, 1 in ranks -> 1 - 6 * 2 / (4 * 15)
     path.write_text("\n".join([*lines[:3], lines[3].replace("3.0", "9.0")]))
-    assert make_judge(str(path), "")(model) == pytest.approx(0.8)
+    assert make_evaluator(str(path), "")(model) == pytest.approx(0.8)
     for text, message in (
         ("a\tb\tc", "line 1"),
         ("g\tf\ty\t0\tx\ta\tb", "line 1"),
-        (lines[0], "different scores"),
+        (lines[0], "holds 1 pairs"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
-            make_judge(str(path), "")
+            make_evaluator(str(path), "")
 
 
 def test_retrieval(tmp_path):
@@ -54,13 +56,13 @@ def test_retrieval(tmp_path):
     # documents by angle: d0 is nearest to the queries, then d1, ...
     table = {text: [np.cos(n / 20), np.sin(n / 20)] for n, text in enumerate(documents.values())}
     model = Vectors(table | {f"query {n}": [1.0, 0.0] for n in range(3)})
-    judge = make_judge(str(tmp_path), "dev")
-    assert judge.name == "nDCG@10"
+    evaluator = make_evaluator(str(tmp_path), "dev")
+    assert evaluator.name == "nDCG@10"
     gain = 2 / np.log2(3) + 1 / np.log2(5)
     ideal = 2 / np.log2(2) + 1 / np.log2(3) + 1 / np.log2(4)
-    assert judge(model) == pytest.approx((gain / ideal + 0) / 2, rel=1e-6)
+    assert evaluator(model) == pytest.approx((gain / ideal + 0) / 2, rel=1e-6)
     (tmp_path / "qrels/none.tsv").write_text("q9\td0\t1\n")
-    with pytest.raises(InputError, match="none of the queries"):
-        make_judge(str(tmp_path), "none")
-    with pytest.raises(InputError, match="cannot be opened"):
-        make_judge(str(tmp_path), "missing")
+    with pytest.raises(InputError, match="judges no query"):
+        make_evaluator(str(tmp_path), "none")
+    with pytest.raises(InputError, match=r"holds no missing\.tsv"):
+        make_evaluator(str(tmp_path), "missing")

@@ -22,7 +22,7 @@ from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
 from sgpt_jax.files.lines import write_jsonl
 from train.__main__ import main
-from train.dev import make_judge
+from train.dev import make_evaluator
 from train.log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -257,7 +257,7 @@ def test_the_best_by_dev_is_taken(base, pairs, sts, tmp_path):
     kept = [look["dev"] for look in looks if (out / f"best/{look['step'] + 1}").exists()]
     assert sorted(kept) == sorted(look["dev"] for look in looks)[-2:]
     # the model in the folder gives that number
-    assert make_judge(sts, "")(BiEncoder.from_pretrained(out)) == pytest.approx(best, abs=1e-6)
+    assert make_evaluator(sts, "")(BiEncoder.from_pretrained(out)) == pytest.approx(best, abs=1e-6)
 
 
 def test_nan_stops_the_run(base, pairs, tmp_path, capsys):

@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
 
-from eval import data
-from eval.data import AVERAGES, FORUMS, DataSet, default_split, find, forums_of, obtain, unzip
+from eval import datasets
+from eval.datasets import AVERAGES, FORUMS, default_split, forums_of, obtain, unzip
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet, find
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def published(tmp_path, monkeypatch):
     """A stand-in for BEIR's server: `publish(name, files)` puts an archive there and its MD5 into the table."""
     server = tmp_path / "server"
     server.mkdir()
-    monkeypatch.setattr(data, "URL", server.as_uri() + "/{name}.zip")
+    monkeypatch.setattr(datasets, "URL", server.as_uri() + "/{name}.zip")
 
     def publish(name, folder=None, names=()):
         archive = server / f"{name}.zip"
@@ -27,7 +28,7 @@ def published(tmp_path, monkeypatch):
                 content.write(file, f"{name}/{file.relative_to(folder)}")
             for entry in names:
                 content.writestr(entry, "text")
-        monkeypatch.setitem(data.MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
+        monkeypatch.setitem(datasets.MD5, name, hashlib.md5(archive.read_bytes()).hexdigest())
         return archive
 
     return publish
@@ -44,7 +45,7 @@ def test_a_published_set_is_downloaded_once(tmp_path, published):
 
 def test_a_wrong_md5_is_refused(tmp_path, published, monkeypatch):
     published("scifact", eval_cases.small_beir(tmp_path / "made"))
-    monkeypatch.setitem(data.MD5, "scifact", "0" * 32)
+    monkeypatch.setitem(datasets.MD5, "scifact", "0" * 32)
     with pytest.raises(InputError, match=r"MD5 is .*, BEIR publishes 0000"):
         obtain("scifact", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
@@ -79,7 +80,7 @@ def test_a_damaged_archive_is_refused(tmp_path):
 
 
 def test_no_network_is_a_message(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "URL", (tmp_path / "nowhere").as_uri() + "/{name}.zip")
+    monkeypatch.setattr(datasets, "URL", (tmp_path / "nowhere").as_uri() + "/{name}.zip")
     with pytest.raises(InputError, match=r"cannot be downloaded .*give a local folder"):
         obtain("scifact", tmp_path / "cache")
 
@@ -120,4 +121,4 @@ def test_the_papers_lists():
     assert "msmarco" not in AVERAGES["average_18"] and set(AVERAGES["average_11"]) < set(
         AVERAGES["average_18"]
     )
-    assert set(AVERAGES["average_18"]) - set(data.MD5) == {"bioasq", "signal1m", "trec-news", "robust04"}
+    assert set(AVERAGES["average_18"]) - set(datasets.MD5) == {"bioasq", "signal1m", "trec-news", "robust04"}

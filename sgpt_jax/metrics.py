@@ -1,9 +1,8 @@
-"""Retrieval metrics: those of pytrec_eval, with everything around them stated in one place.
+"""The one order of documents, and the retrieval metrics: those of pytrec_eval, with the rules around them.
 
-Scores are compared as float32 and ties rank by document id, descending, as in trec_eval. The gain is
-max(grade, 0), linear; the ideal list comes from all judged documents. Means are over every judged query
-that the queries file holds: one without hits counts 0, and so does one without any relevant document (BEIR
-and mteb).
+Scores are compared as float32 and ties rank by document id, descending, as in trec_eval. The gain is max(grade, 0),
+linear; the ideal list comes from all judged documents. Means are over every judged query that the queries file holds:
+one without hits counts 0, and so does one without any relevant document (BEIR and mteb).
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pytrec_eval
 
 from sgpt_jax.errors import InputError
 
@@ -29,8 +27,8 @@ Qrels = Mapping[str, Mapping[str, int]]
 class Evaluation:
     """Means, values per query and counts of one run.
 
-    ``metrics`` and ``per_query`` have keys such as ``ndcg@10``; the values of ``per_query`` are in the order
-    of ``queries``.
+    ``metrics`` and ``per_query`` have keys such as ``ndcg@10``; the values of ``per_query`` are in the order of
+    ``queries``.
     """
 
     metrics: dict[str, float]
@@ -39,33 +37,39 @@ class Evaluation:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def top(
-    query: str, scores: Mapping[str, float], k: int, *, ignore: str | None = None
-) -> list[tuple[str, float]]:
-    """The best k documents as (id, score), by trec_eval's order: float32 score, then id, both descending.
+def rank(
+    scores: Mapping[str, float], k: int | None = None, *, query: str | None = None, ignore: str | None = None
+) -> dict[str, float]:
+    """The best k documents in trec_eval's order: float32 score, then id as a string, both descending.
 
     Args:
-        query: the query's id, for messages.
         scores: {document id: score}; infinities are legal.
-        k: how many to keep; all of them when there are fewer.
+        k: how many to keep; None keeps all of them, and so do more than there are.
+        query: the query's id, for messages.
         ignore: a document id that is dropped before the cut.
+
+    Returns:
+        {document id: score}, best first, with the scores as they were given.
 
     Raises:
         InputError: a NaN score, with query and document id.
     """
     with np.errstate(over="ignore"):  # beyond float32 means infinity there, as in trec_eval
-        rounded = np.fromiter(scores.values(), np.float32, len(scores)).tolist()
+        rounded = np.fromiter(scores.values(), np.float64, len(scores)).astype(np.float32).tolist()
     entries = []
     for document, score in zip(scores, rounded, strict=True):
         if math.isnan(score):
-            raise InputError(f"the score of query {query!r}, document {document!r} is NaN")
+            whose = "" if query is None else f"query {query!r}, "
+            raise InputError(f"the score of {whose}document {document!r} is NaN")
         if document != ignore:
             entries.append((score, document))
-    best = sorted(entries, reverse=True) if len(entries) <= k else heapq.nlargest(k, entries)
-    return [(document, scores[document]) for _, document in best]
+    best = sorted(entries, reverse=True) if k is None or len(entries) <= k else heapq.nlargest(k, entries)
+    return {document: scores[document] for _, document in best}
 
 
-def cut(run: Run, k: int, *, ignore_identical_ids: bool = False) -> tuple[dict[str, dict[str, float]], int]:
+def cut(
+    run: Run, k: int | None, *, ignore_identical_ids: bool = False
+) -> tuple[dict[str, dict[str, float]], int]:
     """Every query's best k documents in rank order, and how many with the query's own id were dropped.
 
     The drop comes before the cut, so k documents remain where there are that many others.
@@ -74,7 +78,7 @@ def cut(run: Run, k: int, *, ignore_identical_ids: bool = False) -> tuple[dict[s
     for query, scores in run.items():
         own = query if ignore_identical_ids else None
         dropped += own is not None and own in scores
-        kept[query] = dict(top(query, scores, k, ignore=own))
+        kept[query] = rank(scores, k, query=query, ignore=own)
     return kept, dropped
 
 
@@ -112,7 +116,7 @@ def evaluate(
         ignore_identical_ids=ignore_identical_ids,
     )
     hits = {query: documents for query, documents in hits.items() if documents}
-    values = _pytrec(qrels, hits, cuts)
+    values = trec_eval(qrels, hits, [f"{measure}.{k}" for measure in _MEASURES.values() for k in cuts])
     per_query: dict[str, list[float]] = {}
     for k in cuts:
         for name, measure in _MEASURES.items():
@@ -129,25 +133,40 @@ def evaluate(
     return Evaluation(metrics, names, per_query, counts)
 
 
-def _pytrec(qrels: Qrels, hits: Run, cuts: Sequence[int]) -> dict[str, dict[str, float]]:
-    """pytrec_eval's values per query. It sees ranks for scores and numbers for ids: the order is settled
-    already, and C strings cannot hold every id that JSON can.
+def trec_eval(qrels: Qrels, run: Run, measures: Iterable[str]) -> dict[str, dict[str, float]]:
+    """trec_eval's own values for every query of a run whose documents are in rank order, through pytrec_eval.
+
+    It is given ranks for scores and numbers for ids: the order is settled already, and C strings cannot hold every id
+    that JSON can. Negative grades gain nothing (pytrec_eval itself crashes on some).
+
+    Args:
+        qrels: {query id: {document id: grade}}, for every query of the run.
+        run: {query id: {document id: score}}, best first; the scores are not looked at.
+        measures: pytrec_eval's names, such as "map" or "ndcg_cut.10".
+
+    Returns:
+        {query id: {measure: value}}, with pytrec_eval's names of values, such as "ndcg_cut_10".
+
+    Raises:
+        InputError: pytrec_eval is not installed.
     """
+    try:
+        import pytrec_eval
+    except ModuleNotFoundError as error:
+        raise InputError(f"retrieval metrics need {error.name}: pip install 'sgpt-jax[eval]'") from error
     grades, ranked = {}, {}
-    for place, (query, documents) in enumerate(hits.items()):
-        numbers: dict[str, str] = {}
-        grades[str(place)] = {
-            numbers.setdefault(document, str(len(numbers))): max(grade, 0)
+    for number, (query, documents) in enumerate(run.items()):
+        aliases: dict[str, str] = {}
+        grades[str(number)] = {
+            aliases.setdefault(document, str(len(aliases))): max(grade, 0)
             for document, grade in qrels[query].items()
         }
-        ranked[str(place)] = {
-            numbers.setdefault(document, str(len(numbers))): float(-rank)
-            for rank, document in enumerate(documents)
+        ranked[str(number)] = {
+            aliases.setdefault(document, str(len(aliases))): float(-position)
+            for position, document in enumerate(documents)
         }
-    at = ",".join(str(k) for k in cuts)
-    evaluator = pytrec_eval.RelevanceEvaluator(grades, {f"{measure}.{at}" for measure in _MEASURES.values()})
-    values = evaluator.evaluate(ranked)
-    return {query: values[str(place)] for place, query in enumerate(hits)}
+    values = pytrec_eval.RelevanceEvaluator(grades, set(measures)).evaluate(ranked)
+    return {query: values[str(position)] for position, query in enumerate(run) if str(position) in values}
 
 
 def _reciprocal_rank(grades: Mapping[str, int], documents: Iterable[str], k: int) -> float:

@@ -28,7 +28,6 @@ import numpy as np
 from etils import epath
 
 from eval.beir import add_data_arguments, data_sets, run_data_set
-from eval.data import DataSet
 from eval.models import (
     PROMPTS,
     LazyModel,
@@ -37,12 +36,12 @@ from eval.models import (
     add_depth_argument,
     bi_encoder,
     cross_encoder,
-    encode_options,
 )
 from eval.results import Result
 from eval.stages import Stages
 from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.lines import atomic_write
 from sgpt_jax.text.pairs import Prompt
@@ -138,8 +137,7 @@ def main(args: argparse.Namespace) -> None:
         for number, name in enumerate(studies, 1)
     }
     lazy = cross_encoder(args)
-    options = encode_options(args)
-    first = Stages(bi_encoder(args) if args.model else None, None, args.rerank_depth, None, options)
+    first = Stages(bi_encoder(args) if args.model else None, None, args.rerank_depth, None, args.batch_tokens)
     runs = epath.Path(args.first_stage) if args.first_stage else args.output / "first-stage"
     table: dict[str, dict[str, Result]] = {name: {} for name in studies}
     for data in (data for _, parts in data_sets(args) for data in parts):
@@ -151,7 +149,9 @@ def main(args: argparse.Namespace) -> None:
         for name, study in studies.items():
             print(f"{name!r} on ", end="", flush=True)
             example = None if study.instruction is None else examples[study.shortest]
-            stages = Stages(None, Prompted(lazy, name, study, example), args.rerank_depth, runs, options)
+            stages = Stages(
+                None, prompted(lazy, name, study, example), args.rerank_depth, runs, args.batch_tokens
+            )
             table[name][data.name] = run_data_set(data, stages, folders[name], args)
     text = as_table(table, lazy.source, args.rerank_depth)
     with atomic_write(args.output / "prompts.md") as stream:
@@ -159,25 +159,21 @@ def main(args: argparse.Namespace) -> None:
     print(text, end="")
 
 
-class Prompted(LazyModel):
+def prompted(lazy: LazyModel, name: str, study: Study, example: Example | None) -> LazyModel:
     """The cross-encoder of another `LazyModel` with a study's prompt: the weights are the same ones."""
+    prompt = study.prompt(example)
 
-    def __init__(self, lazy: LazyModel, name: str, study: Study, example: Example | None) -> None:
-        prompt = study.prompt(example)
-        self.source = lazy.source
-        self.identity = lazy.identity | {
-            "study": name if name in STUDIES else None,
-            "prompt": dataclasses.asdict(prompt),
-            "example": example and {"document": example.document_id, "query": example.query_id},
-            "answers": study.answers and list(study.answers),
-        }
-        self._base, self._prompt, self._answers = lazy, prompt, study.answers
+    def load() -> CrossEncoder | Answering:
+        model = dataclasses.replace(lazy.model, prompt=prompt)
+        return Answering(model, study.answers) if study.answers else model
 
-    @property
-    def model(self) -> Any:
-        """The model with this prompt."""
-        model = dataclasses.replace(self._base.model, prompt=self._prompt)
-        return Answering(model, self._answers) if self._answers else model
+    identity = lazy.identity | {
+        "study": name if name in STUDIES else None,
+        "prompt": dataclasses.asdict(prompt),
+        "example": example and {"document": example.document_id, "query": example.query_id},
+        "answers": study.answers and list(study.answers),
+    }
+    return LazyModel(lazy.source, identity, load)
 
 
 class Answering:

@@ -23,7 +23,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
 _MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".txt", ".model")
 
 
-def circumstances(*packages: str) -> dict[str, Any]:
+def provenance(*packages: str) -> dict[str, Any]:
     """Command, time, versions and device of this process, ready for JSON.
 
     Args:

@@ -1,24 +1,18 @@
-"""BEIR data sets: the folder layout, the published archives, and the sets that the SGPT paper averages."""
+"""The data sets that BEIR publishes: their archives, their splits, and the averages of the SGPT paper."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from etils import epath
 from tqdm import tqdm
 
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.corpora import Document, read_corpus, read_queries
-from sgpt_jax.files.lines import ReadReport
-from sgpt_jax.files.runs import read_qrels
 
 URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
 
@@ -70,77 +64,6 @@ AVERAGES = {
     ),
     "average_5": ("nfcorpus", "fiqa", "arguana", "scidocs", "scifact"),
 }
-
-
-@dataclass
-class DataSet:
-    """One BEIR folder: where its files are, and its judged queries once `load` has read them."""
-
-    name: str
-    folder: epath.Path
-    split: str
-    encoding_errors: str = "strict"
-    skip_bad_lines: bool = False
-    queries: dict[str, str] = field(default_factory=dict)
-    qrels: dict[str, dict[str, int]] = field(default_factory=dict)
-    reports: dict[str, ReadReport] = field(default_factory=dict)
-
-    def load(self) -> DataSet:
-        """Reads judgements and queries; `queries` then holds the judged ones, in the file's order.
-
-        Raises:
-            InputError: a file is missing or breaks a rule, or no query of the queries file is judged.
-        """
-        qrels_file = find(self.folder / "qrels", self.split, ("tsv", "txt", "qrels", "trec"))
-        self.qrels = read_qrels(qrels_file, errors=self.encoding_errors, report=self._report("qrels"))
-        queries_file = find(self.folder, "queries", ("jsonl", "tsv"))
-        queries = read_queries(
-            queries_file,
-            errors=self.encoding_errors,
-            skip_bad_lines=self.skip_bad_lines,
-            report=self._report("queries"),
-        )
-        self.queries = {query: text for query, text in queries.items() if query in self.qrels}
-        if not self.queries:
-            raise InputError(f"{qrels_file}: judges no query that {queries_file} holds")
-        return self
-
-    def documents(self) -> Iterator[Document]:
-        """The corpus as a stream of documents (title and text already joined), in the file's order.
-
-        Raises:
-            InputError: as `sgpt_jax.files.corpora.read_corpus`.
-        """
-        return read_corpus(
-            find(self.folder, "corpus", ("jsonl", "tsv")),
-            errors=self.encoding_errors,
-            skip_bad_lines=self.skip_bad_lines,
-            report=self._report("corpus"),
-        )
-
-    @property
-    def ignores_identical_ids(self) -> bool:
-        """BEIR's rule: in ArguAna and Quora the queries are themselves in the corpus."""
-        return self.name in ("arguana", "quora")
-
-    def _report(self, part: str) -> ReadReport:
-        self.reports[part] = ReadReport()
-        return self.reports[part]
-
-
-def find(folder: epath.Path, stem: str, endings: tuple[str, ...]) -> epath.Path:
-    """The file ``stem.ending`` or ``stem.ending.gz`` in a folder.
-
-    Raises:
-        InputError: there is none, or more than one and so no telling which is meant.
-    """
-    names = [f"{stem}.{ending}{zipped}" for ending in endings for zipped in ("", ".gz")]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if len(found) > 1:
-        raise InputError(f"{folder}: holds both {found[0].name} and {found[1].name}; keep one")
-    if not found:
-        raise InputError(f"{folder}: holds no {stem}.{endings[0]} (or .{endings[0]}.gz)")
-    return found[0]
 
 
 def default_split(name: str) -> str:
@@ -219,6 +142,8 @@ def download(url: str, target: Path) -> str:
 def unzip(archive: Path, folder: Path) -> None:
     """Unpacks a zip file, refusing it whole when an entry would land outside the folder.
 
+    (`zipfile` itself would keep such entries inside under other names, and the data set would be another one.)
+
     Raises:
         InputError: an entry's name is absolute, holds ``..``, or is a link; or the file is no zip file.
     """
@@ -232,13 +157,6 @@ def unzip(archive: Path, folder: Path) -> None:
                     raise InputError(
                         f"{archive.name}: the entry {entry.filename!r} points outside the folder"
                     )
-            for entry in content.infolist():
-                target = folder / entry.filename
-                if entry.is_dir():
-                    target.mkdir(parents=True, exist_ok=True)
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with content.open(entry) as source, target.open("wb") as stream:
-                    shutil.copyfileobj(source, stream, 1 << 20)
+            content.extractall(folder)
     except zipfile.BadZipFile as error:
         raise InputError(f"{archive.name}: is no complete zip file ({error})") from error

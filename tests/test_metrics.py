@@ -11,8 +11,8 @@ pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
 
 import pytrec_eval
 
-from eval.metrics import CUTS, cut, evaluate, top
 from sgpt_jax.errors import InputError
+from sgpt_jax.metrics import CUTS, cut, evaluate, rank, trec_eval
 
 MEASURES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
 
@@ -101,11 +101,21 @@ def test_graded_gain_is_linear_and_negative_grades_gain_nothing():
     assert found == pytest.approx((1 / math.log2(3) + 3 / math.log2(4)) / ideal, abs=1e-9)
 
 
+def test_trec_eval_takes_negative_grades_as_nothing():
+    """pytrec_eval itself crashes on some of them."""
+    qrels = {"q": {"a": -1, "b": 2, "c": -2}, "r": {"a": -1}}
+    run = {"q": {"a": 3.0, "b": 2.0}, "r": {"a": 1.0}}
+    found = trec_eval(qrels, run, ("map", "ndcg"))
+    assert found["q"]["map"] == pytest.approx(0.5)
+    assert found["q"]["ndcg"] == pytest.approx(1 / math.log2(3))
+    assert found["r"]["map"] == found["r"]["ndcg"] == 0.0
+
+
 def test_ties_rank_by_id_descending_in_float32():
     scores = {"a": 1.0, "b": 1.0 + 1e-12, "c": 1.0, "Z": 2.0, "é": 1.0}
-    assert [document for document, _ in top("q", scores, 10)] == ["Z", "é", "c", "b", "a"]
-    assert [document for document, _ in top("q", scores, 3)] == ["Z", "é", "c"]
-    assert dict(top("q", scores, 5))["b"] == 1.0 + 1e-12  # the score itself is kept as it was
+    assert list(rank(scores, 10)) == ["Z", "é", "c", "b", "a"]
+    assert list(rank(scores, 3)) == ["Z", "é", "c"]
+    assert rank(scores)["b"] == 1.0 + 1e-12  # the score itself is kept as it was
 
 
 def test_mrr_has_a_cut_of_its_own():

@@ -1,0 +1,97 @@
+"""Data sets in BEIR's layout: a folder with corpus, queries, and judgements by split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from etils import epath
+
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document, read_corpus, read_queries
+from sgpt_jax.files.lines import ReadReport
+from sgpt_jax.files.runs import read_qrels
+
+RECORDS = ("jsonl", "tsv", "csv", "json")  # endings of corpus and queries, each also before .gz
+JUDGEMENTS = ("tsv", "txt", "qrels", "trec")
+
+
+@dataclass
+class DataSet:
+    """One BEIR folder: where its files are, and its judged queries once `load` has read them.
+
+    Attributes:
+        name: of the data set; results are filed under it.
+        folder: with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (or the other endings that `find` is given).
+        split: which judgements.
+        encoding_errors, skip_bad_lines: how files are read, see `read_corpus`.
+        queries: {id: text} of the judged queries, in the file's order.
+        qrels: {query id: {document id: grade}}, queries that the queries file lacks included.
+        reports: what the readers met, by "corpus", "queries" and "qrels".
+    """
+
+    name: str
+    folder: epath.Path
+    split: str
+    encoding_errors: str = "strict"
+    skip_bad_lines: bool = False
+    queries: dict[str, str] = field(default_factory=dict)
+    qrels: dict[str, dict[str, int]] = field(default_factory=dict)
+    reports: dict[str, ReadReport] = field(default_factory=dict)
+
+    def load(self) -> DataSet:
+        """Reads judgements and queries; `queries` then holds the judged ones, in the file's order.
+
+        Raises:
+            InputError: a file is missing or breaks a rule, or no query of the queries file is judged.
+        """
+        qrels_file = find(self.folder / "qrels", self.split, JUDGEMENTS)
+        self.qrels = read_qrels(qrels_file, errors=self.encoding_errors, report=self._report("qrels"))
+        queries_file = find(self.folder, "queries", RECORDS)
+        queries = read_queries(
+            queries_file,
+            errors=self.encoding_errors,
+            skip_bad_lines=self.skip_bad_lines,
+            report=self._report("queries"),
+        )
+        self.queries = {query: text for query, text in queries.items() if query in self.qrels}
+        if not self.queries:
+            raise InputError(f"{qrels_file}: judges no query that {queries_file} holds")
+        return self
+
+    def documents(self) -> Iterator[Document]:
+        """The corpus as a stream of documents (title and text already joined), in the file's order.
+
+        Raises:
+            InputError: as `sgpt_jax.files.corpora.read_corpus`.
+        """
+        return read_corpus(
+            find(self.folder, "corpus", RECORDS),
+            errors=self.encoding_errors,
+            skip_bad_lines=self.skip_bad_lines,
+            report=self._report("corpus"),
+        )
+
+    @property
+    def ignores_identical_ids(self) -> bool:
+        """BEIR's rule: in ArguAna and Quora the queries are themselves in the corpus."""
+        return self.name in ("arguana", "quora")
+
+    def _report(self, part: str) -> ReadReport:
+        self.reports[part] = ReadReport()
+        return self.reports[part]
+
+
+def find(folder: epath.Path, stem: str, endings: tuple[str, ...]) -> epath.Path:
+    """The file ``stem.ending`` or ``stem.ending.gz`` in a folder.
+
+    Raises:
+        InputError: there is none, or more than one and so no telling which is meant.
+    """
+    names = [f"{stem}.{ending}{zipped}" for ending in endings for zipped in ("", ".gz")]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder}: holds both {found[0].name} and {found[1].name}; keep one")
+    if not found:
+        raise InputError(f"{folder}: holds no {stem}.{endings[0]} (or .{endings[0]}.gz)")
+    return found[0]

@@ -1,0 +1,34 @@
+"""How a document that was found is shown."""
+
+from __future__ import annotations
+
+import re
+
+_TITLE, _SNIPPET = 140, 320
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
+
+
+def title_and_snippet(text: str, title: str | None = None) -> tuple[str, str]:
+    """What stands for a document in a list.
+
+    Args:
+        text: the whole document; a title that is known stands at its beginning.
+        title: None where it is not known: an index keeps the text alone. Then it is the first line or sentence.
+    """
+    text = text.strip()
+    if title is not None and text.startswith(title):
+        rest = text[len(title) :]
+    elif end := _SENTENCE_END.search(text, 0, _TITLE):
+        title, rest = text[: end.end()], text[end.end() :]
+    else:
+        title, rest = _cut(text, _TITLE)
+    return " ".join(title.split()), _cut(" ".join(rest.split()), _SNIPPET)[0]
+
+
+def _cut(text: str, size: int) -> tuple[str, str]:
+    """The beginning of a text, with dots if it is not the whole, and the rest. Words stay whole where there are any."""
+    if len(text) <= size:
+        return text, ""
+    end = text.rfind(" ", size // 2, size)
+    end = size if end < 0 else end
+    return f"{text[:end]} ...", text[end:]

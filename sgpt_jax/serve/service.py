@@ -1,0 +1,253 @@
+"""What a server has loaded, and its answers as arrays: texts in, through the batching queue, to vectors and scores."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cross_encoder import CrossEncoder
+from sgpt_jax.errors import InputError
+from sgpt_jax.index.search import Index
+from sgpt_jax.serve.batching import BatchReport, Job, Queue, Worker
+from sgpt_jax.serve.errors import ApiError
+from sgpt_jax.serve.programs import Embedder, Hits, Scorer, Searcher, TokenPair, Wanted
+from sgpt_jax.serve.requests import Texts
+from sgpt_jax.text.encoder import Side, TextEncoder
+from sgpt_jax.text.pairs import query_tokens, tokenise_pairs
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is served.
+
+    Attributes:
+        encoder: makes vectors.
+        cross_encoder: re-ranks, if there is one.
+        index: is searched, if there is one.
+        titles: of the index's documents by id, where they are known.
+        document_tokens: of a document, how many the cross-encoder reads; None for all that it can.
+    """
+
+    encoder: BiEncoder
+    cross_encoder: CrossEncoder | None = None
+    index: Index | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
+    document_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.index is not None and self.index.dimension != self.encoder.dimension:
+            raise InputError(
+                f"the index has vectors of {self.index.dimension} dimensions, the model makes "
+                f"{self.encoder.dimension}: it was built with another model"
+            )
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors float32 [n, E], the tokens they were made of, and how many texts were too long and cut."""
+
+    vectors: np.ndarray
+    tokens: int
+    cut: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """For each document the log-probabilities of the query's tokens, float32 [q]; and the tokens that were read."""
+
+    log_probs: list[np.ndarray]
+    tokens: int
+
+
+class Service:
+    """Models behind a batching queue.
+
+    Made at once; `load` fills it, in a thread of its own. Coroutines of one event loop call the rest.
+
+    Args:
+        bound: tokens that may wait.
+        on_batch: is told of every batch.
+    """
+
+    def __init__(self, bound: int, on_batch: Callable[[BatchReport], object] = lambda report: None) -> None:
+        self.queue = Queue((Embedder.name, Scorer.name, Searcher.name), bound)
+        self.state = "loading"
+        self._on_batch = on_batch
+        self._worker: Worker | None = None
+        self._frames: dict[Side, tuple[list[int], list[int]]] = {}
+        # One thread: tokenizers of Hugging Face refuse to be used by two, and use several threads themselves.
+        self._tokenising = concurrent.futures.ThreadPoolExecutor(1, "tokenise")
+
+    def load(self, models: Models, on_program: Callable[[int, int], object] = lambda done, all: None) -> None:
+        """Compiles everything and begins to work; `on_program` is told how many programs are ready, of how many."""
+        self.models = models
+        self.embedder = Embedder(models.encoder)
+        self.scorer = None if models.cross_encoder is None else Scorer(models.cross_encoder)
+        self.searcher = None if models.index is None else Searcher(models.index)
+        lanes = [lane for lane in (self.embedder, self.scorer, self.searcher) if lane is not None]
+        total, done = sum(lane.programs for lane in lanes), 0
+        self.state = "compiling"
+        for lane in lanes:
+            for _ in lane.compile():
+                done += 1
+                on_program(done, total)
+        self._worker = Worker(self.queue, lanes, self._on_batch)
+        self._worker.start()
+        self.state = "ready"
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered."""
+        return self.state == "ready" and self._worker is not None and self._worker.alive
+
+    def close(self, seconds: float) -> bool:
+        """Lets nothing more in and waits for the device; False if it is not done after so many seconds."""
+        self.state = "stopping"
+        self.queue.close()
+        self._tokenising.shutdown(wait=False, cancel_futures=True)
+        return self._worker is None or self._worker.join(seconds)
+
+    async def embed(self, texts: Texts, side: Side, caller: str, *, param: str, cut: bool = True) -> Embedded:
+        """Vectors of texts or of token ids.
+
+        Args:
+            texts: at least one.
+            side: query or document.
+            caller: whom they are for.
+            param: the request's field that has them, for errors.
+            cut: whether texts that are too long are cut, or refused.
+
+        Raises:
+            ApiError: a token id is not in the vocabulary, a text is too long, the queue is full, or a vector is not
+                finite.
+        """
+        ids, too_long = await self._in_thread(self._ids, texts, side, param)
+        if too_long and not cut:
+            limit = self.models.encoder.text.max_seq_length
+            raise ApiError(
+                413, f"{too_long} texts have more than {limit} tokens", param=param, code="text_too_long"
+            )
+        sizes = [len(row) for row in ids]
+        vectors = np.stack(await self._run(Job(Embedder.name, caller, ids, sizes)))
+        if not np.isfinite(vectors).all():
+            number = int(np.argmin(np.isfinite(vectors).all(axis=1)))
+            raise ApiError(
+                500, f"the vector of text {number} is not finite", param=param, code="not_finite", retry=False
+            )
+        return Embedded(vectors, sum(sizes), too_long)
+
+    async def score(
+        self, query: str, documents: Sequence[str], caller: str, document_tokens: int | None = None
+    ) -> Scored:
+        """Log-probabilities of a query's tokens after each of some documents.
+
+        Raises:
+            ApiError: the queue is full, or a score is not finite.
+        """
+        assert self.scorer is not None
+        limit = document_tokens or self.models.document_tokens
+        pairs, places = await self._in_thread(self._pairs, query, documents, limit)
+        found: list[np.ndarray] = []
+        if pairs:
+            found = await self._run(Job(Scorer.name, caller, pairs, [pair.size for pair in pairs]))
+        found.append(np.zeros(0, np.float32))  # where the place -1 of an empty query points to
+        log_probs = [found[place] for place in places]
+        for number, values in enumerate(log_probs):
+            if not np.isfinite(values).all():
+                raise ApiError(
+                    500, f"the score of document {number} is not finite", code="not_finite", retry=False
+                )
+        return Scored(log_probs, sum(pair.size for pair in pairs))
+
+    async def search(self, vector: np.ndarray, k: int, caller: str) -> Hits:
+        """The k documents of the index with the highest scores for a query's vector, float32 [E]."""
+        (hits,) = await self._run(Job(Searcher.name, caller, [Wanted(vector, k)], [1]))
+        return hits
+
+    async def query_tokens(self, query: str) -> list[str]:
+        """The pieces of a query that the cross-encoder reads as tokens; together they are the query."""
+        model = self.models.cross_encoder
+        assert model is not None
+        return await self._in_thread(query_tokens, model.text, model.prompt, query)
+
+    async def _run(self, job: Job) -> list[Any]:
+        self.queue.put(job)
+        try:
+            return await asyncio.wrap_future(job.future)
+        except asyncio.CancelledError:  # the caller has left
+            self.queue.drop(job)
+            raise
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, function, *arguments)
+
+    def _ids(self, texts: Texts, side: Side, param: str) -> tuple[list[list[int]], int]:
+        """Token ids as the model reads them, and how many texts were cut."""
+        text, cuts = self.models.encoder.text, [0]
+        if isinstance(texts[0], str):
+            return text.ids(texts, side, show_progress=False, on_cut=cuts.append), cuts[-1]  # type: ignore[arg-type]
+        size = self.models.encoder.decoder.config.vocab_size
+        for number, ids in enumerate(texts):
+            if wrong := [id for id in ids if not 0 <= id < size]:  # type: ignore[operator, union-attr]
+                raise ApiError(
+                    400,
+                    f"{param}: text {number} has token id {wrong[0]}, outside the model's {size} embeddings",
+                    param=param,
+                    code="invalid_value",
+                )
+        before, after = self._frame(text, side, param)
+        room = text.max_seq_length - len(before) - len(after)
+        rows = []
+        for ids in texts:
+            row: list[int] = list(ids)  # type: ignore[arg-type]
+            if before and row[: len(before)] == before:
+                row = row[len(before) :]
+            if after and row[-len(after) :] == after:
+                row = row[: -len(after)]
+            cuts[0] += len(row) > room
+            rows.append((before + row[:room] + after) or [text.eos_id])
+        return rows, cuts[0]
+
+    def _frame(self, text: TextEncoder, side: Side, param: str) -> tuple[list[int], list[int]]:
+        """What the model has before and after a text: brackets, special tokens."""
+        if side not in self._frames:
+            (bare,), (full,) = text.plain_ids(["a"]), text.ids(["a"], side)
+            starts = [n for n in range(len(full)) if full[n : n + len(bare)] == bare]
+            if not starts:
+                raise ApiError(
+                    400,
+                    f"{param}: this model's prompt cannot be put before token ids; send texts",
+                    param=param,
+                )
+            self._frames[side] = full[: starts[-1]], full[starts[-1] + len(bare) :]
+        return self._frames[side]
+
+    def _pairs(
+        self, query: str, documents: Sequence[str], limit: int | None
+    ) -> tuple[list[TokenPair], list[int]]:
+        """The different pairs as tokens, and the pair of each document, -1 for an empty query."""
+        model = self.models.cross_encoder
+        assert model is not None
+        if limit is not None:
+            documents = [_first_tokens(model.text, document, limit) for document in documents]
+        tokens = tokenise_pairs(
+            model.text, model.prompt, [query] * len(documents), documents, show_progress=False
+        )
+        pairs = [
+            TokenPair(tokens.contexts[context], tokens.queries[asked]) for context, asked in tokens.pairs
+        ]
+        return pairs, tokens.indices.tolist()
+
+
+def _first_tokens(text: TextEncoder, document: str, limit: int) -> str:
+    """The beginning of a document, as long as so many tokens."""
+    spans = text.tokenizer.backend_tokenizer.encode(document, add_special_tokens=False).offsets
+    return document if len(spans) <= limit else document[: spans[limit - 1][1]]
