@@ -13,7 +13,7 @@ from etils import epath
 
 from eval.provenance import revision
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.cli.options import BATCH_TOKENS, BI_ENCODER, MESH, Group, positive
+from sgpt_jax.cli.options import BATCH_TOKENS, BI_ENCODER, MESH, WEIGHTS, Group, positive
 from sgpt_jax.cli.options import dtype as dtype_option
 from sgpt_jax.cli.options import model as model_option
 from sgpt_jax.cross_encoder import CrossEncoder
@@ -76,7 +76,7 @@ def add_depth_argument(group: Any) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every model takes."""
-    Group("computing", (dtype_option(), MESH, BATCH_TOKENS)).add_to(parser)
+    Group("computing", (dtype_option(), WEIGHTS, MESH, BATCH_TOKENS)).add_to(parser)
 
 
 class LazyModel:
@@ -114,6 +114,7 @@ def bi_encoder(args: argparse.Namespace) -> LazyModel:
         "brackets": args.brackets,
         "max_seq_length": args.max_seq_length,
         "dtype": args.dtype,
+        **_weights(args),
     }
     identity = {"revision": revision(epath.Path(resolve(args.model).path)), **options}
     if args.biases:
@@ -137,12 +138,22 @@ def cross_encoder(args: argparse.Namespace) -> LazyModel:
         {
             "revision": revision(epath.Path(resolve(args.cross_encoder).path)),
             "dtype": args.dtype,
+            **_weights(args),
             "prompt": dataclasses.asdict(prompt),
         },
         lambda: CrossEncoder.from_pretrained(
-            args.cross_encoder, prompt=prompt, dtype=args.dtype, mesh=device_mesh(args.mesh)
+            args.cross_encoder,
+            prompt=prompt,
+            dtype=args.dtype,
+            mesh=device_mesh(args.mesh),
+            weights=args.weights,
         ),
     )
+
+
+def _weights(args: argparse.Namespace) -> dict[str, str]:
+    """The option `--weights`, where it is given: results that were made before it existed keep their identity."""
+    return {"weights": args.weights} if args.weights else {}
 
 
 def encode_options(args: argparse.Namespace) -> dict[str, Any]:

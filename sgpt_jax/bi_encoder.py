@@ -24,7 +24,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.folder.card import read_license, write_model_card
 from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.load import load_parts, token_limit
+from sgpt_jax.load import base_sha256, load_parts, token_limit
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, lay_out
 from sgpt_jax.packing.rows import embed, plan_texts, texts_per_row, vector_indices
 from sgpt_jax.runtime.one_behind import one_behind
@@ -36,6 +36,13 @@ from sgpt_jax.text.tokenizer import save_tokenizer
 
 # CPU: tokens of a batch; more make no matmul faster.
 CPU_BATCH_TOKENS = 4096
+
+
+# What a model card says of weights that were int8.
+DEQUANTISED = (
+    "The weights are the dequantised copy of int8 weights, one scale for each output channel, that the model was used "
+    "with: another rounding of the base model's than its own files have."
+)
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -122,6 +129,7 @@ class BiEncoder:
         dtype: str = "float32",
         mesh: Mesh | None = None,
         biases: Any = None,
+        weights: str | None = None,
     ) -> BiEncoder:
         """Loads a model.
 
@@ -137,6 +145,8 @@ class BiEncoder:
             dtype: "float32" or "bfloat16", for weights and matmuls; vectors are float32 always.
             mesh: spread model and batches over it (`make_mesh`); None uses the first device.
             biases: a file of trained biases to apply (`python -m train` writes them as biases.safetensors).
+            weights: "int8" holds the matrices as int8, at a quarter of float32's memory; None in the dtype. See
+                `load_decoder`.
 
         Raises:
             InputError: the source is missing, damaged or not supported, or the options do not fit it.
@@ -149,11 +159,11 @@ class BiEncoder:
         brackets = _first(brackets, recorded.get("brackets"), settings.brackets, False)
         if pooling not in POOLING_MODES:
             raise InputError(f"pooling must be one of {', '.join(POOLING_MODES)}, not {pooling!r}")
-        parts = load_parts(resolved, dtype, mesh)
+        parts = load_parts(resolved, dtype, mesh, weights)
         length = token_limit(parts.decoder.config, max_seq_length, settings.max_seq_length)
         decoder = parts.decoder
         if bias_set is not None:
-            decoder = bias_sets.apply_bias_set(decoder, bias_set)
+            decoder = bias_sets.apply_bias_set(decoder, bias_set, base_sha256(resolved, decoder))
         return cls(
             decoder=decoder,
             hf_config=parts.hf_config,
@@ -290,7 +300,8 @@ class BiEncoder:
     ) -> None:
         """Writes a folder that transformers, sentence-transformers and this project load.
 
-        sentence-transformers adds no brackets by itself; the folder's model card says so where it matters.
+        sentence-transformers adds no brackets by itself; the folder's model card says so where it matters. Of a model
+        in int8 the folder has the dequantised copy, in the decoder's dtype, and the card says that too.
 
         Args:
             folder: created where it is not there.
@@ -301,8 +312,26 @@ class BiEncoder:
             InputError: when transformers has no config for the decoder (biases added to some families). Nothing is
                 written then.
         """
-        folder = epath.Path(folder)
         export_folder(self.decoder, self.hf_config, folder)
+        note = DEQUANTISED if self.decoder.build.int8 else ""
+        self.save_settings(folder, training=training, results=results, note=note)
+
+    def save_settings(
+        self,
+        folder: Any,
+        *,
+        training: Mapping[str, object] | None = None,
+        results: Mapping[str, object] | None = None,
+        note: str = "",
+    ) -> None:
+        """Writes what a model folder has beside the weights: tokenizer, how vectors are made, model card.
+
+        Args:
+            folder: see `save_pretrained`.
+            training, results: see there.
+            note: for the model card, a paragraph on the weights.
+        """
+        folder = epath.Path(folder)
         save_tokenizer(self.text.tokenizer, folder)
         settings = ModelSettings(
             pooling=self.pooling,
@@ -320,6 +349,7 @@ class BiEncoder:
             license=self.license,
             training=training,
             results=results,
+            note=note,
         )
 
     def _plan(self, ids: list[list[int]], batch_tokens: int | None) -> _Chunk:

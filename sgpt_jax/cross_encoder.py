@@ -124,6 +124,7 @@ class CrossEncoder:
         max_seq_length: int | None = None,
         dtype: str = "float32",
         mesh: Mesh | None = None,
+        weights: str | None = None,
     ) -> CrossEncoder:
         """Loads a model: a decoder of any supported family, as it was pre-trained.
 
@@ -136,13 +137,14 @@ class CrossEncoder:
             max_seq_length: tokens that the decoder reads for one pair at most; None is the model's own limit.
             dtype: "float32" or "bfloat16", for weights and matmuls; log-probabilities are float32 always.
             mesh: spread model and batches over it (`make_mesh`); None uses the first device.
+            weights: "int8" holds the matrices as int8, None in the dtype, see `load_decoder`.
 
         Raises:
             InputError: the source is missing, damaged, not supported or has no language-model head, or the options do
                 not fit it.
         """
         resolved = resolve(source)
-        parts = load_parts(resolved, dtype, mesh)
+        parts = load_parts(resolved, dtype, mesh, weights)
         return cls(
             decoder=parts.decoder,
             text=TextEncoder(parts.tokenizer, token_limit(parts.decoder.config, max_seq_length)),

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
+from sgpt_jax.checkpoint.fingerprint import weights_sha256
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.checkpoint.weights import load_checkpoint
+from sgpt_jax.checkpoint.weights import checkpoint_sha256, load_checkpoint
 from sgpt_jax.decoder.config import DecoderConfig
-from sgpt_jax.decoder.model import Decoder
+from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.source import Source, resolve
 from sgpt_jax.text.tokenizer import load_tokenizer
@@ -23,13 +24,17 @@ if TYPE_CHECKING:  # transformers takes most of a second to import
 UNLIMITED_DEFAULT = 2048
 
 
-def load_decoder(source: Any, dtype: str = "float32", mesh: Mesh | None = None) -> Decoder:
+def load_decoder(
+    source: Any, dtype: str = "float32", mesh: Mesh | None = None, *, weights: str | None = None
+) -> Decoder:
     """The decoder of a checkpoint, in evaluation form.
 
     Args:
         source: a folder as transformers writes it, a hub id ("org/name" or "org/name@revision"), or a .gguf file.
         dtype: "float32" or "bfloat16", for weights and matmuls.
         mesh: spread the weights over it by the tables of `sharding.py`; None uses the first device.
+        weights: "int8" holds the matrices as int8, with a float32 scale for each output channel (of embedding and head:
+            for each row); None holds them in the dtype.
 
     Returns:
         `decoder(input_ids, attention_mask)` gives hidden states [B, T, E] after the final norm,
@@ -38,7 +43,7 @@ def load_decoder(source: Any, dtype: str = "float32", mesh: Mesh | None = None) 
     Raises:
         InputError: when the source is not there, or its config or its tensors do not fit; all misfits are listed.
     """
-    return load_checkpoint(open_checkpoint(resolve(source).path), dtype, mesh)
+    return load_checkpoint(open_checkpoint(resolve(source).path), dtype, mesh, weights)
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,22 @@ class Parts:
     hf_config: Mapping[str, Any]
 
 
-def load_parts(source: Source, dtype: str, mesh: Mesh | None) -> Parts:
+def load_parts(source: Source, dtype: str, mesh: Mesh | None, weights: str | None = None) -> Parts:
     """The decoder and the tokenizer of a source, see `load_decoder`."""
     files = open_checkpoint(source.path)
-    return Parts(load_checkpoint(files, dtype, mesh), load_tokenizer(source.path), files.config)
+    return Parts(load_checkpoint(files, dtype, mesh, weights), load_tokenizer(source.path), files.config)
+
+
+def base_sha256(source: Source, decoder: Decoder) -> str:
+    """The hash of the weights that a decoder was loaded with, int8 or not: what a bias set names its base by.
+
+    Args:
+        source: where the decoder came from; read again where its weights became int8.
+        decoder: the decoder, with or without biases and adapters of its own.
+    """
+    if decoder.build.int8:
+        return checkpoint_sha256(open_checkpoint(source.path))
+    return weights_sha256(split(decoder)[1])
 
 
 def token_limit(config: DecoderConfig, asked: int | None, stated: int | None = None) -> int:

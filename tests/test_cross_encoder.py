@@ -21,6 +21,7 @@ from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError, ScoreReport
 from sgpt_jax.decoder import log_probs
 from sgpt_jax.decoder.batch import Batch, Targets
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.model import Decoder, merge, split
 from sgpt_jax.errors import InputError
@@ -222,7 +223,7 @@ def test_memory_does_not_hold_all_logits():
         vocab_size=vocabulary, embed_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8,
         max_positions=positions, positions="learned",
     )  # fmt: skip
-    graphdef, params = split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    graphdef, params = split(nnx.eval_shape(lambda: Decoder(config, Build(jnp.float32, rngs=nnx.Rngs(0)))))
     array = jax.ShapeDtypeStruct((1, positions), jnp.int32)
     program = log_probs.score_tokens.lower(
         graphdef, params, Batch(array, array, array), Targets(array, array), mesh=None

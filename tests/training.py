@@ -13,9 +13,15 @@ from train.msmarco import COLLECTION, NEGATIVES, QUERIES, SCORES
 FOLDER = Path(__file__).parent / "fixtures/training"
 
 
-def expected(run):
-    with np.load(FOLDER / "runs.npz") as stored:
+def expected(run, file="runs"):
+    with np.load(FOLDER / f"{file}.npz") as stored:
         return {name.removeprefix(f"{run}/"): stored[name] for name in stored if name.startswith(f"{run}/")}
+
+
+def lora_start(name, shape):
+    """What an adapter's A starts from, by the name that PEFT saves it under: [rank, in]."""
+    values = np.random.RandomState(decoders.seed_from("lora", name)).uniform(-1, 1, shape)
+    return (values * shape[1] ** -0.5).astype(np.float32)
 
 
 def data(negatives):

@@ -13,7 +13,11 @@ from etils import epath
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import BiasSet, bias_leaves, save_bias_set
 from sgpt_jax.checkpoint.fingerprint import to_numpy
+from sgpt_jax.checkpoint.lora import WEIGHTS as ADAPTERS
+from sgpt_jax.checkpoint.lora import is_adapter, save_adapter
+from sgpt_jax.decoder.build import Lora
 from sgpt_jax.decoder.model import merge, split
+from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
 from train.recipes import TrainConfig
 
@@ -37,6 +41,8 @@ class Record:
 def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path, *, write: bool) -> list[str]:
     """Writes the bias set, if biases are all that was trained, and the model folder, if transformers has such a model.
 
+    Of adapters, the folder that PEFT loads; with `merge` in the run's options a model folder that holds them merged.
+
     Args:
         model: with the trained parameters in place.
         trainable: float32 master copies of what was trained.
@@ -50,12 +56,14 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
     Raises:
         InputError: neither of the two is possible.
     """
-    leaves = jax.tree.leaves(trainable)
     if jax.process_count() > 1:
         graphdef, params = split(model.decoder)
         model = dataclasses.replace(model, decoder=merge(graphdef, jax.tree.map(to_numpy, params)))
-    biases = {name: to_numpy(leaf) for name, leaf in bias_leaves(trainable).items()}
-    only_biases = len(biases) == len(leaves)
+    trained = {
+        leaf_path(path): to_numpy(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
+    }
+    biases = {name: trained[name] for name in bias_leaves(trainable)}
+    only_biases = len(biases) == len(trained)
     if not write:
         return []
     messages = []
@@ -64,8 +72,22 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
         messages.append(f"biases: {folder / BIASES}")
     for stale in folder.glob("model*.safetensors*"):
         stale.unlink()  # of an earlier end of the same run: shards may have been more
+    training, results = _training_rows(record, model.decoder.build.lora), _result_rows(record)
+    if model.decoder.build.lora is not None and not record.config.merge:
+        base = record.config.model
+        base = str(epath.Path(base).resolve()) if epath.Path(base).exists() else base
+        header = bias_header(model, record)
+        save_adapter(folder, model.decoder, model.hf_config, trained, base=base, header=header)
+        model.save_settings(folder, training=training, results=results)
+        return [f"adapters: {folder / ADAPTERS}"]
+    graphdef, params = split(model.decoder)
+    # Merged in float32, whatever dtype the adapters were trained in.
+    masters = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: trained[leaf_path(path)] if is_adapter(path) else leaf, params
+    )
+    model = dataclasses.replace(model, decoder=merge(graphdef, masters))
     try:
-        model.save_pretrained(folder, training=_training_rows(record), results=_result_rows(record))
+        model.save_pretrained(folder, training=training, results=results)
     except InputError as error:
         if not only_biases:
             raise
@@ -101,6 +123,7 @@ def bias_header(model: BiEncoder, record: Record) -> Mapping[str, Any]:
     return {
         "base_model": model.name,
         "base_sha256": record.base_sha256,
+        **({"weights": config.weights} if config.weights else {}),
         "pooling": model.pooling,
         "brackets": model.text.brackets,
         "max_seq_length": model.text.max_seq_length,
@@ -108,17 +131,19 @@ def bias_header(model: BiEncoder, record: Record) -> Mapping[str, Any]:
     }
 
 
-def _training_rows(record: Record) -> dict[str, object]:
+def _training_rows(record: Record, lora: Lora | None) -> dict[str, object]:
     config = record.config
     return {
         "data": f"{epath.Path(config.data).name}, {record.examples:,} examples",
-        "trained parameters": config.trainable + (", zero biases added first" if config.add_biases else ""),
+        "trained parameters": config.trainable
+        + (", zero biases added first" if config.add_biases else "")
+        + (f"; rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.targets)}" if lora else ""),
         "loss": _describe_loss(config),
         "batch size": config.batch_size,
         "steps": f"{record.steps:,}, of them {record.warmup_steps:,} warm-up; the model after {record.chosen_step:,}",
         "optimizer": "AdamW (0.9, 0.999, 1e-6), gradient norm clipped to 1, linear decay to 0",
         "learning rate": config.lr,
-        "dtype": config.dtype,
+        "dtype": config.dtype + (f", {config.weights} weights" if config.weights else ""),
         "seed": config.seed,
     }
 

@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sgpt_jax.checkpoint.bias_sets import is_bias
+from sgpt_jax.checkpoint.bias_sets import bias_leaves, is_bias
+from sgpt_jax.checkpoint.lora import is_adapter, make_lora
+from sgpt_jax.checkpoint.quantise import scale_name
+from sgpt_jax.decoder.build import Lora
+from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
 
@@ -19,40 +23,80 @@ def trainable_mask(params: Any, rule: str) -> Any:
 
     Args:
         params: the decoder's parameters.
-        rule: "bias" (every leaf named bias, those of norms too), "all", or a regular expression that is
-            searched in the leaf's path, such as `norm|blocks/1[01]/`. The language-model head never trains:
-            no vector depends on it.
+        rule: "bias" (every leaf named bias, those of norms too), "lora" (adapters), "lora,bias" (both), "all", or a
+            regular expression that is searched in the leaf's path, such as `norm|blocks/1[01]/`. The language-model
+            head never trains: no vector depends on it.
 
     Returns:
         pytree of bools with the structure of `params`.
 
     Raises:
-        InputError: nothing would train, or the rule is not a regular expression.
+        InputError: nothing would train, weights in int8 would, or the rule is not a regular expression.
     """
+    kinds = trained_kinds(rule)
     try:
         pattern = re.compile(rule)
     except re.error as error:
         raise InputError(
-            f"--trainable {rule!r} is neither bias, all nor a regular expression: {error}"
+            f"--trainable {rule!r} is neither bias, lora, all nor a regular expression: {error}"
         ) from None
 
     def trains(path: Any, _: Any) -> bool:
         name = leaf_path(path)
         if name.startswith("head/"):
             return False
-        if rule == "bias":
-            return is_bias(path)
+        if kinds:
+            return ("bias" in kinds and is_bias(path)) or ("lora" in kinds and is_adapter(path))
         return rule == "all" or pattern.search(name) is not None
 
     mask = jax.tree_util.tree_map_with_path(trains, params)
+    if "bias" in kinds and not bias_leaves(params):
+        raise InputError(
+            "this model has no bias to train. Give it zero biases with --add-biases "
+            "(they change nothing before training), train adapters with --trainable lora, or all parameters with "
+            "--trainable all"
+        )
+    _refuse_int8(params, mask, rule)
     if not any(jax.tree.leaves(mask)):
-        if rule == "bias":
-            raise InputError(
-                "this model has no bias to train. Give it zero biases with --add-biases "
-                "(they change nothing before training), or train all parameters with --trainable all"
-            )
-        raise InputError(f"--trainable {rule!r} matches no parameter; try bias, all, or another pattern")
+        raise InputError(
+            f"--trainable {rule!r} matches no parameter; try bias, lora, all, or another pattern"
+        )
     return mask
+
+
+def _refuse_int8(params: Any, mask: Any, rule: str) -> None:
+    leaves = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    int8 = {name for name, leaf in leaves.items() if leaf.dtype == jnp.int8}
+    trained = {leaf_path(path) for path, trains in jax.tree_util.tree_leaves_with_path(mask) if trains}
+    if found := sorted(trained & (int8 | {scale_name(name) for name in int8})):
+        raise InputError(
+            f"--trainable {rule!r} names {len(found)} leaves that --weights int8 freezes, such as {found[0]}; over "
+            "int8 weights train bias, lora, or both"
+        )
+
+
+def trained_kinds(rule: str) -> frozenset[str]:
+    """Which of "bias" and "lora" a rule names, one or both with a comma between; none for any other rule."""
+    kinds = frozenset(rule.split(","))
+    return kinds if kinds <= {"bias", "lora"} else frozenset()
+
+
+def lora_of(
+    config: DecoderConfig,
+    rule: str,
+    rank: int | None,
+    alpha: float | None = None,
+    targets: tuple[str, ...] = (),
+) -> Lora | None:
+    """The adapters that a rule trains, None for a rule without: of rank 8, and alpha twice the rank, by default.
+
+    Raises:
+        InputError: see `make_lora`.
+    """
+    if "lora" not in trained_kinds(rule):
+        return None
+    rank = 8 if rank is None else rank
+    return make_lora(config, rank, 2 * rank if alpha is None else alpha, targets)
 
 
 def split_params(params: Any, mask: Any) -> tuple[Any, Any]:

@@ -12,15 +12,17 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from sgpt_jax import load
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias
-from sgpt_jax.checkpoint.fingerprint import weights_sha256
+from sgpt_jax.checkpoint.lora import add_lora
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.decoder.sharding import device_mesh, make_mesh, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
 from sgpt_jax.files.lines import write_json
+from sgpt_jax.folder.source import resolve
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.checkpoints import Checkpoints
 from train.data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
@@ -32,9 +34,11 @@ from train.optimizer import (
     describe_split,
     join_params,
     linear_schedule,
+    lora_of,
     make_optimizer,
     split_params,
     trainable_mask,
+    trained_kinds,
 )
 from train.recipes import FREE, TrainConfig
 from train.step import TrainState, init_state, jit_step, make_step
@@ -111,9 +115,9 @@ def prepare(config: TrainConfig) -> Run:
     examples = open_examples(config)
     model = _load_model(config, mesh)
     graphdef, params = split(model.decoder)
-    base_sha256 = weights_sha256(params)
+    base_sha256 = load.base_sha256(resolve(config.model), model.decoder)
     mask = trainable_mask(params, config.trainable)
-    notes = _check_export(model, mask)
+    notes = _check_export(model, mask, config)
     trainable, frozen = split_params(params, mask)
     notes.append(describe_split(trainable, frozen))
 
@@ -161,7 +165,7 @@ def check(config: TrainConfig) -> None:
             raise InputError(f"--{name} is needed")
     at_least = {
         "batch_size": 1, "chunk_size": 0, "max_seq_length": 1, "negatives": 0, "warmup_steps": 0, "steps": 1,
-        "eval_every": 1, "save_every": 1, "keep_best": 1, "negatives_per_system": 1, "seed": 0,
+        "eval_every": 1, "save_every": 1, "keep_best": 1, "negatives_per_system": 1, "seed": 0, "lora_rank": 1,
     }  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
@@ -171,6 +175,10 @@ def check(config: TrainConfig) -> None:
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} must be positive, not {getattr(config, name)}")
     loss_config(config)
+    if "lora" not in trained_kinds(config.trainable):
+        for name in ("lora_rank", "lora_alpha", "lora_targets", "merge"):
+            if getattr(config, name):
+                raise InputError(f"--{name.replace('_', '-')} is for --trainable lora")
 
 
 def loss_config(config: TrainConfig) -> LossConfig:
@@ -253,9 +261,13 @@ def _load_model(config: TrainConfig, mesh: Mesh | None) -> BiEncoder:
         max_seq_length=config.max_seq_length,
         dtype=config.dtype,
         mesh=mesh,
+        weights=config.weights,
     )
-    if config.add_biases:
-        model = dataclasses.replace(model, decoder=add_zero_biases(model.decoder))
+    decoder = add_zero_biases(model.decoder) if config.add_biases else model.decoder
+    lora = lora_of(decoder.config, config.trainable, config.lora_rank, config.lora_alpha, config.lora_targets)
+    if lora is not None:
+        decoder = add_lora(decoder, lora, config.seed)
+    model = dataclasses.replace(model, decoder=decoder)
     if any(size > model.dimension for size in config.matryoshka):
         raise InputError(
             f"--matryoshka {config.matryoshka}: the model's vectors have dimension {model.dimension}"
@@ -263,12 +275,20 @@ def _load_model(config: TrainConfig, mesh: Mesh | None) -> BiEncoder:
     return model
 
 
-def _check_export(model: BiEncoder, mask: Any) -> list[str]:
+def _check_export(model: BiEncoder, mask: Any, config: TrainConfig) -> list[str]:
     """Says at the start what could not be saved at the end.
 
     Raises:
-        InputError: transformers has no config for the model, and more than biases is to be trained.
+        InputError: transformers has no config for the model, and more than biases is to be trained; or adapters are to
+            be left beside biases that the base does not have.
     """
+    if model.decoder.build.lora is not None and not config.merge:
+        if config.add_biases:
+            raise InputError(
+                "a folder of adapters has no room for biases that the base model lacks (--add-biases): leave the "
+                "merged model (--merge), or train one of the two"
+            )
+        return []
     try:
         export_config(model.hf_config, model.decoder.config)
     except InputError as error:

@@ -40,7 +40,19 @@ class TrainConfig:
     pooling: str | None = _option(None, "weightedmean, mean, lasttoken or cls", "as the model folder says")
     negatives: int | None = _option(None, "hard negatives of an example that are used", "all")
 
-    trainable: str = _option("bias", "what trains: bias, all, or a regular expression for parameter paths")
+    trainable: str = _option(
+        "bias",
+        "what trains: bias, lora (adapters beside the linear layers), lora,bias (both), all, or a regular expression "
+        "for parameter paths",
+    )
+    lora_rank: int | None = _option(None, "rank of the adapters of --trainable lora", "8")
+    lora_alpha: float | None = _option(None, "adapters are scaled by alpha / rank", "twice the rank")
+    lora_targets: tuple[str, ...] = _option(
+        (), "linear layers of a block that have adapters, of q,k,v,o,gate,up,down", "all of the model's"
+    )
+    merge: bool = _option(
+        False, "leave the model with its adapters merged into its matrices, in place of the adapters"
+    )
     add_biases: bool = _option(False, "give zero biases to all attention and MLP projections without one")
     lr: float = _option(2e-4, "peak learning rate")
     warmup_steps: int | None = _option(None, "steps of linear warm-up", "a tenth of all steps")
@@ -55,6 +67,11 @@ class TrainConfig:
         False, "use the dropout rates of the model's config (0 for GPT-Neo, GPT-J and BLOOM)"
     )
     dtype: str = _option("float32", "float32 or bfloat16, for frozen weights and matmuls")
+    weights: str | None = _option(
+        None,
+        "int8 holds the matrices, which must be frozen, as int8, a scale for each output channel",
+        "in --dtype",
+    )
 
     scale: float = _option(20.0, "factor on the cosine, the inverse temperature")
     both_directions: bool = _option(False, "also find each positive's query among all queries")

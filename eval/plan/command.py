@@ -26,13 +26,15 @@ from eval.plan.models import MODELS, find_model, with_biases
 from eval.plan.programs import Work, at_depth
 from eval.plan.table import describe, write_table
 from eval.provenance import provenance
-from sgpt_jax.cli.options import add_options, dtype, option, positive
-from sgpt_jax.decoder.config import DecoderConfig
+from sgpt_jax.cli.options import WEIGHTS, add_options, dtype, option, positive
+from sgpt_jax.decoder.build import Build, Lora
+from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.sharding import mesh_sizes
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
 from sgpt_jax.load import UNLIMITED_DEFAULT
 from sgpt_jax.packing.layout import BATCH_TOKENS
+from train.optimizer import lora_of, trained_kinds
 from train.recipes import RECIPES
 
 # Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
@@ -77,7 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--trainable",
             default="bias",
             metavar="RULE",
-            help="what trains: bias, all, or a regular expression (default: %(default)s)",
+            help="what trains: bias, lora, lora,bias, all, or a regular expression (default: %(default)s)",
+        ),
+        option(
+            "--lora-rank",
+            type=positive,
+            metavar="N",
+            help="of the adapters of --trainable lora (default: 8)",
         ),
         option(
             "--length", type=positive, default=300, metavar="N", help="tokens of a row (default: %(default)s)"
@@ -97,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
         option("--mesh", metavar="SPEC", help="such as fsdp=8 (default: what is suggested)"),
         dtype(default="bfloat16", of="of weights and matmuls (default: bfloat16)"),
+        WEIGHTS,
         option("--full", action="store_true", help="compile all layers, however long it takes"),
         option("--no-compile", action="store_true", help="the analytic part alone"),
         option("--output", metavar="FOLDER", help="write a JSON file a plan, and README.md of all in there"),
@@ -115,6 +124,7 @@ def main(args: argparse.Namespace) -> None:
             print(describe(result), flush=True)
             if args.output:
                 part = "" if result["trainable"] in (None, "bias") else "-" + str(result["trainable"])
+                part += "-int8" if args.weights else ""
                 stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
                 folder = epath.Path(args.output)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +139,7 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
         InputError: the model or the options are not possible.
     """
     config, added = find_model(name), False
-    if args.task == "train" and args.trainable == "bias":
+    if args.task == "train" and "bias" in trained_kinds(args.trainable):
         config, added = with_biases(config)
     limit = config.max_positions or UNLIMITED_DEFAULT
     if args.length > limit:
@@ -144,6 +154,7 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
         "trainable": work.trainable if work.task == "train" else None,
         "biases_added": added,
         "dtype": work.dtype,
+        "weights": work.weights,
         "topology": target.name,
         "chip": target.chip_name,
         "devices": target.count,
@@ -153,7 +164,7 @@ def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, 
         "examples": work.examples or None,
         "chunk": work.chunk or None,
         "largest": largest(config, target, work, sizes),
-        "parameters": device_bytes(config, "", "bfloat16", (1, 1, 1))[0] / 2,
+        "parameters": device_bytes(config, "", Build(compute_dtype("bfloat16")), (1, 1, 1))[0] / 2,
         "memory": dataclasses.asdict(chosen.memory)
         | {"total": chosen.memory.total, "usable": target.chip.usable, "chip": target.chip.memory},
         "fits": chosen.fits,
@@ -182,9 +193,10 @@ def _check_flops(config: DecoderConfig, work: Work) -> dict[str, Any]:
 
 def search(config: DecoderConfig, target: Target, args: argparse.Namespace) -> Iterator[Plan]:
     """All that is worth trying: every mesh (or the one asked for), with one row a device, two, four, ..."""
+    lora = lora_of(config, args.trainable, args.lora_rank) if args.task == "train" else None
     meshes = [parse_sizes(args.mesh, target.count)] if args.mesh else list(all_sizes(config, target.count))
     for sizes in meshes:
-        for work in works(args, sizes[0] * sizes[1]):
+        for work in works(args, sizes[0] * sizes[1], lora):
             yield evaluate(config, target, work, sizes)
 
 
@@ -208,15 +220,19 @@ def largest(config: DecoderConfig, target: Target, work: Work, sizes: Sizes) -> 
         most = min(most, work.rows // shards - 1)
 
     def is_too_much(rows: int) -> bool:
-        more = {"chunk" if work.task == "train" else "rows": rows * shards}
-        return not evaluate(config, target, Work(**dataclasses.asdict(work) | more), sizes).fits
+        more = dataclasses.replace(work, chunk=rows * shards)
+        if work.task != "train":
+            more = dataclasses.replace(work, rows=rows * shards)
+        return not evaluate(config, target, more, sizes).fits
 
     return bisect.bisect_left(range(1, most + 1), True, key=is_too_much) * shards or None
 
 
-def works(args: argparse.Namespace, shards: int) -> Iterator[Work]:
+def works(args: argparse.Namespace, shards: int, lora: Lora | None) -> Iterator[Work]:
     """The batches and chunks to try where rows are split into `shards`."""
-    fixed: dict[str, Any] = {"task": args.task, "length": args.length, "dtype": args.dtype}
+    fixed: dict[str, Any] = {
+        "task": args.task, "length": args.length, "dtype": args.dtype, "weights": args.weights
+    }  # fmt: skip
     if args.task != "train":
         rows = args.batch_size or max(1, BATCH_TOKENS // (args.length * shards)) * shards
         if args.batch_size and rows % shards:
@@ -229,7 +245,7 @@ def works(args: argparse.Namespace, shards: int) -> Iterator[Work]:
     if examples % shards:
         return
     rows = TEXTS * examples
-    fixed |= {"examples": examples, "trainable": args.trainable}
+    fixed |= {"examples": examples, "trainable": args.trainable, "lora": lora}
     if args.chunk_size:
         yield Work(rows=rows, chunk=-(-args.chunk_size // shards) * shards, **fixed)
         return

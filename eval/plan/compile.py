@@ -88,7 +88,11 @@ def devices_of(target: Target) -> list[Any] | None:
 def depth_step(config: DecoderConfig) -> int:
     """After how many layers the kinds of layers repeat: 2 where local and global attention take turns."""
     for step in range(1, config.num_layers):
-        if config.windows[step:] == config.windows[: config.num_layers - step]:
+        kept = config.num_layers - step
+        if (config.windows[step:], config.layer_rotary[step:]) == (
+            config.windows[:kept],
+            config.layer_rotary[:kept],
+        ):
             return step
     return config.num_layers
 

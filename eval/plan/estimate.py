@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 from eval.plan.devices import Chip
 from eval.plan.programs import Work, abstract_params, abstract_state, at_depth
 from sgpt_jax.decoder.attention import QUERY_BLOCK
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.flops import forward_flops, layer_weights
 from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_TARGETS, head_targets
@@ -110,7 +111,7 @@ def flops(config: DecoderConfig, work: Work, *, loops_once: bool = False) -> flo
         if loops_once:  # one block of targets and of the vocabulary
             targets = head_targets() * min(HEAD_ENTRIES, config.vocab_size)
         return weights + attention + 2.0 * targets * config.hidden_dim
-    trained = _trained_share(config, work.trainable)
+    trained = _trained_share(config, work)
     passes = 2 + again
     total = weights * (passes + trained) + attention * (passes + 1)
     pooling = 2.0 * rows * work.length * most_texts(work.length) * config.hidden_dim
@@ -132,11 +133,11 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes) -> Memory:
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     scores = config.num_heads * computed_scores(work.length) / work.length  # a token
     gathered = 0.0
-    if sizes[1] > 1:  # a layer, or the table of tokens
+    if sizes[1] > 1 or work.build.int8:  # a layer or the table of tokens, gathered or multiplied out
         gathered = item * max(layer_weights(config), config.vocab_size * config.hidden_dim) / tensor
     masks = rows * work.length**2 * len(set(config.windows or (None,)))
     if work.task != "train":
-        parameters, _, _ = device_bytes(config, "", work.dtype, sizes)
+        parameters, _, _ = device_bytes(config, "", work.build, sizes)
         block = scores * min(QUERY_BLOCK, work.length) / work.length
         attention = item * (3 * width + 2 * kv_width) + 4 * width + 10 * block * 2
         mlp = (item + 4) * config.mlp_dim * (2 if config.gated else 1)
@@ -145,7 +146,7 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes) -> Memory:
         if work.task == "score":
             gathered += 3 * 4 * HEAD_TARGETS * min(HEAD_ENTRIES, config.vocab_size)
         return Memory(parameters, 0, 0, activations, gathered)
-    parameters, optimizer, trainable = device_bytes(config, work.trainable, work.dtype, sizes)
+    parameters, optimizer, trainable = device_bytes(config, work.trainable, work.build, sizes)
     # In the compute dtype q, k, v and the MLP, in both dtypes the weights of attention, in float32 its sums and norms.
     kept: float = item * (width + 2 * kv_width + config.mlp_dim * (4 if config.gated else 3)) + 4 * width
     kept += (4 + item) * scores
@@ -171,7 +172,7 @@ def times(config: DecoderConfig, work: Work, sizes: Sizes, chip: Chip) -> Times:
     peak = chip.flops if work.dtype == "bfloat16" else chip.flops / (6 if chip.kind == "tpu" else 16)
     chunks = chunks_of(work) if work.task == "train" else 1
     passes = (2 + (chunks > 1) if work.task == "train" else 1) * chunks
-    weights = item * layer_weights(config) * config.num_layers / tensor
+    weights = (1 if work.build.int8 else item) * layer_weights(config) * config.num_layers / tensor
     tokens = work.rows * work.length / ways  # of a device, all chunks
     width = config.num_heads * config.head_dim
     a_token = item * (8 * config.embed_dim + (6 * width + 4 * config.mlp_dim) / tensor)
@@ -185,16 +186,16 @@ def times(config: DecoderConfig, work: Work, sizes: Sizes, chip: Chip) -> Times:
     )
     exchange += 2 * sums * (tensor - 1) / tensor
     if work.task == "train":
-        trained = _trained_share(config, work.trainable) * weights
+        trained = _trained_share(config, work) * weights
         traffic += chunks * 2 * trained
         exchange += chunks * trained * (1 if sizes[1] > 1 else 2) * (ways - 1) / ways
-        _, optimizer, _ = device_bytes(config, work.trainable, work.dtype, sizes)
+        _, optimizer, _ = device_bytes(config, work.trainable, work.build, sizes)
         traffic += 4 * optimizer
     return Times(flops(config, work) / count / peak, traffic / chip.bandwidth, exchange / chip.exchange)
 
 
 @functools.lru_cache(maxsize=512)
-def _state(config: DecoderConfig, trainable: str, dtype: str, sizes: Sizes) -> tuple[Any, Any, Any]:
+def _state(config: DecoderConfig, trainable: str, build: Build, sizes: Sizes) -> tuple[Any, Any, Any]:
     """(params, state, frozen) with their places on a mesh without devices; the last two None for "" as trainable."""
     mesh: Any = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     sharding_log = logging.getLogger("sgpt_jax.decoder.sharding")
@@ -202,19 +203,19 @@ def _state(config: DecoderConfig, trainable: str, dtype: str, sizes: Sizes) -> t
     # The search tries many meshes; the compiler's turn repeats the message for the one that is taken.
     sharding_log.setLevel(logging.ERROR)
     try:
-        _, params = abstract_params(config, dtype, mesh)
+        _, params = abstract_params(config, build, mesh)
     finally:
         sharding_log.setLevel(level)
     if not trainable:
         return params, None, None
-    work = Work(task="train", rows=1, length=1, trainable=trainable, dtype=dtype)
+    work = Work(task="train", rows=1, length=1, trainable=trainable)  # of which only `trainable` counts here
     state, frozen, _ = abstract_state(params, work, mesh)
     return params, state, frozen
 
 
 @functools.lru_cache(maxsize=512)
 def device_bytes(
-    config: DecoderConfig, trainable: str, dtype: str, sizes: Sizes
+    config: DecoderConfig, trainable: str, build: Build, sizes: Sizes
 ) -> tuple[float, float, float]:
     """(bytes of parameters, bytes of moments, number of trainable parameters) of a device; "" trains nothing.
 
@@ -222,7 +223,7 @@ def device_bytes(
     """
     counts = []
     for layers in (1, 2):
-        params, state, frozen = _state(at_depth(config, layers), trainable, dtype, sizes)
+        params, state, frozen = _state(at_depth(config, layers), trainable, build, sizes)
         if state is None:
             counts.append((_bytes(params), 0.0, 0.0))
         else:
@@ -235,11 +236,11 @@ def device_bytes(
     return parameters, moments, trained
 
 
-def _trained_share(config: DecoderConfig, trainable: str) -> float:
+def _trained_share(config: DecoderConfig, work: Work) -> float:
     """Which share of the layers' matrices trains."""
-    if trainable == "bias":
+    if work.trainable == "bias":
         return 0.0
-    _, state, _ = _state(at_depth(config, 1), trainable, "bfloat16", (1, 1, 1))
+    _, state, _ = _state(at_depth(config, 1), work.trainable, work.build, (1, 1, 1))
     blocks = jax.tree_util.tree_leaves_with_path(state.trainable["blocks"])
     trained = sum(leaf.size for path, leaf in blocks if getattr(path[-1], "key", None) == "kernel")
     return trained / layer_weights(config)

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from sgpt_jax.checkpoint.weights import is_int8
 from sgpt_jax.decoder.batch import Batch, Targets
+from sgpt_jax.decoder.build import Build, Lora
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder
@@ -35,6 +37,8 @@ class Work:
         examples: in training, examples of a step.
         trainable: in training, what trains, see `train.optimizer.trainable_mask`.
         dtype: of frozen weights and matmuls.
+        weights: "int8" for int8 matrices; None for matrices in the dtype.
+        lora: the decoder's adapters, or None.
     """
 
     task: Task
@@ -44,16 +48,28 @@ class Work:
     examples: int = 0
     trainable: str = "bias"
     dtype: str = "bfloat16"
+    weights: str | None = None
+    lora: Lora | None = None
+
+    @property
+    def build(self) -> Build:
+        """How the decoder of the program is made."""
+        return Build(compute_dtype(self.dtype), is_int8(self.weights), self.lora)
 
 
 def at_depth(config: DecoderConfig, layers: int) -> DecoderConfig:
     """The decoder with its first layers only."""
-    return dataclasses.replace(config, num_layers=layers, windows=config.windows[:layers])
+    return dataclasses.replace(
+        config,
+        num_layers=layers,
+        windows=config.windows[:layers],
+        layer_rotary=config.layer_rotary[:layers],
+    )
 
 
-def abstract_params(config: DecoderConfig, dtype: str, mesh: Mesh) -> tuple[Any, Any]:
+def abstract_params(config: DecoderConfig, build: Build, mesh: Mesh) -> tuple[Any, Any]:
     """(graphdef, params): each leaf a `jax.ShapeDtypeStruct` with its sharding."""
-    graphdef, params = abstract_decoder(config, compute_dtype(dtype))
+    graphdef, params = abstract_decoder(config, build)
     return graphdef, jax.tree.map(_sharded, params, param_shardings(params, config, mesh))
 
 
@@ -81,7 +97,7 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
         work: see `Work`; its rows and its chunk must divide over the mesh.
         mesh: of real devices, or of described ones (`jax.experimental.topologies`).
     """
-    graphdef, params = abstract_params(config, work.dtype, mesh)
+    graphdef, params = abstract_params(config, work.build, mesh)
     rows = _packed(mesh, work)
     if work.task == "encode":
         options = {"pooling": "weightedmean", "room": 1, "normalize": True, "mesh": mesh}

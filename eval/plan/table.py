@@ -32,7 +32,7 @@ TPU's names: 8 cores, 4 chips.
 def describe(plan: dict[str, Any]) -> str:
     """A plan in words."""
     memory, seconds, check = plan["memory"], plan["seconds"], plan["flops_check"]
-    what = plan["task"] + (f" {plan['trainable']}" if plan["trainable"] else "")
+    what = plan["task"] + (f" {plan['trainable']}" if plan["trainable"] else "") + _weights(plan)
     at_a_time = f"{plan['chunk']} rows at a time" if plan["chunk"] else "all at once"
     lines = [
         f"{plan['model']} ({plan['parameters'] / 1e9:.2f} billion parameters), {what} on {plan['topology']}: "
@@ -93,7 +93,7 @@ def _row(plan: dict[str, Any]) -> str:
     all_compiled = "" if compiled is None else f"{compiled['total'] / GIB:.2f}{'*' if _rest(plan) else ''}"
     cells = [
         plan["model"],
-        plan["task"] + (f", {plan['trainable']}" if plan["trainable"] else ""),
+        plan["task"] + (f", {plan['trainable']}" if plan["trainable"] else "") + _weights(plan),
         plan["topology"],
         mesh,
         at_a_time,
@@ -123,6 +123,10 @@ def _checks(plans: list[dict[str, Any]]) -> str:
         f"\nFLOPs: XLA's own count of the same programs (before compilation, few layers, a loop's body once) is "
         f"{min(ratios):.3f} to {max(ratios):.3f} of the analytic count of matmuls.\n"
     )
+
+
+def _weights(plan: dict[str, Any]) -> str:
+    return ", int8 weights" if plan.get("weights") else ""  # older plans do not say
 
 
 def _instead(plan: dict[str, Any]) -> str:

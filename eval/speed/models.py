@@ -18,6 +18,7 @@ from eval.plan.models import MODELS
 from eval.speed.benchmark import threads
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.export import export_folder
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.errors import InputError
@@ -58,7 +59,7 @@ def write_random_model(
     """
     from transformers import PreTrainedTokenizerFast
 
-    decoder = Decoder(read_config(hf), dtype=compute_dtype(dtype), rngs=nnx.Rngs(seed))
+    decoder = Decoder(read_config(hf), Build(compute_dtype(dtype), rngs=nnx.Rngs(seed)))
     export_folder(decoder, hf, folder)
     bpe.add_special_tokens([AddedToken(END, normalized=False, special=True)])
     save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END), folder)

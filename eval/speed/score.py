@@ -22,6 +22,7 @@ from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.cross_encoder import CrossEncoder, ScoreReport
 from sgpt_jax.decoder.batch import Batch, Targets
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.flops import forward_flops
 from sgpt_jax.decoder.log_probs import score_tokens
@@ -190,7 +191,7 @@ def memory(config: DecoderConfig) -> dict[str, float]:
     head runs at every token. `logits_float32`, for comparison, is [1, T, V] itself, with T 2,048 or the model's limit.
     """
     length = min(MEMORY_LENGTH, config.max_positions or MEMORY_LENGTH)
-    graphdef, params = abstract_decoder(config, jnp.dtype("float32"))
+    graphdef, params = abstract_decoder(config, Build(jnp.dtype("float32")))
     array = jax.ShapeDtypeStruct((1, length), jnp.int32)
     batch = Batch(array, array, array)
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sgpt_jax.checkpoint.fingerprint import weights_sha256
-from sgpt_jax.decoder.config import DecoderConfig
-from sgpt_jax.decoder.model import Decoder, abstract_decoder, merge, split
-from sgpt_jax.decoder.sharding import leaf_path, param_shardings
+from sgpt_jax.checkpoint.leaves import with_leaves
+from sgpt_jax.decoder.model import Decoder, split
+from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import atomic_write
 
@@ -35,7 +35,8 @@ class BiasSet:
 
     Attributes:
         values: leaf name -> float32 vector.
-        header: `base_model`, `base_sha256`, `pooling`, `brackets` and `training` (the record of the run).
+        header: `base_model`, `base_sha256`, `weights` (only where they were int8), `pooling`, `brackets` and
+            `training` (the record of the run).
     """
 
     values: Mapping[str, np.ndarray]
@@ -68,7 +69,7 @@ def add_zero_biases(decoder: Decoder) -> Decoder:
     It computes exactly what it did before. `decoder` itself is left as it is, and shares its weights.
     """
     config = dataclasses.replace(decoder.config, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
-    return _with_leaves(decoder, config, {})
+    return with_leaves(decoder, config, decoder.build, {})
 
 
 def save_bias_set(path: Any, biases: BiasSet) -> None:
@@ -106,22 +107,34 @@ def load_bias_set(path: Any) -> BiasSet:
     return BiasSet(values, header)
 
 
-def apply_bias_set(decoder: Decoder, biases: BiasSet) -> Decoder:
+def apply_bias_set(decoder: Decoder, biases: BiasSet, base_sha256: str | None = None) -> Decoder:
     """A decoder with the biases of a set in place of its own; projections without bias get one where the set
     has one.
 
-    `decoder` itself is left as it is, and shares its other weights.
+    `decoder` itself is left as it is, and shares its other weights. A set that was trained over int8 weights fits these
+    best: for others there is a warning.
+
+    Args:
+        decoder: the base model.
+        biases: the set.
+        base_sha256: hash of the weights that the decoder was made from; None where they are its own, and not int8.
 
     Raises:
         InputError: the set was trained on another base model.
     """
     name = biases.header.get("base_model", "another model")
-    _, params = split(decoder)
-    actual, wanted = weights_sha256(params), biases.header["base_sha256"]
+    actual = base_sha256 or weights_sha256(split(decoder)[1])
+    wanted = biases.header["base_sha256"]
     if actual != wanted:
         raise InputError(
             f"these biases belong to {name}, whose weights have sha256 {wanted[:16]}..., "
             f"but this model's have {actual[:16]}...: biases only work with the model they were trained on"
+        )
+    if biases.header.get("weights") == "int8" and not decoder.build.int8:
+        warnings.warn(
+            f"these biases were trained over int8 weights of {name}, not over {decoder.dtype.name} ones: load it with "
+            "weights int8 for the vectors that they were trained for",
+            stacklevel=2,
         )
     endings = {leaf.split("/", 2)[-1] for leaf in biases.values if leaf.startswith("blocks/")}
     config = dataclasses.replace(
@@ -130,34 +143,4 @@ def apply_bias_set(decoder: Decoder, biases: BiasSet) -> Decoder:
         attn_out_bias=decoder.config.attn_out_bias or "attn/o/bias" in endings,
         mlp_bias=decoder.config.mlp_bias or "mlp/up/bias" in endings,
     )
-    return _with_leaves(decoder, config, biases.values)
-
-
-def _with_leaves(decoder: Decoder, config: DecoderConfig, values: Mapping[str, np.ndarray]) -> Decoder:
-    """The decoder under a config with more biases; `values` replace leaves, other new ones are zero."""
-    _, params = split(decoder)
-    graphdef, abstract = abstract_decoder(config, decoder.dtype)
-    old = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    expected = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-    misfits = [
-        f"{name} {list(value.shape)}"
-        for name, value in values.items()
-        if name not in expected or expected[name].shape != value.shape
-    ]
-    if misfits:
-        raise InputError("the model has no place for these biases: " + ", ".join(sorted(misfits)))
-    place = next(iter(old.values())).sharding
-    if isinstance(place, NamedSharding):
-        assert isinstance(place.mesh, Mesh)
-        shardings = param_shardings(abstract, config, place.mesh)
-    else:
-        shardings = jax.tree.map(lambda _: place, abstract)
-
-    def fill(path: tuple[Any, ...], leaf: Any, sharding: Any) -> jax.Array:
-        name = leaf_path(path)
-        if name in old and name not in values:
-            return old[name]
-        value = np.asarray(values.get(name, np.zeros(leaf.shape)), decoder.dtype)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
-
-    return merge(graphdef, jax.tree_util.tree_map_with_path(fill, abstract, shardings))
+    return with_leaves(decoder, config, decoder.build, biases.values)

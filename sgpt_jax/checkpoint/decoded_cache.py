@@ -47,8 +47,14 @@ UNUSED_SECONDS = 60 * 86_400
 UNFINISHED_SECONDS = 86_400
 
 
-def find(files: TensorFiles, dtype: jnp.dtype) -> Path | None:
-    """The file that keeps a checkpoint's decoded weights, or would keep them; None where it is not worth it, or off."""
+def find(files: TensorFiles, dtype: jnp.dtype, *, int8: bool = False) -> Path | None:
+    """The file that keeps a checkpoint's decoded weights, or would keep them; None where it is not worth it, or off.
+
+    Args:
+        files: the checkpoint.
+        dtype: in which the leaves are held.
+        int8: matrices are held as int8.
+    """
     folder = os.environ.get(VARIABLE) or os.path.join(user_cache(), "decoded")
     if folder == "off" or not files.encoded:
         return None
@@ -56,7 +62,8 @@ def find(files: TensorFiles, dtype: jnp.dtype) -> Path | None:
     try:
         if sum(os.path.getsize(file) for file in files.encoded) < MIN_BYTES:
             return None
-        facts = [FORMAT, dtype.name, metadata.version("gguf"), files.config]
+        kind = f"{dtype.name}, int8" if int8 else dtype.name
+        facts = [FORMAT, kind, metadata.version("gguf"), files.config]
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         for file in files.encoded:
             with open(file, "rb") as stream:

@@ -12,11 +12,11 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from sgpt_jax.checkpoint.lora import whole_leaf
 from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config, family_of
-from sgpt_jax.families.family import Family
 from sgpt_jax.families.tables import active_rules, leaf_name
 from sgpt_jax.files.lines import write_json
 
@@ -24,20 +24,18 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def export_tensors(decoder: Decoder, hf: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The decoder's tensors under the names that transformers gives them, one at a time, in the decoder's dtype."""
+    """The decoder's tensors under the names that transformers gives them, one at a time, in the decoder's dtype.
+
+    int8 weights are multiplied out, and adapters merged.
+    """
     family = family_of(hf)
     _, params = split(decoder)
     leaves = {leaf_path(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    prefix = family.base_prefix if decoder.config.head != "none" else _model_prefix(family)
+    prefix = family.base_prefix if decoder.config.head != "none" else family.headless_prefix
     for name, (rule, layer) in active_rules(decoder.config, family.rules, leaves).items():
-        parts = tuple(np.asarray(leaves[leaf_name(pattern, layer)]) for pattern in rule.leaves)
+        parts = tuple(whole_leaf(leaves, leaf_name(pattern, layer), decoder.build) for pattern in rule.leaves)
         values = np.ascontiguousarray(rule.layout.dump(parts, decoder.config))
         yield (name if rule.leaves[0].startswith("head/") else prefix + name), values
-
-
-def _model_prefix(family: Family) -> str:
-    """What stands before tensor names in a checkpoint without a head: OPT keeps the last part of its prefix."""
-    return family.base_prefix.partition(".")[2]
 
 
 def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:

@@ -49,6 +49,7 @@ def model_fingerprint(decoder: Decoder, settings: Mapping[str, Any], *, head: bo
     facts = {
         "config": _config_facts(decoder.config),
         "head": decoder.config.head if head else None,
+        **({} if decoder.build.lora is None else {"adapter_scale": decoder.build.lora.scale}),
         "settings": settings,
         "weights": _leaf_digests(leaves),
     }
@@ -56,21 +57,26 @@ def model_fingerprint(decoder: Decoder, settings: Mapping[str, Any], *, head: bo
 
 
 def weights_sha256(params: Any) -> str:
-    """The sha256 of a decoder's weights: all but biases and the language-model head, rounded to bfloat16.
+    """The sha256 of a decoder's weights: all but biases, adapters and the language-model head, rounded to bfloat16.
 
     It names the base model of a bias set (`base_sha256` in its header): the same with and without biases, and
     whichever dtype, file format or mesh the model was loaded with.
 
     Args:
-        params: as `split` gives them.
+        params: as `split` gives them. Where they are int8, `weights.checkpoint_sha256` has the hash of the model that
+            they were made from.
 
     Returns:
         64 hexadecimal digits.
     """
+    return leaves_sha256(_leaves(params))
+
+
+def leaves_sha256(leaves: Mapping[str, Any]) -> str:
+    """`weights_sha256` of a decoder's leaves by name, arrays of JAX or NumPy."""
     digest = hashlib.sha256()
-    leaves = _leaves(params)
     for name in sorted(leaves):
-        if name.startswith("head/") or name.endswith("/bias"):
+        if name.startswith("head/") or name.rpartition("/")[2] in ("bias", "lora_a", "lora_b"):
             continue
         digest.update(f"{name} {leaves[name].shape}\n".encode())
         digest.update(_rounded(leaves[name]))

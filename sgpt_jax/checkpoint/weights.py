@@ -7,11 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from sgpt_jax.checkpoint import decoded_cache
+from sgpt_jax.checkpoint.fingerprint import leaves_sha256
+from sgpt_jax.checkpoint.gguf import GgufFile
+from sgpt_jax.checkpoint.quantise import quantise, scale_name
 from sgpt_jax.checkpoint.tensors import TensorFiles
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.flops import layer_weights
 from sgpt_jax.decoder.model import Decoder, abstract_decoder, merge
@@ -33,20 +38,58 @@ _FOREIGN = {
 }
 
 
-def load_checkpoint(files: TensorFiles, dtype: str = "float32", mesh: Mesh | None = None) -> Decoder:
+def load_checkpoint(
+    files: TensorFiles, dtype: str = "float32", mesh: Mesh | None = None, weights: str | None = None
+) -> Decoder:
     """The decoder of an opened checkpoint; see `load_decoder`."""
-    config = read_config(files.config)
-    _check_size(config, files)
-    target = _Target(config, family_of(files.config), compute_dtype(dtype), mesh)
-    cached = decoded_cache.find(files, target.dtype)
+    target = _open(files, Build(compute_dtype(dtype), int8=is_int8(weights)), mesh)
+    cached = decoded_cache.find(files, target.build.dtype, int8=target.build.int8)
     if cached is not None and target.is_whole(decoded := decoded_cache.load(cached)):
         return _build(target, dict(_place(decoded.items(), target, copy=False)))
     problems: list[str] = []
-    filled = dict(_place(_leaves(files.tensors(), target, problems), target, copy=True))
+    leaves = _leaves(files.tensors(), target, problems)
+    filled = dict(_place(_quantised(leaves, target), target, copy=True))
     decoder = _build(target, filled, problems)
     if cached is not None and mesh is None:
         decoded_cache.keep(cached, filled)
     return decoder
+
+
+def checkpoint_sha256(files: TensorFiles) -> str:
+    """`fingerprint.weights_sha256` of the checkpoint's own weights, whatever a decoder of them holds them as.
+
+    It reads the checkpoint once more, as views of safetensors and .bin files; of a GGUF file it holds all weights for a
+    moment, as bfloat16.
+
+    Raises:
+        InputError: the checkpoint does not fit its config.
+    """
+    target = _open(files, Build(compute_dtype("bfloat16")), None)
+    problems: list[str] = []
+    views = not isinstance(files, GgufFile)
+    leaves = {
+        leaf: values if views else values.astype(target.build.dtype)
+        for leaf, values in _leaves(files.tensors(), target, problems)
+    }
+    _refuse_misfits(target, problems)
+    return leaves_sha256(leaves)
+
+
+def is_int8(weights: str | None) -> bool:
+    """Reads the option `weights`: "int8", or None for weights in the dtype.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if weights not in (None, "int8"):
+        raise InputError(f"weights must be int8 (or None: as the dtype), not {weights!r}")
+    return weights == "int8"
+
+
+def _open(files: TensorFiles, build: Build, mesh: Mesh | None) -> _Target:
+    config = read_config(files.config)
+    _check_size(config, files)
+    return _Target(config, family_of(files.config), build, mesh)
 
 
 def _check_size(config: DecoderConfig, files: TensorFiles) -> None:
@@ -63,15 +106,18 @@ class _Target:
     """What a checkpoint has to fill.
 
     Attributes:
+        build: how the decoder is made.
         expected: leaf name -> its shape and dtype.
+        scales: the leaves among them that no tensor fills: those of int8 leaves.
         rules: tensor name without prefix -> (rule, layer).
         shardings: leaf name -> where it lies; empty for the first device.
     """
 
-    def __init__(self, config: DecoderConfig, family: Family, dtype: Any, mesh: Mesh | None):
-        self.config, self.family, self.dtype = config, family, dtype
-        self.graphdef, self.abstract = abstract_decoder(config, dtype)
+    def __init__(self, config: DecoderConfig, family: Family, build: Build, mesh: Mesh | None):
+        self.config, self.family, self.build = config, family, build
+        self.graphdef, self.abstract = abstract_decoder(config, build)
         self.expected = _by_path(self.abstract)
+        self.scales = {scale_name(leaf) for leaf, values in self.expected.items() if values.dtype == np.int8}
         self.rules = active_rules(config, family.rules, self.expected)
         self.heads = {rule.tensor for rule in family.rules if rule.leaves[0].startswith("head/")}
         self.shardings: dict[str, Any] = {}
@@ -127,6 +173,9 @@ def _leaves(
             problems.append(f"{name} and {origin[key]} are the same tensor")
             continue
         origin[key] = name
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{name} is quantised already: it holds {tensor.dtype.name}")
+            continue
         rule, layer = target.rules[key]
         names = [leaf_name(pattern, layer) for pattern in rule.leaves]
         try:
@@ -146,7 +195,7 @@ def _leaves(
     seen = [target.rules[key] for key in origin]
     filled = {leaf_name(pattern, layer) for rule, layer in seen for pattern in rule.leaves}
     headless = not any(leaf.startswith("head/") for leaf in filled)
-    missing = [leaf for leaf in target.expected if leaf not in filled]
+    missing = [leaf for leaf in target.expected if leaf not in filled | target.scales]
     problems += [f"nothing fills {leaf}" for leaf in missing if not (headless and leaf.startswith("head/"))]
 
 
@@ -170,22 +219,34 @@ def _refuse_prefix(unknown: Mapping[str, Any], target: _Target) -> None:
             )
 
 
+def _quantised(leaves: Iterable[tuple[str, np.ndarray]], target: _Target) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves, with int8 ones in place of those that the decoder holds as int8, each followed by its scales."""
+    for leaf, values in leaves:
+        if scale_name(leaf) in target.scales and target.expected[leaf].dtype == np.int8:
+            integers, scales = quantise(leaf, values)
+            yield leaf, integers
+            yield scale_name(leaf), scales
+        else:
+            yield leaf, values
+
+
 def _place(
     leaves: Iterable[tuple[str, np.ndarray]], target: _Target, *, copy: bool
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Every leaf as an array in the dtype, on its devices; no more than one is on its way at a time.
+    """Every leaf as an array in its dtype, on its devices; no more than one is on its way at a time.
 
     Args:
         leaves: leaf names and values.
-        target: tells dtype and shardings.
+        target: tells dtypes and shardings.
         copy: False lets the arrays of a CPU stay views of the values, for a file that nothing writes to.
     """
     device = jax.local_devices()[0]
     for leaf, values in leaves:
+        dtype = target.expected[leaf].dtype
         if target.shardings:
-            yield leaf, _spread(values, target.shardings[leaf], target.dtype)
+            yield leaf, _spread(values, target.shardings[leaf], dtype)
         else:
-            yield leaf, jax.device_put(_own(values, target.dtype) if copy else values, device)
+            yield leaf, jax.device_put(_own(values, dtype) if copy else values, device)
 
 
 def _spread(values: np.ndarray, sharding: Any, dtype: Any) -> jax.Array:
@@ -208,15 +269,19 @@ def _build(target: _Target, filled: Mapping[str, jax.Array], problems: Iterable[
     Raises:
         InputError: there are problems; all are listed.
     """
+    _refuse_misfits(target, problems)
+    graphdef, abstract = target.graphdef, target.abstract
+    if any(leaf not in filled for leaf in target.expected):
+        # Embedding checkpoints are saved without their head; vectors need none, and logits say so.
+        headless = dataclasses.replace(target.config, head="none", head_bias=False, head_transform=False)
+        graphdef, abstract = abstract_decoder(headless, target.build)
+    params = jax.tree_util.tree_map_with_path(lambda path, _: filled[leaf_path(path)], abstract)
+    return merge(graphdef, params)
+
+
+def _refuse_misfits(target: _Target, problems: Iterable[str]) -> None:
     if problems:
         kind = target.family.model_type
         raise InputError(
             f"the checkpoint does not fit its {kind} config:\n  " + "\n  ".join(sorted(problems))
         )
-    graphdef, abstract = target.graphdef, target.abstract
-    if any(leaf not in filled for leaf in target.expected):
-        # Embedding checkpoints are saved without their head; vectors need none, and logits say so.
-        headless = dataclasses.replace(target.config, head="none", head_bias=False, head_transform=False)
-        graphdef, abstract = abstract_decoder(headless, target.dtype)
-    params = jax.tree_util.tree_map_with_path(lambda path, _: filled[leaf_path(path)], abstract)
-    return merge(graphdef, params)

@@ -9,6 +9,7 @@ import os
 import textwrap
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 
 from sgpt_jax import demo as demonstration
@@ -17,7 +18,8 @@ from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
 from sgpt_jax.checkpoint.export import count_parameters
 from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.cross_encoder import CrossEncoder
-from sgpt_jax.decoder.config import compute_dtype
+from sgpt_jax.decoder.build import Build
+from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.model import abstract_decoder
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
@@ -54,7 +56,10 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
 def _load(settings: dict[str, Any], mesh: str | None) -> BiEncoder:
     return BiEncoder.from_pretrained(
         settings["model"],
-        **{name: settings[name] for name in ("pooling", "brackets", "max_seq_length", "dtype", "biases")},
+        **{
+            name: settings[name]
+            for name in ("pooling", "brackets", "max_seq_length", "dtype", "weights", "biases")
+        },
         mesh=device_mesh(mesh),
     )
 
@@ -104,6 +109,8 @@ def index(options: argparse.Namespace) -> None:
         "dtype": options.dtype,
         "biases": options.biases and _absolute(options.biases),
     }
+    if options.weights:
+        metadata["weights"] = options.weights
     reading = _reading(options)
     report = EncodeReport()
     with progress("indexing", "doc") as bar:
@@ -198,8 +205,8 @@ def search(options: argparse.Namespace) -> None:
 def _index_settings(index: Index, options: argparse.Namespace) -> dict[str, Any]:
     """What `_load` needs for the model that an index was made with, or that the options name."""
     settings: dict[str, Any] = {"pooling": None, "brackets": None, "max_seq_length": None, "biases": None}
-    settings |= {"dtype": "float32"} | index.metadata
-    settings |= {name: vars(options)[name] for name in ("model", "dtype") if vars(options)[name]}
+    settings |= {"dtype": "float32", "weights": None} | index.metadata
+    settings |= {name: vars(options)[name] for name in ("model", "dtype", "weights") if vars(options)[name]}
     if "model" not in settings:
         raise InputError(f"{options.index}: does not say which model it was made with; give it as --model")
     return settings
@@ -227,7 +234,9 @@ def _reranked(
 ) -> dict[str, dict[str, float]]:
     """The run's first documents in the order of the cross-encoder, best first, with its scores."""
     source = options.cross_encoder or settings["model"]
-    model = CrossEncoder.from_pretrained(source, dtype=settings["dtype"], mesh=device_mesh(options.mesh))
+    model = CrossEncoder.from_pretrained(
+        source, dtype=settings["dtype"], mesh=device_mesh(options.mesh), weights=settings["weights"]
+    )
     shallow, _ = cut(run, options.rerank)
     row_of = {id: rows[query][id] for query, hits in shallow.items() for id in hits}
     texts = dict(zip(row_of, index.texts(list(row_of.values())), strict=True))
@@ -246,6 +255,7 @@ def rerank(options: argparse.Namespace) -> None:
         max_seq_length=options.max_seq_length,
         dtype=options.dtype,
         mesh=device_mesh(options.mesh),
+        weights=options.weights,
     )
     report = rerank_job(
         model,
@@ -306,7 +316,7 @@ def _model_info(source: str) -> None:
     files = open_checkpoint(resolved.path)
     config = read_config(files.config)
     settings = read_settings(resolved.path, resolved.name)
-    _, params = abstract_decoder(config, compute_dtype("float32"))
+    _, params = abstract_decoder(config, Build(compute_dtype("float32")))
     counts = count_parameters(params)
     total, biases = counts.total(), counts["bias"]
     positions = config.max_positions or "unlimited"
@@ -317,10 +327,16 @@ def _model_info(source: str) -> None:
         f"dimension {config.embed_dim}, {config.num_heads} heads ({config.num_kv_heads} key/value), "
         f"vocabulary {config.vocab_size:,}, positions {positions} ({config.positions})\n"
         f"{total:,} parameters, of which {biases:,} in biases ({biases / total:.4%}){untrainable}\n"
-        f"memory for weights: {4 * total / 1e9:.2f} GB in float32, {2 * total / 1e9:.2f} GB in bfloat16\n"
+        f"memory for weights: {4 * total / 1e9:.2f} GB in float32, {2 * total / 1e9:.2f} GB in bfloat16, "
+        f"{_int8_bytes(config) / 1e9:.2f} GB with int8 matrices and bfloat16\n"
         f"pooling {settings.pooling or 'weightedmean'}, brackets {'on' if settings.brackets else 'off'}, "
         f"max_seq_length {limit}"
     )
+
+
+def _int8_bytes(config: DecoderConfig) -> int:
+    _, params = abstract_decoder(config, Build(compute_dtype("bfloat16"), int8=True))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -331,4 +347,5 @@ def export(options: argparse.Namespace) -> None:
         return
     model = _load(vars(options) | {"model": options.source}, None)
     model.save_pretrained(options.output)
-    print(f"{options.output}: {printable(model.name)}, {model.decoder.dtype.name}")
+    copy = ", the dequantised copy of its int8 weights" if model.decoder.build.int8 else ""
+    print(f"{options.output}: {printable(model.name)}, {model.decoder.dtype.name}{copy}")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sgpt_jax.decoder.attention import attend, attention_mask_matrix
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
 from sgpt_jax.decoder.layers import MLP, Dropout, Linear, Norm
 from sgpt_jax.decoder.positions import alibi_slopes, rotary_angles, rotate
@@ -73,16 +74,16 @@ def _alibi(config: DecoderConfig, positions: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     """Self-attention of one layer."""
 
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: DecoderConfig, layer: int, build: Build):
         self.config, self.layer = config, layer
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        make = functools.partial(Linear, dtype=dtype, rngs=rngs)
-        self.q = make(config.embed_dim, width, bias=config.qkv_bias)
-        self.k = make(config.embed_dim, kv_width, bias=config.qkv_bias)
-        self.v = make(config.embed_dim, kv_width, bias=config.qkv_bias)
-        self.o = make(width, config.embed_dim, bias=config.attn_out_bias)
+        make = functools.partial(Linear, build=build)
+        self.q = make(config.embed_dim, width, bias=config.qkv_bias, name="q")
+        self.k = make(config.embed_dim, kv_width, bias=config.qkv_bias, name="k")
+        self.v = make(config.embed_dim, kv_width, bias=config.qkv_bias, name="v")
+        self.o = make(width, config.embed_dim, bias=config.attn_out_bias, name="o")
         self.q_norm, self.k_norm = (
-            self._head_norm(heads, dtype) for heads in (config.num_heads, config.num_kv_heads)
+            self._head_norm(heads, build.dtype) for heads in (config.num_heads, config.num_kv_heads)
         )
 
     def _head_norm(self, heads: int, dtype: jnp.dtype) -> Norm | None:
@@ -134,18 +135,18 @@ def _drop_at(dropout: Dropout, rate: float, site: tuple[int, ...], x: jax.Array)
 class Block(nnx.Module):
     """Attention and MLP with their norms and residual sums."""
 
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: DecoderConfig, layer: int, build: Build):
         self.config, self.layer = config, layer
 
         def norm(there: bool) -> Norm | None:
-            return Norm((config.embed_dim,), config, dtype=dtype) if there else None
+            return Norm((config.embed_dim,), config, dtype=build.dtype) if there else None
 
         leads, follows = config.norm_at != "output", config.norm_at in ("output", "both")
         self.norm1 = norm(leads and (config.first_norm or layer > 0))
-        self.attn = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, layer, build)
         self.out_norm1 = norm(follows)
         self.norm2 = norm(leads and not config.shared_norm)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, build)
         self.out_norm2 = norm(follows)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:

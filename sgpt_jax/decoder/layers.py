@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sgpt_jax.decoder.build import INT8_LIMIT, Build
 from sgpt_jax.decoder.config import DecoderConfig
-from sgpt_jax.decoder.matmul import add_bias, project
+from sgpt_jax.decoder.matmul import add_bias, project, project_int8
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -21,9 +22,29 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def random_weights(rngs: nnx.Rngs | None, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    """Normal with standard deviation 0.02, or zeros without `rngs`."""
-    return jnp.zeros(shape, dtype) if rngs is None else 0.02 * jax.random.normal(rngs.params(), shape, dtype)
+# Of random weights.
+_STANDARD_DEVIATION = 0.02
+
+
+def _matrix(
+    shape: tuple[int, int], build: Build, channel_axis: int | None = None
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """(weights, scale) of a matrix, random or, without `build.rngs`, zeros.
+
+    In the build's dtype without a scale (None); of a build in int8, with the float32 scale of each channel along
+    `channel_axis`. None for that is a matrix that stays in the dtype.
+    """
+    if not build.int8 or channel_axis is None:
+        if build.rngs is None:
+            return nnx.Param(jnp.zeros(shape, build.dtype)), None
+        drawn = jax.random.normal(build.rngs.params(), shape, build.dtype)
+        return nnx.Param(_STANDARD_DEVIATION * drawn), None
+    # Uniform, of the same deviation.
+    scale = jnp.full(shape[channel_axis], _STANDARD_DEVIATION * 3**0.5 / INT8_LIMIT, jnp.float32)
+    if build.rngs is None:
+        return nnx.Param(jnp.zeros(shape, jnp.int8)), nnx.Param(scale)
+    drawn = jax.random.randint(build.rngs.params(), shape, -INT8_LIMIT, INT8_LIMIT + 1, jnp.int8)
+    return nnx.Param(drawn), nnx.Param(scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +65,33 @@ class Dropout:
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, in the compute dtype."""
+    """x @ kernel + bias, in the compute dtype; with an adapter, + x @ lora_a @ lora_b * alpha / rank.
 
-    def __init__(self, size_in: int, size_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        self.dtype = dtype
-        self.kernel = nnx.Param(random_weights(rngs, (size_in, size_out), dtype))
-        self.bias = nnx.Param(jnp.zeros((size_out,), dtype)) if bias else None
+    In int8 the kernel has one float32 `scale` for each output channel: (x @ kernel) * scale. No gradient reaches the
+    kernel and its scale.
+    """
+
+    def __init__(self, size_in: int, size_out: int, *, bias: bool, build: Build, name: str = ""):
+        self.dtype = build.dtype
+        self.kernel, self.scale = _matrix((size_in, size_out), build, channel_axis=1)
+        self.bias = nnx.Param(jnp.zeros((size_out,), build.dtype)) if bias else None
+        adapted = build.lora is not None and name in build.lora.targets
+        self.adapter_scale = build.lora.scale if build.lora is not None and adapted else 0.0
+        rank = build.lora.rank if build.lora is not None else 0
+        # Float32, whatever the dtype: they are there to be trained.
+        self.lora_a = nnx.Param(jnp.zeros((size_in, rank), jnp.float32)) if adapted else None
+        self.lora_b = nnx.Param(jnp.zeros((rank, size_out), jnp.float32)) if adapted else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, self.kernel[...].astype(self.dtype))
+        if self.scale is None:
+            y = project(x, self.kernel[...].astype(self.dtype))
+        else:
+            y = project_int8(x, self.kernel[...], self.scale[...])
+        if self.lora_a is not None and self.lora_b is not None:
+            low = project(x, self.lora_a[...].astype(self.dtype))
+            y = y + project(low, self.lora_b[...].astype(self.dtype)) * jnp.asarray(
+                self.adapter_scale, y.dtype
+            )
         return y if self.bias is None else add_bias(y, self.bias[...].astype(self.dtype))
 
 
@@ -89,25 +128,28 @@ class Norm(nnx.Module):
 
 
 class TokenTable(nnx.Module):
-    """A table of vectors, looked up by row."""
+    """A table of vectors, looked up by row; in int8 with a float32 `scale` for each row, if it is `quantised`."""
 
-    def __init__(self, rows: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        self.dtype = dtype
-        self.embedding = nnx.Param(random_weights(rngs, (rows, size), dtype))
+    def __init__(self, rows: int, size: int, *, build: Build, quantised: bool = True):
+        self.dtype = build.dtype
+        self.embedding, self.scale = _matrix((rows, size), build, channel_axis=0 if quantised else None)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.embedding[...][ids].astype(self.dtype)
+        found = self.embedding[...][ids]
+        if self.scale is not None:
+            found = found.astype(jnp.float32) * self.scale[...][ids][..., None]
+        return found.astype(self.dtype)
 
 
 class MLP(nnx.Module):
     """Two linear layers with an activation, or three with a gate."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: DecoderConfig, build: Build):
         self.activation = config.activation
-        make = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = make(config.embed_dim, config.mlp_dim) if config.gated else None
-        self.up = make(config.embed_dim, config.mlp_dim)
-        self.down = make(config.mlp_dim, config.embed_dim)
+        make = functools.partial(Linear, bias=config.mlp_bias, build=build)
+        self.gate = make(config.embed_dim, config.mlp_dim, name="gate") if config.gated else None
+        self.up = make(config.embed_dim, config.mlp_dim, name="up")
+        self.down = make(config.mlp_dim, config.embed_dim, name="down")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         activate = ACTIVATIONS[self.activation]

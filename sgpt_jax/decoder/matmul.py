@@ -27,6 +27,15 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x, kernel)
 
 
+def project_int8(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., I] @ kernel [I, O] of int8, times scale [O] of float32: [..., O] of x's dtype.
+
+    An int8 value is exact in either compute dtype, so this is the matmul with the dequantised kernel, but that its
+    columns are scaled afterwards, in float32.
+    """
+    return (matmul(x, kernel.astype(x.dtype)) * scale).astype(x.dtype)
+
+
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
     """y [..., O] + bias [O], both of the compute dtype."""
     return _cpu_add_bias(y, bias) if platform() == "cpu" else y + bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sgpt_jax.decoder.block import Block, make_context
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.layers import ACTIVATIONS, Dropout, Linear, Norm, TokenTable, softcap
 from sgpt_jax.decoder.matmul import matmul
@@ -20,22 +22,20 @@ from sgpt_jax.decoder.sharding import by_rows
 class Embed(nnx.Module):
     """Token ids to the first hidden states."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: DecoderConfig, build: Build):
         self.offset = config.position_offset
         self.scale, self.dropout_rate = config.embed_scale, config.embed_dropout
-        self.tokens = TokenTable(config.vocab_size, config.hidden_dim, dtype=dtype, rngs=rngs)
+        self.tokens = TokenTable(config.vocab_size, config.hidden_dim, build=build)
         self.project_in = (
-            Linear(config.token_dim, config.embed_dim, bias=False, dtype=dtype, rngs=rngs)
-            if config.token_dim
-            else None
+            Linear(config.token_dim, config.embed_dim, bias=False, build=build) if config.token_dim else None
         )
         rows = (config.max_positions or 0) + config.position_offset
         self.positions = (
-            TokenTable(rows, config.embed_dim, dtype=dtype, rngs=rngs)
+            TokenTable(rows, config.embed_dim, build=build, quantised=False)
             if config.positions == "learned"
             else None
         )
-        self.norm = Norm((config.embed_dim,), config, dtype=dtype) if config.embed_norm else None
+        self.norm = Norm((config.embed_dim,), config, dtype=build.dtype) if config.embed_norm else None
 
     def __call__(self, ids: jax.Array, positions: jax.Array, dropout: Dropout | None) -> jax.Array:
         x = self.tokens(ids)  # [B, T, E]
@@ -56,13 +56,14 @@ class Head(nnx.Module):
     The transform, a linear layer, GELU and a norm, is ModernBERT's.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        size, make = config.hidden_dim, functools.partial(Linear, dtype=dtype, rngs=rngs)
+    def __init__(self, config: DecoderConfig, build: Build):
+        size, make = config.hidden_dim, functools.partial(Linear, build=build)
         untied = make(size, config.vocab_size, bias=False) if config.head == "untied" else None
         self.kernel = None if untied is None else untied.kernel
-        self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype)) if config.head_bias else None
+        self.scale = None if untied is None else untied.scale
+        self.bias = nnx.Param(jnp.zeros((config.vocab_size,), build.dtype)) if config.head_bias else None
         self.linear = make(size, size, bias=config.head_linear_bias) if config.head_transform else None
-        self.norm = Norm((size,), config, dtype=dtype) if config.head_transform else None
+        self.norm = Norm((size,), config, dtype=build.dtype) if config.head_transform else None
 
     def transform(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., E] to what the kernel is applied to."""
@@ -76,26 +77,23 @@ class Decoder(nnx.Module):
 
     Attributes:
         config: its `DecoderConfig`.
+        build: how its layers are made, without `rngs`.
         dtype: compute dtype of matmuls and hidden states; norms, softmax, rotary angles and logits are
             float32 whatever it is.
-
-    Made with `rngs`, its weights are random; with None they are zeros, for whoever wants the structure only.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
-        self.config, self.dtype = config, dtype
-        self.embed = Embed(config, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
-        self.final_norm = Norm((config.embed_dim,), config, dtype=dtype) if config.final_norm else None
+    def __init__(self, config: DecoderConfig, build: Build):
+        self.config, self.build, self.dtype = config, dataclasses.replace(build, rngs=None), build.dtype
+        self.embed = Embed(config, build)
+        self.blocks = nnx.List([Block(config, i, build) for i in range(config.num_layers)])
+        self.final_norm = Norm((config.embed_dim,), config, dtype=build.dtype) if config.final_norm else None
         self.project_out = (
-            Linear(config.embed_dim, config.token_dim, bias=False, dtype=dtype, rngs=rngs)
-            if config.token_dim
-            else None
+            Linear(config.embed_dim, config.token_dim, bias=False, build=build) if config.token_dim else None
         )
         has_head = config.head == "untied" or (
             config.head == "tied" and (config.head_bias or config.head_transform)
         )
-        self.head = Head(config, dtype=dtype, rngs=rngs) if has_head else None
+        self.head = Head(config, build) if has_head else None
 
     def __call__(
         self,
@@ -167,11 +165,14 @@ class Decoder(nnx.Module):
         hidden = hidden.astype(self.dtype)
         if self.head is not None:
             hidden = self.head.transform(hidden)
+        tokens = self.embed.tokens
+        matrix, scale, axis = tokens.embedding, tokens.scale, 0
         if self.head is not None and self.head.kernel is not None:
-            kernel = jax.lax.dynamic_slice_in_dim(self.head.kernel[...], start, size, axis=1)
-        else:
-            kernel = jax.lax.dynamic_slice_in_dim(self.embed.tokens.embedding[...], start, size, axis=0).T
-        logits = matmul(hidden, kernel.astype(self.dtype))
+            matrix, scale, axis = self.head.kernel, self.head.scale, 1
+        kernel = jax.lax.dynamic_slice_in_dim(matrix[...], start, size, axis)
+        logits = matmul(hidden, (kernel if axis else kernel.T).astype(self.dtype))
+        if scale is not None:
+            logits = logits * jax.lax.dynamic_slice_in_dim(scale[...], start, size)
         if self.head is not None and self.head.bias is not None:
             bias = jax.lax.dynamic_slice_in_dim(self.head.bias[...], start, size)
             logits = logits + bias.astype(jnp.float32)
@@ -180,9 +181,9 @@ class Decoder(nnx.Module):
         return softcap(logits, self.config.logit_softcap)
 
 
-def abstract_decoder(config: DecoderConfig, dtype: jnp.dtype) -> tuple[Any, dict]:
+def abstract_decoder(config: DecoderConfig, build: Build) -> tuple[Any, dict]:
     """The decoder's structure without any memory: (graphdef, params of `jax.ShapeDtypeStruct`)."""
-    return split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=None)))
+    return split(nnx.eval_shape(lambda: Decoder(config, build)))
 
 
 def split(decoder: Decoder) -> tuple[Any, dict]:

@@ -126,9 +126,7 @@ def param_shardings(params: Any, config: DecoderConfig, mesh: Mesh) -> Any:
 
     def shard(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = leaf_path(path)
-        axes = next((axes for pattern, axes in LEAF_AXES if re.search(f"(^|/){pattern}$", name)), None)
-        if axes is None:
-            raise ValueError(f"no logical axes for the leaf {name}")
+        axes = leaf_axes(name)
         spec: list[Any] = []
         for size, axis in zip(leaf.shape, axes or (None,) * leaf.ndim, strict=True):
             mesh_axes = RULES.get(axis or "", ())
@@ -146,6 +144,31 @@ def param_shardings(params: Any, config: DecoderConfig, mesh: Mesh) -> Any:
             "replicated, as they do not divide over their mesh axis: %s", ", ".join(sorted(replicated))
         )
     return shardings
+
+
+def leaf_axes(name: str) -> tuple[str | None, ...]:
+    """The logical axes of a leaf; () is replicated.
+
+    What stands beside a matrix follows it: the scales of int8 its channels, an adapter's A its inputs, B its outputs.
+
+    Raises:
+        ValueError: for a leaf that no decoder has.
+    """
+
+    def find(name: str) -> tuple[str | None, ...] | None:
+        return next((axes for pattern, axes in LEAF_AXES if re.search(f"(^|/){pattern}$", name)), None)
+
+    axes = find(name)
+    parent, _, last = name.rpartition("/")
+    if axes is None and last == "scale":
+        rows, columns = find(f"{parent}/embedding"), find(f"{parent}/kernel")
+        channel = rows[0] if rows else columns[-1] if columns else None
+        axes = () if channel in (None, "embed") else (channel,)
+    elif axes is None and last in ("lora_a", "lora_b") and (kernel := find(f"{parent}/kernel")):
+        axes = (kernel[0], None) if last == "lora_a" else (None, kernel[1])
+    if axes is None:
+        raise ValueError(f"no logical axes for the leaf {name}")
+    return axes
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -57,3 +57,8 @@ class Family:
     exports: Callable[[HfConfig, DecoderConfig], Iterable[dict[str, Any]]] = _as_it_is
     """Configs that may describe a decoder which was read from a config and may have got biases since, best first."""
     gguf: GgufArchitecture | None = None
+
+    @property
+    def headless_prefix(self) -> str:
+        """What stands before tensor names without a language-model head: OPT keeps the last part of its prefix."""
+        return self.base_prefix.partition(".")[2]

@@ -27,6 +27,7 @@ def write_model_card(
     license: str | None = None,
     training: Mapping[str, object] | None = None,
     results: Mapping[str, object] | None = None,
+    note: str = "",
 ) -> None:
     """Writes README.md: front matter for the hub, how to use the model, and what is known of its making.
 
@@ -39,6 +40,7 @@ def write_model_card(
         license: of the base model, see `read_license`; left out when None.
         training: data and hyper-parameters, one table row each.
         results: measured scores, one table row each.
+        note: a paragraph on the weights.
     """
     root = epath.Path(folder)
     name = name or root.name
@@ -53,7 +55,8 @@ def write_model_card(
         *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
         "---",
     ]
-    lines += [f"# {name}", "", _summary(settings, embed_dim, base_model), "", *_usage(settings, name)]
+    lines += [f"# {name}", "", _summary(settings, embed_dim, base_model), "", *([note, ""] if note else [])]
+    lines += _usage(settings, name)
     for title, rows in (("Training", training), ("Results", results)):
         if rows:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]

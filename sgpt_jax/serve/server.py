@@ -138,7 +138,7 @@ def load_models(options: argparse.Namespace) -> Models:
         return demo_models(options)
     # What the index was built with, as in `sgpt search`; options that are given come first.
     settings = {} if index is None else dict(index.metadata)
-    for name in ("model", "pooling", "brackets", "max_seq_length", "dtype", "biases"):
+    for name in ("model", "pooling", "brackets", "max_seq_length", "dtype", "weights", "biases"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -148,7 +148,7 @@ def load_models(options: argparse.Namespace) -> Models:
         settings["model"],
         **{
             name: settings[name]
-            for name in ("pooling", "brackets", "max_seq_length", "dtype", "biases")
+            for name in ("pooling", "brackets", "max_seq_length", "dtype", "weights", "biases")
             if name in settings
         },
         mesh=mesh,
@@ -156,7 +156,10 @@ def load_models(options: argparse.Namespace) -> Models:
     cross_encoder = None
     if options.cross_encoder is not None:
         cross_encoder = CrossEncoder.from_pretrained(
-            options.cross_encoder, dtype=settings.get("dtype", "float32"), mesh=mesh
+            options.cross_encoder,
+            dtype=settings.get("dtype", "float32"),
+            mesh=mesh,
+            weights=settings.get("weights"),
         )
     return Models(encoder, cross_encoder, index)
 
@@ -167,13 +170,24 @@ def demo_models(options: argparse.Namespace) -> Models:
     with resources.as_file(resources.files("sgpt_jax") / "data" / BIASES) as biases:
         digest = hashlib.sha256(biases.read_bytes()).hexdigest()
         encoder = BiEncoder.from_pretrained(
-            source, max_seq_length=MAX_SEQ_LENGTH, biases=biases, dtype=dtype, mesh=mesh
+            source,
+            max_seq_length=MAX_SEQ_LENGTH,
+            biases=biases,
+            dtype=dtype,
+            mesh=mesh,
+            weights=options.weights,
         )
     cross_encoder = CrossEncoder.from_pretrained(
-        source, max_seq_length=_DEMO_PAIR_TOKENS, dtype=dtype, mesh=mesh
+        source,
+        max_seq_length=_DEMO_PAIR_TOKENS,
+        dtype=dtype,
+        mesh=mesh,
+        weights=options.weights,
     )
     abstracts, _ = read_demo()
-    index = _demo_index(encoder, abstracts, Path(user_cache()) / f"demo-{digest[:12]}-{dtype}.index")
+    index = _demo_index(
+        encoder, abstracts, Path(user_cache()) / f"demo-{digest[:12]}-{options.weights or dtype}.index"
+    )
     titles = {a["_id"]: a["title"] for a in abstracts}
     return Models(encoder, cross_encoder, index, titles, _DEMO_DOCUMENT_TOKENS)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
 from sgpt_jax.decoder.flops import forward_flops, seen_keys, training_flops
 from sgpt_jax.decoder.model import abstract_decoder, merge
@@ -25,7 +26,7 @@ CONFIG = DecoderConfig(
 
 
 def counted(function, config, rows, length):
-    graphdef, params = abstract_decoder(config, jnp.dtype("float32"))
+    graphdef, params = abstract_decoder(config, Build(jnp.dtype("float32")))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     lowered = jax.jit(lambda params, ids: function(merge(graphdef, params), params, ids)).lower(params, ids)
     return lowered.cost_analysis()["flops"]
@@ -53,7 +54,7 @@ def test_head():
 @pytest.mark.parametrize("biases_only", [True, False])
 def test_training(biases_only):
     config = dataclasses.replace(CONFIG, mlp_bias=True, qkv_bias=True, attn_out_bias=True)
-    graphdef, abstract = abstract_decoder(config, jnp.dtype("float32"))
+    graphdef, abstract = abstract_decoder(config, Build(jnp.dtype("float32")))
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     trained = [not biases_only or "bias" in str(path[-1]) for path, _ in leaves]
 

@@ -7,6 +7,7 @@ import jax
 import pytest
 from devices import run_on_eight
 
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import abstract_decoder
 from sgpt_jax.decoder.sharding import AXES, make_mesh, param_shardings
@@ -29,7 +30,7 @@ def test_bad_meshes_are_refused(spec):
 @pytest.mark.parametrize("variant", decoders.VARIANTS)
 def test_every_leaf_has_a_place(variant):
     config = read_config(decoders.config(variant))
-    _, params = abstract_decoder(config, compute_dtype("float32"))
+    _, params = abstract_decoder(config, Build(compute_dtype("float32")))
     shardings = param_shardings(params, config, make_mesh(None, jax.devices()[:1]))
     assert len(jax.tree.leaves(shardings)) == len(jax.tree.leaves(params))
 
@@ -94,11 +95,12 @@ def test_shards_hold_their_part_only():
     code = """
         import jax, numpy as np
         from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig, compute_dtype
+        from sgpt_jax.decoder.build import Build
         from sgpt_jax.decoder.model import abstract_decoder
         from sgpt_jax.decoder.sharding import make_mesh, param_shardings
         config = DecoderConfig(vocab_size=64, embed_dim=32, num_layers=1, num_heads=8, num_kv_heads=8, head_dim=4,
                                mlp_dim=64, max_positions=8, rotary=RotaryConfig(dim=4), head="untied")
-        _, params = abstract_decoder(config, compute_dtype("float32"))
+        _, params = abstract_decoder(config, Build(compute_dtype("float32")))
         shardings = param_shardings(params, config, make_mesh("fsdp=4,tensor=2"))
         shapes = jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), params, shardings)
         block = shapes["blocks"][0]

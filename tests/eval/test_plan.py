@@ -27,12 +27,15 @@ from eval.plan import estimate as plan_estimate
 from eval.plan import models as plan_models
 from eval.plan import table as plan_table
 from eval.plan.programs import Work, lower
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.flops import layer_weights
 from sgpt_jax.decoder.model import Decoder, split
-from sgpt_jax.decoder.sharding import make_mesh
+from sgpt_jax.decoder.sharding import leaf_path, make_mesh
 from sgpt_jax.errors import InputError
-from train.optimizer import make_optimizer, split_params, trainable_mask
+from train.optimizer import lora_of, make_optimizer, split_params, trainable_mask
 from train.step import init_state
+
+BFLOAT16 = Build(jnp.dtype("bfloat16"))
 
 
 def one_device():
@@ -65,7 +68,7 @@ def test_flops_of_the_compiled_program():
 
 @pytest.mark.parametrize("rule", ["bias", "all"])
 def test_resident_memory_is_what_the_arrays_take(rule):
-    decoder = Decoder(TINY, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    decoder = Decoder(TINY, Build(jnp.dtype("bfloat16"), rngs=nnx.Rngs(0)))
     _, params = split(decoder)
     mask = trainable_mask(params, rule)
     trainable, frozen = split_params(params, mask)
@@ -76,6 +79,40 @@ def test_resident_memory_is_what_the_arrays_take(rule):
     memory = plan_estimate.memory(TINY, work, (1, 1, 1))
     assert memory.parameters == size["frozen"] + size["ours"]
     assert memory.optimizer == size["moments"]
+
+
+@pytest.mark.parametrize(("rule", "rank"), [("bias", None), ("lora", 4), ("lora,bias", 4)])
+def test_resident_memory_over_int8(rule, rank):
+    lora = lora_of(TINY, rule, rank)
+    work = Work(task="train", rows=4, length=16, trainable=rule, weights="int8", lora=lora)
+    _, params = split(Decoder(TINY, dataclasses.replace(work.build, rngs=nnx.Rngs(0))))
+    mask = trainable_mask(params, rule)
+    trainable, frozen = split_params(params, mask)
+    state = init_state(trainable, make_optimizer(mask, lambda _: jnp.float32(0)), 0, None)
+    memory = plan_estimate.memory(TINY, work, (1, 1, 1))
+    assert memory.parameters == sum(leaf.nbytes for leaf in jax.tree.leaves((frozen, trainable)))
+    assert memory.optimizer == sum(leaf.nbytes for leaf in jax.tree.leaves(state.moments))
+    dense = plan_estimate.memory(TINY, dataclasses.replace(work, weights=None), (1, 1, 1))
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.int8)
+    scales = sum(leaf.nbytes for name, leaf in named(params).items() if name.endswith("/scale"))
+    norms = sum(
+        leaf.nbytes for name, leaf in named(params).items() if "norm" in name and name.endswith("/scale")
+    )
+    assert dense.parameters - memory.parameters == matrices - (scales - norms)
+
+
+def named(params):
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def test_gpt_j_over_int8_fits_where_bfloat16_does_not():
+    target = plan_devices.parse_target("v5e:1x1")
+    int8, dense = (
+        plan.make_plan("gpt-j-6b", target, arguments(weights=weights)) for weights in ("int8", None)
+    )
+    assert int8["fits"] and not dense["fits"]
+    assert int8["memory"]["parameters"] == pytest.approx(6.06e9, rel=0.01)
+    assert "int8 weights" in plan_table.describe(int8) and "int8" not in plan_table.describe(dense)
 
 
 def test_activations_by_arithmetic_are_near_the_compilers():
@@ -94,7 +131,7 @@ def test_work_and_memory_fall_from_one_device_to_eight():
     code = """
         import dataclasses, json, jax
         from eval.plan.programs import Work, abstract_state, lower
-        from sgpt_jax.decoder.sharding import make_mesh
+        from sgpt_jax.decoder.sharding import leaf_path, make_mesh
         from plans import TINY, WORKS
         found = {}
         for spec in ("data=1", "data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"):
@@ -128,15 +165,16 @@ def test_the_abstract_state_is_placed_as_the_real_one():
         import jax, jax.numpy as jnp
         from flax import nnx
         from eval.plan.programs import Work, abstract_params, abstract_state
+        from sgpt_jax.decoder.build import Build
         from sgpt_jax.decoder.model import Decoder, split
-        from sgpt_jax.decoder.sharding import make_mesh
+        from sgpt_jax.decoder.sharding import leaf_path, make_mesh
         from plans import TINY
-        from train.optimizer import make_optimizer, split_params, trainable_mask
+        from train.optimizer import lora_of, make_optimizer, split_params, trainable_mask
         from train.step import init_state
         mesh = make_mesh("data=2,fsdp=2,tensor=2")
         for rule in ("bias", "all"):
-            abstract = abstract_params(TINY, "float32", mesh)[1]
-            _, params = split(Decoder(TINY, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+            abstract = abstract_params(TINY, Build(jnp.dtype("float32")), mesh)[1]
+            _, params = split(Decoder(TINY, Build(jnp.dtype("float32"), rngs=nnx.Rngs(0))))
             params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract)
             mask = trainable_mask(params, rule)
             trainable, _ = split_params(params, mask)
@@ -158,7 +196,7 @@ BILLIONS = {"gpt-neo-125m": 0.125, "gpt-neo-1.3b": 1.316, "gpt-neo-2.7b": 2.651,
 
 @pytest.mark.parametrize("name", plan_models.MODELS)
 def test_released_models_have_their_number_of_parameters(name):
-    parameters, _, _ = plan_estimate.device_bytes(plan_models.find_model(name), "", "bfloat16", (1, 1, 1))
+    parameters, _, _ = plan_estimate.device_bytes(plan_models.find_model(name), "", BFLOAT16, (1, 1, 1))
     assert parameters / 2e9 == pytest.approx(BILLIONS[name], rel=0.005)
 
 
@@ -204,8 +242,7 @@ def test_the_search_prefers_what_fits_with_least_tensor_parallelism():
     some = [one for one in plans if one.sizes == sizes and one.work.chunk]
     assert [one.memory.total for one in some] == sorted(one.memory.total for one in some)
     found = [
-        plan_estimate.device_bytes(config, "all", "bfloat16", (8 // fsdp, fsdp, 1))[0]
-        for fsdp in (1, 2, 4, 8)
+        plan_estimate.device_bytes(config, "all", BFLOAT16, (8 // fsdp, fsdp, 1))[0] for fsdp in (1, 2, 4, 8)
     ]
     assert found == sorted(found, reverse=True)
     assert found[0] / found[-1] == pytest.approx(8, rel=0.01)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from sgpt_jax.checkpoint.bias_sets import bias_leaves
 from sgpt_jax.decoder.batch import Batch
+from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
 from sgpt_jax.decoder.model import Decoder, merge, split
 from sgpt_jax.decoder.pooling import POOLING_MODES, pool
@@ -36,7 +37,7 @@ def dropped():
         max_positions=LENGTH, positions="learned", qkv_bias=True, attn_out_bias=True, mlp_bias=True,
         embed_dropout=0.1, attn_dropout=0.2, residual_dropout=0.1,
     )  # fmt: skip
-    return split(Decoder(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    return split(Decoder(config, Build(jnp.dtype("float32"), rngs=nnx.Rngs(0))))
 
 
 def make_batch(size=7, negatives=2):
@@ -110,7 +111,7 @@ def test_a_thousand_examples_fit_where_64_do():
         vocab_size=64, embed_dim=48, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=12, mlp_dim=96,
         max_positions=None, rotary=RotaryConfig(dim=12), qkv_bias=True, attn_out_bias=True, mlp_bias=True,
     )  # fmt: skip
-    graphdef, params = split(Decoder(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    graphdef, params = split(Decoder(config, Build(jnp.dtype("float32"), rngs=nnx.Rngs(0))))
     mask = trainable_mask(params, "bias")
     trainable, frozen = split_params(params, mask)
     optimizer = make_optimizer(mask, lambda _: 1e-3)
