@@ -165,14 +165,19 @@ def _write_part(file: epath.Path, scores: np.ndarray, counts: ScoreReport) -> No
 
 
 def _read_part(file: epath.Path, pairs: int) -> tuple[np.ndarray, ScoreReport] | None:
-    """A part's scores and counts, or None where it has to be computed."""
+    """A part's scores and counts, or None where it has to be computed, with a warning where it is damaged."""
     if not file.exists():
         return None
-    with file.open("rb") as stream, np.load(stream) as stored:
-        scores, counts = stored["scores"], stored["counts"]
-    if scores.shape != (pairs,):
-        raise InputError(f"{file}: does not belong to this job; remove its folder to start again")
-    return scores, ScoreReport(*counts.tolist())
+    try:
+        with file.open("rb") as stream, np.load(stream) as stored:  # its zip format has checksums
+            scores, counts = stored["scores"], stored["counts"]
+        if (scores.shape, scores.dtype) == ((pairs,), np.float32):
+            return scores, ScoreReport(*counts.tolist())
+        reason = f"{scores.dtype}{list(scores.shape)} in place of float32[{pairs}]"
+    except Exception as error:  # zipfile, zlib and NumPy have many for a file that is not as it was
+        reason = str(error) or type(error).__name__
+    warnings.warn(f"{file}: damaged, its {pairs} pairs are scored again ({reason})", stacklevel=3)
+    return None
 
 
 def _open_job(folder: epath.Path, description: dict[str, Any]) -> int:
@@ -181,18 +186,25 @@ def _open_job(folder: epath.Path, description: dict[str, Any]) -> int:
     if not file.exists():
         size = part_pairs()
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, description | {"part_pairs": size})
+        job = description | {"part_pairs": size}
+        write_json(file, job | {"digest": _digest(job)})
         return size
     try:
         found = json.loads(file.read_text())
-    except ValueError:
-        found = {}
+        if found.pop("digest") != _digest(found):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{file}: damaged; remove {folder} to start again") from None
     if changed := [name for name, value in description.items() if found.get(name) != value]:
         raise InputError(
             f"{folder}: holds the scores of another job ({', '.join(changed)} changed); "
             "remove it, or choose another output"
         )
     return found["part_pairs"]
+
+
+def _digest(job: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(job, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _describe(

@@ -168,6 +168,48 @@ def test_a_killed_process_goes_on_in_another(folder, model, tmp_path, small_part
     assert sorted(files(tmp_path)) == ["out.json", "out.trec"]
 
 
+def damaged_copies(content, draw):
+    """Cut, zeroed and flipped at random."""
+    yield b""
+    for _ in range(4):
+        start = int(draw.integers(len(content)))
+        yield content[:start]
+        yield content[:start] + bytes(len(content[start : start + 16])) + content[start + 16 :]
+        yield content[:start] + bytes([content[start] ^ 1 << int(draw.integers(8))]) + content[start + 1 :]
+
+
+def test_damaged_parts_are_scored_again_and_a_damaged_job_is_named(model, tmp_path, monkeypatch, small_parts):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    rerank_job(model, RUN, QUERIES, DOCUMENTS, whole / "out")
+    with monkeypatch.context() as patch:
+        interrupt(patch, module, "write_run", 0)
+        with pytest.raises(KeyboardInterrupt):
+            rerank_job(model, RUN, QUERIES, DOCUMENTS, tmp_path / "out")
+    stored = files(tmp_path / "out.partial")
+    draw = np.random.default_rng(0)
+    found = []
+    for name, content in stored.items():
+        for number, damaged in enumerate(damaged_copies(content, draw)):
+            folder = tmp_path / f"{name}-{number}"
+            (folder / "out.partial").mkdir(parents=True)
+            for other, kept in stored.items():
+                (folder / "out.partial" / other).write_bytes(damaged if other == name else kept)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    report = rerank_job(model, RUN, QUERIES, DOCUMENTS, folder / "out")
+                except InputError as error:
+                    assert name == "job.json" and str(folder / "out.partial") in str(error)
+                    found.append("refused")
+                    continue
+            assert files(folder) == files(whole), (name, number)
+            again = report.resumed < report.pairs
+            assert again == any(f"{name}: damaged" in str(warning.message) for warning in caught)
+            found.append("again" if again else "harmless")
+    assert found.count("refused") > 8 and found.count("again") > 30, found
+
+
 def test_another_job_is_refused(folder, model, tmp_path, monkeypatch, small_parts):
     with monkeypatch.context() as patch:
         interrupt(patch, CrossEncoder, "predict", 1)

@@ -2,14 +2,18 @@
 
 What is saved is small: trainable leaves, optimizer moments, step, random key and the position in the data. The frozen
 model is read again from where it came from. Writing happens in the background; a checkpoint is there whole or not at
-all.
+all. What it says of its leaves includes a sum over their bits, which restoring checks: a checkpoint damaged later is
+set aside, and the sound one before it is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax import Array
 
 from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
-from train.step import TrainState
+from train.step import TrainState, agree
 
 # What a background thread could not do is raised by the next call as well: nobody needs its stack.
 for _logger in ("absl", "asyncio"):
@@ -44,6 +49,7 @@ class Checkpoints:
             folder / "checkpoints",
             options=ocp.CheckpointManagerOptions(max_to_keep=_NEWEST, enable_async_checkpointing=True),
         )
+        _check_metrics(folder / "best")
         self.best = ocp.CheckpointManager(
             folder / "best",
             options=ocp.CheckpointManagerOptions(
@@ -56,53 +62,87 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data: dict) -> None:
         """Saves the state after `step` steps and the data iterator's position, in the background."""
-        if step in self.newest.all_steps():
-            return
-        self.wait()  # one write at a time: the processes number their meeting points in the order of the writes
-        leaves = ocp.args.StandardSave(_flatten(_own(state)))
-        with self._writing():
-            self.newest.save(step, args=ocp.args.Composite(state=leaves, data=ocp.args.JsonSave(data)))
+        if step not in self.newest.all_steps():
+            self._save(self.newest, step, state, data)
 
     def save_best(self, step: int, trainable: Any, dev: float) -> None:
         """Saves trainable leaves with their dev metric, in the background, if they are among the best."""
         if step not in self.best.all_steps():
-            self.wait()
-            leaves = ocp.args.StandardSave(_flatten(_own(trainable)))
-            with self._writing():
-                self.best.save(step, args=leaves, metrics={"dev": dev})
+            self._save(self.best, step, trainable, {"dev": dev}, metrics={"dev": dev})
 
     def restore(self, state: TrainState) -> tuple[int, TrainState, dict] | None:
-        """The newest complete checkpoint: (steps done, state, data position); None when there is none.
+        """The newest sound checkpoint: (steps done, state, data position); None when there is none at all.
+
+        Those that are damaged are moved to the folder `checkpoints.damaged`, with a warning.
 
         Args:
             state: a fresh state, whose shapes and shardings the restored one gets; they need not be those it was
                 saved with.
 
         Raises:
-            InputError: the checkpoint is of another model or of other trainable parameters.
+            InputError: the checkpoint is of another model or of other trainable parameters, or all are damaged.
         """
-        step = self.newest.latest_step()
-        if step is None:
-            return None
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_abstract(state)), data=ocp.args.JsonRestore()
-        )
-        try:
-            found = self.newest.restore(step, args=arguments)
-        except (ValueError, KeyError) as error:
+        damaged = False
+        while (step := self.newest.latest_step()) is not None:
+            if (found := self._restore(self.newest, step, state)) is not None:
+                return step, *found
+            damaged = True
+        if damaged:
             raise InputError(
-                f"{self.newest.directory}: the checkpoint of step {step} does not fit this model: {error}"
-            ) from error
-        return step, _unflatten(state, found["state"]), found["data"]
+                f"{self.newest.directory}: no checkpoint is sound; without --resume training starts again"
+            )
+        return None
 
     def restore_best(self, trainable: Any) -> tuple[int, Any, float] | None:
-        """The best by dev metric: (step, trainable leaves, dev metric); None when there is none."""
+        """The best sound one by dev metric: (step, trainable leaves, dev metric); None when there is none."""
         self.wait()
-        step = self.best.best_step()
-        if step is None:
-            return None
-        found = self.best.restore(step, args=ocp.args.StandardRestore(_abstract(trainable)))
-        return step, _unflatten(trainable, found), float(self.best.metrics(step)["dev"])
+        while (step := self.best.best_step()) is not None:
+            if (found := self._restore(self.best, step, trainable)) is not None:
+                if (dev := found[1]["dev"]) == self.best.metrics(step)["dev"]:
+                    return step, found[0], dev
+                _set_aside(epath.Path(self.best.directory) / str(step), "its metric has changed")
+                self.best.reload()
+        return None
+
+    def _save(self, manager: ocp.CheckpointManager, step: int, tree: Any, facts: dict, **more: Any) -> None:
+        self.wait()  # one write at a time: the processes number their meeting points in the order of the writes
+        leaves = _flatten(_own(tree))
+        about = {"facts": facts, "leaves": _describe(leaves)}
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves),
+            data=ocp.args.JsonSave(about | {"digest": _digest(about)}),
+        )
+        with self._writing():
+            manager.save(step, args=arguments, **more)
+
+    def _restore(self, manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict] | None:
+        """A checkpoint's leaves, as those of `like`, and the facts saved with them; None after moving a damaged one.
+
+        Raises:
+            InputError: it is of another model or of other trainable parameters.
+        """
+        reason = ""
+        try:
+            about = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+            if about.pop("digest") != _digest(about):
+                raise ValueError("its description has changed")
+            if differs := _difference(about["leaves"], _flatten(like)):
+                raise InputError(
+                    f"{manager.directory}: the checkpoint of step {step} does not fit this model: {differs}"
+                )
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
+            leaves = manager.restore(step, args=arguments)["state"]
+            if _describe(leaves) != about["leaves"]:
+                raise ValueError("its content has changed")
+        except InputError:
+            raise
+        except Exception as error:  # whatever the many layers of orbax say of a file that is not as it was
+            reason = str(error).split("\n")[0][:200] or type(error).__name__
+        if not agree(bool(reason))[0]:
+            return _unflatten(like, leaves), about["facts"]
+        _set_aside(epath.Path(manager.directory) / str(step), reason or "by what another process reads")
+        manager.reload()
+        return None
 
     def wait(self) -> None:
         """Returns when everything is written.
@@ -141,6 +181,31 @@ class Checkpoints:
             ) from error
 
 
+def _check_metrics(best: epath.Path) -> None:
+    """Sets aside checkpoints whose metric cannot be read, over which orbax would stumble as soon as it looks."""
+    for folder in sorted(best.iterdir()) if best.exists() else []:
+        file = folder / "metrics/metrics"
+        if folder.name.isdigit() and (folder / "commit_success.txt").exists():
+            try:
+                float(json.loads(file.read_text())["dev"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                _set_aside(folder, f"metrics: {error}")
+
+
+def _set_aside(folder: epath.Path, reason: str) -> None:
+    """Moves a checkpoint to where it is in nobody's way. All processes must call."""
+    aside = folder.parent.with_name(f"{folder.parent.name}.damaged")
+    warnings.warn(
+        f"{folder}: this checkpoint is damaged and was moved to {aside.name} ({reason})", stacklevel=2
+    )
+    if jax.process_index() == 0:
+        aside.mkdir(exist_ok=True)
+        if (aside / folder.name).exists():
+            (aside / folder.name).rmtree()
+        folder.rename(aside / folder.name)
+    agree(0)  # all wait until it is gone
+
+
 def _own(tree: Any) -> Any:
     """Copies on a CPU, where the writer may look at the very memory that the next step overwrites."""
     return jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
@@ -153,6 +218,44 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 def _name(path: tuple[Any, ...]) -> str:
     return leaf_path(path).replace("/", ".")
+
+
+@jax.jit
+def _sums(leaves: dict[str, Array]) -> dict[str, Array]:
+    """A sum over the bits of each leaf that knows their positions, the same however the leaf is sharded: uint32."""
+
+    def add_up(leaf: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        weights = jnp.ones(leaf.shape, jnp.uint32)
+        for axis in range(leaf.ndim):
+            weights = weights * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(
+                jnp.uint32, leaf.shape, axis
+            )
+        return jnp.sum(bits * (2 * weights + 1), dtype=jnp.uint32)
+
+    return {name: add_up(leaf) for name, leaf in leaves.items()}
+
+
+def _describe(leaves: dict[str, Array]) -> dict[str, list]:
+    """What a checkpoint says of its leaves: shape, dtype and sum of each, as JSON has them."""
+    sums = jax.device_get(_sums(leaves))
+    return {name: [list(leaf.shape), leaf.dtype.name, int(sums[name])] for name, leaf in leaves.items()}
+
+
+def _difference(stored: dict[str, list], leaves: dict[str, Array]) -> str:
+    """The first difference in names, shapes or dtypes; nothing where there is none."""
+    wanted = {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in leaves.items()}
+    for name in sorted(stored.keys() | wanted.keys()):
+        there, here = stored.get(name), wanted.get(name)
+        if there is None or here is None:
+            return f"{name} is only in the {'model' if there is None else 'checkpoint'}"
+        if there[:2] != here:
+            return f"{name} is {there[1]}{there[0]} in the checkpoint and {here[1]}{here[0]} in the model"
+    return ""
+
+
+def _digest(about: dict) -> str:
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _abstract(tree: Any) -> dict[str, Any]:
