@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,15 +17,17 @@ from jax.sharding import Mesh
 
 from sgpt_jax.checkpoint import bias_sets
 from sgpt_jax.checkpoint.export import export_folder
-from sgpt_jax.checkpoint.fingerprint import model_fingerprint
+from sgpt_jax.checkpoint.fingerprint import model_fingerprint, module_facts
 from sgpt_jax.decoder.model import Decoder, split
-from sgpt_jax.decoder.pooling import POOLING_MODES, normalize
+from sgpt_jax.decoder.modules import Dense, Modules, output_dimension
+from sgpt_jax.decoder.pooling import pooling_modes, similarities
 from sgpt_jax.decoder.sharding import batch_sharding, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.card import read_license, write_model_card
+from sgpt_jax.folder.modules import describe_modules
 from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.load import base_sha256, load_parts, token_limit
+from sgpt_jax.load import base_sha256, load_parts, open_model, token_limit
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, lay_out
 from sgpt_jax.packing.rows import embed, plan_texts, texts_per_row, vector_indices
 from sgpt_jax.runtime.one_behind import one_behind
@@ -48,6 +51,9 @@ DEQUANTISED = (
 class EncodeOptions(TypedDict, total=False):
     """The options of `BiEncoder.encode`."""
 
+    prompt: str | None
+    prompt_name: str | None
+    truncate_dim: int | None
     normalize: bool
     batch_tokens: int | None
     show_progress: bool | None
@@ -77,10 +83,18 @@ class EncodeReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Token ids of some texts, the batches that they run in, and the vectors that are to come, float32 [n, E]."""
+    """Texts that become vectors.
+
+    Attributes:
+        ids: their token ids.
+        plans: the batches that they run in.
+        skip: so many first tokens of each are left out of the pooling.
+        vectors: float32 [n, D], that are to come.
+    """
 
     ids: list[list[int]]
     plans: list[PlannedBatch]
+    skip: int
     vectors: np.ndarray
 
 
@@ -94,7 +108,7 @@ class _Started:
     result: jax.Array | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BiEncoder:
     """Texts to vectors. Make one with `from_pretrained`.
 
@@ -103,7 +117,10 @@ class BiEncoder:
         hf_config: the Hugging Face config it was read from, which `save_pretrained` writes again.
         text: the tokenising rules: limit, brackets, prompts.
         pooling: how hidden states become one vector, see `pool`.
-        normalized: the model folder asks for vectors of length 1.
+        modules: what follows the pooling, see `apply_modules`.
+        include_prompt: whether the tokens of a prompt are pooled.
+        truncate_dim: how many dimensions of a vector are kept; None keeps all.
+        similarity_name: how vectors are compared, one of `SIMILARITIES`.
         name: the source's name, for model cards and reports.
         license: what the source states, for model cards; None where it states nothing.
         mesh: the devices it runs on, or None for the first one.
@@ -113,7 +130,10 @@ class BiEncoder:
     hf_config: Mapping[str, Any]
     text: TextEncoder
     pooling: str
-    normalized: bool = False
+    modules: Modules = ()
+    include_prompt: bool = True
+    truncate_dim: int | None = None
+    similarity_name: str = "cosine"
     name: str = ""
     license: str | None = None
     mesh: Mesh | None = None
@@ -126,10 +146,12 @@ class BiEncoder:
         pooling: str | None = None,
         brackets: bool | None = None,
         max_seq_length: int | None = None,
+        truncate_dim: int | None = None,
         dtype: str = "float32",
         mesh: Mesh | None = None,
         biases: Any = None,
         weights: str | None = None,
+        adapter: Any = None,
     ) -> BiEncoder:
         """Loads a model.
 
@@ -138,47 +160,85 @@ class BiEncoder:
         decoder's own limit.
 
         Args:
-            source: a folder (of transformers or sentence-transformers), a hub id, or a .gguf file.
-            pooling: weightedmean, mean, lasttoken or cls.
+            source: a folder (of transformers, sentence-transformers or peft), a hub id, or a .gguf file.
+            pooling: see `pool`.
             brackets: put `[` `]` around queries and `{` `}` around documents.
             max_seq_length: tokens of a text that are read, brackets included.
+            truncate_dim: keep so many dimensions of the vectors, counted from the first, after all modules. What is
+                kept has no longer length 1 then, unless `encode(normalize=True)` asks for it.
             dtype: "float32" or "bfloat16", for weights and matmuls; vectors are float32 always.
             mesh: spread model and batches over it (`make_mesh`); None uses the first device.
             biases: a file of trained biases to apply (`python -m train` writes them as biases.safetensors).
             weights: "int8" holds the matrices as int8, at a quarter of float32's memory; None in the dtype. See
                 `load_decoder`.
+            adapter: a LoRA adapter to merge into the weights (a folder in peft's layout or a hub id), or several in
+                their order. A source that is an adapter itself brings the base that it names.
 
         Raises:
             InputError: the source is missing, damaged or not supported, or the options do not fit it.
         """
         resolved = resolve(source)
-        settings = read_settings(resolved.path, resolved.name)
+        opened = open_model(resolved, adapter)
+        settings = read_settings(opened.settings, resolved.name)
         bias_set = None if biases is None else bias_sets.load_bias_set(biases)
         recorded = {} if bias_set is None else bias_set.header
         pooling = _first(pooling, recorded.get("pooling"), settings.pooling, "weightedmean")
         brackets = _first(brackets, recorded.get("brackets"), settings.brackets, False)
-        if pooling not in POOLING_MODES:
-            raise InputError(f"pooling must be one of {', '.join(POOLING_MODES)}, not {pooling!r}")
-        parts = load_parts(resolved, dtype, mesh, weights)
+        try:
+            modes = pooling_modes(pooling)
+        except ValueError as problem:
+            raise InputError(str(problem)) from None
+        parts = load_parts(opened, dtype, mesh, weights)
         length = token_limit(parts.decoder.config, max_seq_length, settings.max_seq_length)
         decoder = parts.decoder
+        _check_modules(len(modes) * decoder.config.hidden_dim, settings.modules)
         if bias_set is not None:
-            decoder = bias_sets.apply_bias_set(decoder, bias_set, base_sha256(resolved, decoder))
-        return cls(
+            decoder = bias_sets.apply_bias_set(decoder, bias_set, base_sha256(opened.files, decoder))
+        model = cls(
             decoder=decoder,
             hf_config=parts.hf_config,
-            text=TextEncoder(parts.tokenizer, length, brackets, settings.prompts),
+            text=TextEncoder(
+                parts.tokenizer, length, brackets, settings.prompts, settings.default_prompt_name
+            ),
             pooling=pooling,
-            normalized=bool(settings.normalize),
+            modules=settings.modules,
+            include_prompt=settings.include_prompt,
+            similarity_name=settings.similarity or "cosine",
             name=resolved.name,
             license=read_license(resolved.path),
             mesh=mesh,
+        )
+        size = _first(truncate_dim, settings.truncate_dim, model.dimension)
+        return (
+            model if size == model.dimension else dataclasses.replace(model, truncate_dim=model._kept(size))
+        )
+
+    def with_prompts(self, query: str | None = None, document: str | None = None) -> BiEncoder:
+        """The same model with other prompts before queries and documents.
+
+        Args:
+            query, document: a text, or the name of one of the model's prompts; None leaves what there is.
+        """
+        asked = {"query": query, "document": document}
+        found = {side: self.text.prompts.get(text, text) for side, text in asked.items() if text is not None}
+        text = copy.copy(self.text)
+        text.prompts = self.text.prompts | found
+        return dataclasses.replace(self, text=text)
+
+    def __repr__(self) -> str:
+        config = self.decoder.config
+        mask = ", bidirectional" if config.bidirectional else ""
+        return (
+            f"BiEncoder({self.name or 'model'}: {self.hf_config['model_type']}, {config.num_layers} layers{mask}, "
+            f"dimension {self.dimension}, {describe_modules(self.pooling, self.include_prompt, self.modules)}, "
+            f"{self.text.max_seq_length} tokens, {self.decoder.dtype.name})"
         )
 
     @property
     def dimension(self) -> int:
         """Length of the vectors."""
-        return self.decoder.config.hidden_dim
+        pooled = len(pooling_modes(self.pooling)) * self.decoder.config.hidden_dim
+        return self.truncate_dim or output_dimension(pooled, self.modules)
 
     def fingerprint(self) -> str:
         """What tells this model and its settings from any other, see `model_fingerprint`: 40 hexadecimal digits.
@@ -188,9 +248,11 @@ class BiEncoder:
         settings = {
             "pooling": self.pooling,
             "brackets": self.text.brackets,
-            "prompts": self.text.prompts,
+            "prompts": {side: self.text.prompt(side) for side in ("query", "document")},
             "max_seq_length": self.text.max_seq_length,
-            "normalized": self.normalized,
+            "include_prompt": self.include_prompt,
+            "truncate_dim": self.truncate_dim,
+            "modules": module_facts(self.modules),
         }
         return model_fingerprint(self.decoder, settings)
 
@@ -199,6 +261,9 @@ class BiEncoder:
         texts: str | Sequence[str],
         *,
         side: Side | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        truncate_dim: int | None = None,
         normalize: bool = False,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
@@ -208,30 +273,41 @@ class BiEncoder:
         Args:
             texts: a list, or one str.
             side: "query" or "document" for the brackets or prompts of a model that has them; None for texts as they
-                are, or with the model's prompt for these.
-            normalize: scale vectors to length 1.
+                are, or with the model's default prompt.
+            prompt: goes before every text, in place of the model's own.
+            prompt_name: the name of the model's prompt to use instead of the one of the side.
+            truncate_dim: keep so many dimensions; None keeps what the model does.
+            normalize: scale vectors, after they are cut, to length 1.
             batch_tokens: padded tokens computed at a time; None picks by device.
             show_progress: None shows a bar on a terminal after a second.
 
         Returns:
-            float32 [n, E] in the order of the texts; [E] for one str.
+            float32 [n, D] in the order of the texts; [D] for one str.
 
         Raises:
             TypeError: for anything that is not a str, naming its index.
+            InputError: there is no prompt of that name, or there are fewer dimensions.
         """
         asked = [texts] if isinstance(texts, str) else texts
-        ids = self.text.ids(asked, side, show_progress=show_progress)
-        chunk = self._plan(ids, batch_tokens)
+        prompt = self.text.prompt(side, prompt_name) if prompt is None else prompt
+        ids = self.text.ids(asked, side, prompt=prompt, show_progress=show_progress)
+        chunk = self._plan(ids, prompt, side, truncate_dim, batch_tokens)
         with progress("embedding", "text", len(ids), show=show_progress) as bar:
             (vectors,) = self._vectors([chunk], normalize, lambda plan: bar.update(len(plan.texts)))
         return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_query(self, texts: str | Sequence[str], **options: Unpack[EncodeOptions]) -> np.ndarray:
-        """Vectors of search queries, in `[` `]` if the model has brackets; options and result as of `encode`."""
+        """Vectors of search queries, in `[` `]` if the model has brackets, and behind its prompt "query".
+
+        Options and result as of `encode`.
+        """
         return self.encode(texts, side="query", **options)
 
     def encode_document(self, texts: str | Sequence[str], **options: Unpack[EncodeOptions]) -> np.ndarray:
-        """Vectors of documents, in `{` `}` if the model has brackets; options and result as of `encode`."""
+        """Vectors of documents, in `{` `}` if the model has brackets, and behind its prompt "document".
+
+        Options and result as of `encode`.
+        """
         return self.encode(texts, side="document", **options)
 
     def encode_chunks(
@@ -254,7 +330,7 @@ class BiEncoder:
             report: counts are added here.
 
         Yields:
-            float32 [n, E] for each chunk.
+            float32 [n, D] for each chunk.
         """
         report = EncodeReport() if report is None else report
         begin = time.perf_counter() - report.seconds
@@ -273,23 +349,25 @@ class BiEncoder:
 
         def planned() -> Iterator[_Chunk]:
             for texts in chunks:
-                ids = self.text.ids(texts, side, show_progress=False, on_cut=cut)
+                prompt = self.text.prompt(side)
+                ids = self.text.ids(texts, side, prompt=prompt, show_progress=False, on_cut=cut)
                 report.tokens += sum(map(len, ids))
-                yield self._plan(ids, batch_tokens)
+                yield self._plan(ids, prompt, side, None, batch_tokens)
 
         with contextlib.closing(ahead(planned(), 2, wait)) as ready:
             yield from self._vectors(ready, normalize, count)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine similarities: vectors [n, E] (or [E]) and [m, E] (or [E]) to float32 [n, m]."""
-        a, b = np.atleast_2d(a), np.atleast_2d(b)
-        return np.asarray(
-            jnp.matmul(
-                normalize(jnp.asarray(a)),
-                normalize(jnp.asarray(b)).T,
-                precision=jax.lax.Precision.HIGHEST,
-            )
-        )
+        """How near vectors are, by the model's own measure: the higher, the nearer.
+
+        Args:
+            a, b: [n, D] (or [D]) and [m, D] (or [D]).
+
+        Returns:
+            float32 [n, m]: cosines or dot products, or distances (euclidean, manhattan) with a minus sign.
+        """
+        x, y = (jnp.asarray(np.atleast_2d(vectors), jnp.float32) for vectors in (a, b))
+        return np.asarray(similarities(x, y, self.similarity_name))
 
     def save_pretrained(
         self,
@@ -337,10 +415,14 @@ class BiEncoder:
             pooling=self.pooling,
             brackets=self.text.brackets,
             max_seq_length=self.text.max_seq_length,
-            normalize=self.normalized,
+            modules=self.modules,
             prompts=self.text.prompts,
+            default_prompt_name=self.text.default_prompt_name,
+            include_prompt=self.include_prompt,
+            truncate_dim=self.truncate_dim,
+            similarity=self.similarity_name,
         )
-        write_settings(folder, settings, self.dimension)
+        write_settings(folder, settings, self.decoder.config.hidden_dim)
         write_model_card(
             folder,
             settings,
@@ -352,15 +434,34 @@ class BiEncoder:
             note=note,
         )
 
-    def _plan(self, ids: list[list[int]], batch_tokens: int | None) -> _Chunk:
+    def _kept(self, truncate_dim: int | None) -> int:
+        """How many dimensions are kept.
+
+        Raises:
+            InputError: there are not so many.
+        """
+        size = self.dimension if truncate_dim is None else truncate_dim
+        if not 1 <= size <= self.dimension:
+            raise InputError(f"truncate_dim {size}: the model's vectors have {self.dimension} dimensions")
+        return size
+
+    def _plan(
+        self,
+        ids: list[list[int]],
+        prompt: str,
+        side: Side | None,
+        truncate_dim: int | None,
+        batch_tokens: int | None,
+    ) -> _Chunk:
         check_ids(ids, self.decoder.config.vocab_size)
+        skip = 0 if self.include_prompt else self.text.prompt_length(prompt, side)
         plans = plan_texts(
             [len(text) for text in ids],
             batch_tokens=batch_tokens or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS),
             max_length=self.text.max_seq_length,
             row_multiple=num_shards(self.mesh),
         )
-        return _Chunk(ids, plans, np.zeros((len(ids), self.dimension), np.float32))
+        return _Chunk(ids, plans, skip, np.zeros((len(ids), self._kept(truncate_dim)), np.float32))
 
     def _vectors(
         self, chunks: Iterable[_Chunk], normalize: bool, on_batch: Callable[[PlannedBatch], object]
@@ -369,12 +470,12 @@ class BiEncoder:
 
         def fetch(started: _Started) -> _Started:
             if (plan := started.plan) is not None:
-                vectors = np.asarray(started.result).reshape(-1, self.dimension)
+                vectors = np.asarray(started.result).reshape(-1, started.chunk.vectors.shape[1])
                 started.chunk.vectors[plan.texts] = vectors[vector_indices(plan, started.room)]
                 on_batch(plan)
             return started
 
-        for done in one_behind(self._start(chunks, normalize or self.normalized), fetch):
+        for done in one_behind(self._start(chunks, normalize), fetch):
             if done.plan is None or done.plan is done.chunk.plans[-1]:
                 yield done.chunk.vectors
 
@@ -389,9 +490,12 @@ class BiEncoder:
                 result = embed(
                     graphdef,
                     params,
+                    self.modules,
                     batch,
+                    chunk.skip,
                     pooling=self.pooling,
                     room=room,
+                    dimension=chunk.vectors.shape[1],
                     normalize=normalize,
                     mesh=self.mesh,
                 )
@@ -403,3 +507,13 @@ class BiEncoder:
 def _first(*values: Any) -> Any:
     """The first value that is not None."""
     return next(value for value in values if value is not None)
+
+
+def _check_modules(dimension: int, modules: Modules) -> None:
+    """Raises InputError when the layers behind the pooling do not fit each other."""
+    for module in modules:
+        if isinstance(module, Dense):
+            inside, outside = module.weight.shape[1], module.weight.shape[0]
+            if inside != dimension:
+                raise InputError(f"a Dense module takes vectors of {inside} dimensions, but gets {dimension}")
+            dimension = outside

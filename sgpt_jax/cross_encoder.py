@@ -17,7 +17,7 @@ from sgpt_jax.decoder.sharding import batch_sharding, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import fix_surrogates
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.load import load_parts, token_limit
+from sgpt_jax.load import load_parts, open_model, token_limit
 from sgpt_jax.packing.layout import BATCH_TOKENS, lay_out, plan_batches
 from sgpt_jax.packing.shared import lay_out_targets, shared_rows
 from sgpt_jax.runtime.one_behind import one_behind
@@ -144,7 +144,7 @@ class CrossEncoder:
                 not fit it.
         """
         resolved = resolve(source)
-        parts = load_parts(resolved, dtype, mesh, weights)
+        parts = load_parts(open_model(resolved), dtype, mesh, weights)
         return cls(
             decoder=parts.decoder,
             text=TextEncoder(parts.tokenizer, token_limit(parts.decoder.config, max_seq_length)),

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etils import epath
 from jax.sharding import Mesh
 
+from sgpt_jax.checkpoint.adapters import CONFIG, AdaptedFiles, read_adapter
 from sgpt_jax.checkpoint.fingerprint import weights_sha256
-from sgpt_jax.checkpoint.tensors import open_checkpoint
+from sgpt_jax.checkpoint.tensors import TensorFiles, open_checkpoint
+from sgpt_jax.checkpoint.untrusted import read_object
 from sgpt_jax.checkpoint.weights import checkpoint_sha256, load_checkpoint
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.errors import InputError
+from sgpt_jax.families.own_code import describe, own_code_of, without_own_code
 from sgpt_jax.folder.source import Source, resolve
-from sgpt_jax.text.tokenizer import load_tokenizer
+from sgpt_jax.text.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # transformers takes most of a second to import
     from transformers import PreTrainedTokenizerFast
 
 # Tokens that are read where positions are unlimited: what the released ALiBi decoders were trained on.
 UNLIMITED_DEFAULT = 2048
+
+# Adapters over adapters, at the most: a chain that is longer names itself.
+_LONGEST_CHAIN = 8
 
 
 def load_decoder(
@@ -30,7 +40,8 @@ def load_decoder(
     """The decoder of a checkpoint, in evaluation form.
 
     Args:
-        source: a folder as transformers writes it, a hub id ("org/name" or "org/name@revision"), or a .gguf file.
+        source: a folder as transformers or peft writes it, a hub id ("org/name" or "org/name@revision"), or a .gguf
+            file.
         dtype: "float32" or "bfloat16", for weights and matmuls.
         mesh: spread the weights over it by the tables of `sharding.py`; None uses the first device.
         weights: "int8" holds the matrices as int8, with a float32 scale for each output channel (of embedding and head:
@@ -43,7 +54,92 @@ def load_decoder(
     Raises:
         InputError: when the source is not there, or its config or its tensors do not fit; all misfits are listed.
     """
-    return load_checkpoint(open_checkpoint(resolve(source).path), dtype, mesh, weights)
+    return load_checkpoint(open_model(resolve(source)).files, dtype, mesh, weights)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose files are found and whose weights are not read yet.
+
+    Attributes:
+        files: config and tensors, with all adapters merged in.
+        settings: the folder (or .gguf file) that says how to use it.
+        tokenizer: the folder (or .gguf file) with its tokenizer.
+        adapters: the adapters' folders, in the order in which they are merged.
+    """
+
+    files: TensorFiles
+    settings: Path
+    tokenizer: Path
+    adapters: tuple[Path, ...] = ()
+
+
+def open_model(source: Source, adapter: Any = None, *, depth: int = 0) -> Opened:
+    """Opens a model: a checkpoint, or a LoRA adapter with the base that it names, and further adapters over it.
+
+    Args:
+        source: a model, or the folder of an adapter.
+        adapter: folders or hub ids of adapters to merge into it: one, or several in their order.
+        depth: how many adapters lie over it.
+
+    Raises:
+        InputError: something is missing or cannot be merged.
+    """
+    path = Path(source.path)
+    if path.is_dir() and (path / CONFIG).is_file():
+        opened = _over_its_base(path, depth)
+    else:
+        opened = Opened(open_checkpoint(epath.Path(path)), path, path)
+    for each in _listed(adapter):
+        folder = Path(resolve(each).path)
+        opened = _merged(opened, folder)
+    return opened
+
+
+def _listed(adapter: Any) -> Sequence[Any]:
+    if adapter is None:
+        return ()
+    return [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
+
+
+def _over_its_base(path: Path, depth: int) -> Opened:
+    """A folder with an adapter, over the base that its adapter_config.json names."""
+    adapter = read_adapter(path)
+    if not adapter.base:
+        raise InputError(
+            f"{path / CONFIG} names no base model: give the base as the model, and this folder as its adapter"
+        )
+    if depth >= _LONGEST_CHAIN:
+        raise InputError(f"{path / CONFIG}: {depth} adapters, each over another: a circle?")
+    base = adapter.base
+    if adapter.revision and not os.path.exists(base):
+        base = f"{base}@{adapter.revision}"
+    try:
+        found = resolve(base)
+    except InputError as problem:
+        raise InputError(
+            f"{path / CONFIG} names the base {base}, which is not found ({problem}): give the base as the model, and "
+            "this folder as its adapter"
+        ) from None
+    if Path(found.path).resolve() == path.resolve():
+        opened = Opened(open_checkpoint(epath.Path(path)), path, path)
+    else:
+        opened = open_model(found, depth=depth + 1)
+    merged = _merged(opened, path)
+    settings = path if (path / "modules.json").is_file() else merged.settings
+    return Opened(merged.files, settings, path if has_tokenizer(path) else opened.tokenizer, merged.adapters)
+
+
+def _merged(opened: Opened, folder: Path) -> Opened:
+    """A model with one more adapter. LLM2Vec's folders have a config.json besides, which names code of their own."""
+    files = AdaptedFiles(opened.files, read_adapter(folder))
+    settings = opened.settings
+    stated = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if settings != folder and (code := own_code_of(stated)) is not None:
+        warnings.warn(f"{folder}: {describe(code)}", stacklevel=2)
+        files.config = without_own_code(files.config, code)
+        settings = folder
+    return Opened(files, settings, opened.tokenizer, (*opened.adapters, folder))
 
 
 @dataclass(frozen=True)
@@ -61,21 +157,21 @@ class Parts:
     hf_config: Mapping[str, Any]
 
 
-def load_parts(source: Source, dtype: str, mesh: Mesh | None, weights: str | None = None) -> Parts:
-    """The decoder and the tokenizer of a source, see `load_decoder`."""
-    files = open_checkpoint(source.path)
-    return Parts(load_checkpoint(files, dtype, mesh, weights), load_tokenizer(source.path), files.config)
+def load_parts(opened: Opened, dtype: str, mesh: Mesh | None, weights: str | None = None) -> Parts:
+    """The decoder and the tokenizer of an opened model, see `load_decoder` and `open_model`."""
+    decoder = load_checkpoint(opened.files, dtype, mesh, weights)
+    return Parts(decoder, load_tokenizer(opened.tokenizer), opened.files.config)
 
 
-def base_sha256(source: Source, decoder: Decoder) -> str:
+def base_sha256(files: TensorFiles, decoder: Decoder) -> str:
     """The hash of the weights that a decoder was loaded with, int8 or not: what a bias set names its base by.
 
     Args:
-        source: where the decoder came from; read again where its weights became int8.
+        files: what the decoder came from; read again where its weights became int8.
         decoder: the decoder, with or without biases and adapters of its own.
     """
     if decoder.build.int8:
-        return checkpoint_sha256(open_checkpoint(source.path))
+        return checkpoint_sha256(files)
     return weights_sha256(split(decoder)[1])
 
 

@@ -136,7 +136,8 @@ def adapter_tensors(name: str, config: Fields) -> dict[str, np.ndarray]:
         if kind == "weight" and last in saved:
             shapes[key] = value.shape
         if kind == "bias" and (config["bias"] == "all" or (config["bias"] == "lora_only" and hit)):
-            shapes[key] = value.shape
+            # What peft calls the layer that it wraps; it passes over a bias of the layer's own name.
+            shapes[f"{module}.base_layer.bias" if hit else key] = value.shape
     if "score" in saved:
         shapes["score.weight"] = (1, decoders.config(ADAPTERS[name].variant)["hidden_size"])
     return {f"base_model.model.{k}": decoders.random_tensor(name, k, shape) for k, shape in shapes.items()}

@@ -18,6 +18,7 @@ from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias
 from sgpt_jax.checkpoint.lora import add_lora
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import merge, split
+from sgpt_jax.decoder.modules import Dense
 from sgpt_jax.decoder.sharding import device_mesh, make_mesh, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
@@ -115,7 +116,7 @@ def prepare(config: TrainConfig) -> Run:
     examples = open_examples(config)
     model = _load_model(config, mesh)
     graphdef, params = split(model.decoder)
-    base_sha256 = load.base_sha256(resolve(config.model), model.decoder)
+    base_sha256 = load.base_sha256(load.open_model(resolve(config.model)).files, model.decoder)
     mask = trainable_mask(params, config.trainable)
     notes = _check_export(model, mask, config)
     trainable, frozen = split_params(params, mask)
@@ -263,6 +264,11 @@ def _load_model(config: TrainConfig, mesh: Mesh | None) -> BiEncoder:
         mesh=mesh,
         weights=config.weights,
     )
+    if any(isinstance(module, Dense) for module in model.modules) or not model.include_prompt:
+        raise InputError(
+            f"{config.model}: it has Dense modules or prompts that are left out of the pooling, which training "
+            "does not know: train its decoder (a copy of the folder without modules.json)"
+        )
     decoder = add_zero_biases(model.decoder) if config.add_biases else model.decoder
     lora = lora_of(decoder.config, config.trainable, config.lora_rank, config.lora_alpha, config.lora_targets)
     if lora is not None:

@@ -11,6 +11,7 @@ from eval.speed.benchmark import Benchmark
 from eval.speed.models import Torch, exported, pooled
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.decoder.flops import forward_flops
+from sgpt_jax.decoder.modules import Normalize
 from sgpt_jax.errors import InputError
 
 # The default of sentence-transformers' `encode`.
@@ -76,7 +77,7 @@ def _plain(torch: Torch, model: BiEncoder, folder: str, texts: list[str]) -> Any
             mask = (t.arange(ids.shape[1]) < sizes[:, None]).long().to(torch.device)
             hidden = net(ids.to(torch.device), attention_mask=mask, use_cache=False).last_hidden_state.float()
             vectors[batch] = pooled(t, hidden, mask, model.pooling).cpu().numpy()
-        if model.normalized:
+        if any(isinstance(module, Normalize) for module in model.modules):
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
 

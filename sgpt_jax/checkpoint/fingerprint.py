@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.model import Decoder, split
+from sgpt_jax.decoder.modules import Modules
 from sgpt_jax.decoder.sharding import leaf_path
 
 # Fields of the config that change no hidden state: training's noise, the head, and a limit that settings state.
@@ -54,6 +55,19 @@ def model_fingerprint(decoder: Decoder, settings: Mapping[str, Any], *, head: bo
         "weights": _leaf_digests(leaves),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def module_facts(modules: Modules) -> list[dict[str, str]]:
+    """What tells the layers behind the pooling from others, for the settings of `model_fingerprint`."""
+    found = []
+    for module in modules:
+        facts = {"kind": type(module).__name__}
+        for field in dataclasses.fields(module):
+            value = getattr(module, field.name)
+            is_array = hasattr(value, "shape")
+            facts[field.name] = hashlib.sha256(_rounded(value)).hexdigest() if is_array else str(value)
+        found.append(facts)
+    return found
 
 
 def weights_sha256(params: Any) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import os
 import re
-import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,77 +13,63 @@ import gguf
 import numpy as np
 from etils import epath
 
-from sgpt_jax.checkpoint.untrusted import check_content
+from sgpt_jax.checkpoint.gguf_reader import open_gguf, parts_of
 from sgpt_jax.decoder.config import RotaryConfig
+from sgpt_jax.decoder.modules import Dense, Modules
 from sgpt_jax.decoder.positions import rotary_frequencies
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import FAMILIES
+from sgpt_jax.families.family import GgufFacts
 from sgpt_jax.families.reading import ConfigReader
 
 DECODE_ROWS = 512
 
+# Keys below the architecture's name that change nothing that is computed here.
+_HARMLESS = frozenset(
+    (
+        *(
+            "vocab_size",
+            "tensor_data_layout",
+            "rope.scaling.finetuned",
+            "rope.scaling.original_context_length",
+        ),
+        *("rope.scaling.attn_factor", "rope.scaling.factor", "pooling_type", "embedding_length_out"),
+        *(
+            "use_parallel_residual",
+            "dense_2_feat_in",
+            "dense_2_feat_out",
+            "dense_3_feat_in",
+            "dense_3_feat_out",
+        ),
+        "classifier.output_labels",
+    )
+)
+# Keys that change the result, where the family does not take them.
+_REFUSED = (
+    *("expert_count", "attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale", "logit_scale"),
+    *("embedding_scale", "residual_scale", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("attention.sliding_window", "attention.temperature_scale", "rope.freq_base_swa"),
+)
+# Layers behind the pooling (EmbeddingGemma), which are no tensors of the decoder.
+_DENSE = ("dense_2.weight", "dense_3.weight")
+_POOLING = {1: "mean", 2: "cls", 3: "lasttoken"}
 
-@dataclasses.dataclass(frozen=True)
-class Gguf:
-    """An opened GGUF file.
 
-    Attributes:
-        metadata: all its fields, by name.
-        tensors: its tensors, memory-mapped and as they are stored.
-    """
-
-    metadata: dict[str, Any]
-    tensors: list[gguf.ReaderTensor]
-
-
-def open_gguf(path: str | os.PathLike[str]) -> Gguf:
-    """Opens a GGUF file; parsing its metadata takes a second, so the last one opened is kept.
+def embedding_facts(path: str | os.PathLike[str]) -> tuple[str | None, Modules]:
+    """How a GGUF file says that its vectors are made: the pooling, or None, and the layers behind it.
 
     Raises:
-        InputError: no such file, or it is damaged.
+        InputError: it is not supported.
     """
-    check_content(path)
-    try:
-        facts = os.stat(path)
-        return _open_gguf(os.fspath(path), facts.st_mtime_ns, facts.st_size)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as problem:
-        raise InputError(f"{path}: damaged GGUF file: {problem}") from None
-
-
-@functools.lru_cache(maxsize=1)
-def _open_gguf(path: str, modified: int, size: int) -> Gguf:
-    reader = _Reader(path)
-    return Gguf({name: _contents(field) for name, field in reader.fields.items()}, reader.tensors)
-
-
-class _Reader(gguf.GGUFReader):
-    """Reads lists at once: gguf keeps an array or two for every entry of a vocabulary, up to 1.5 kB together."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
-        if raw_type != gguf.GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        kind = gguf.GGUFValueType(self._get(orig_offs, np.uint32)[0])
-        count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
-        if kind in self.gguf_scalar_to_np:
-            values = self._get(start, self.gguf_scalar_to_np[kind], count)
-            return 12 + values.nbytes, [values.tolist()], [], [raw_type, kind]
-        if kind != gguf.GGUFValueType.STRING:
-            return super()._get_field_parts(orig_offs, raw_type)
-        length = struct.Struct("=Q" if self.byte_order == "I" else ">Q")
-        data = self.data.data
-        strings = []
-        for _ in range(count):
-            end = start + 8 + length.unpack_from(data, start)[0]
-            strings.append(str(data[start + 8 : end], "utf-8"))
-            start = end
-        return start - orig_offs, [strings], [], [raw_type, kind]
-
-
-def _contents(field: gguf.ReaderField) -> Any:
-    last: Any = field.parts[-1]
-    return last if isinstance(last, list) else field.contents()
+    file = open_gguf(path)
+    name = file.metadata.get("general.architecture")
+    kind = file.metadata.get(f"{name}.pooling_type")
+    if kind not in (None, 0, *_POOLING):
+        what = "rank (a re-ranker, which gives no vectors)" if kind == 4 else repr(kind)
+        raise InputError(f"{path}: {name}.pooling_type {what} is not supported")
+    dense = {tensor.name: tensor for tensor in file.tensors if tensor.name in _DENSE}
+    layers = tuple(Dense(_decode(dense[key]), activation="Identity") for key in _DENSE if key in dense)
+    return (None if kind is None else _POOLING.get(kind)), layers
 
 
 class GgufFile:
@@ -93,18 +77,23 @@ class GgufFile:
 
     def __init__(self, path: epath.Path):
         self.path = path
-        self.encoded = [path]
+        self.encoded = [epath.Path(part) for part in parts_of(path)]
         self.file = open_gguf(path)
         self.metadata = ConfigReader(self.file.metadata, f"{path}: GGUF metadata")
-        known = {name: family for name, family in FAMILIES.items() if family.gguf}
+        known = {
+            name: family
+            for family in FAMILIES.values()
+            if family.gguf
+            for name in family.gguf.names or (family.model_type,)
+        }
         self.family = self.metadata.choice("general.architecture", options=known, what="architecture")
+        self.name: str = self.file.metadata["general.architecture"]
         self.config = self._config()
         self.most_values = sum(int(tensor.n_elements) for tensor in self.file.tensors)
 
     def _config(self) -> dict[str, Any]:
-        name = self.family.model_type
+        name = self.name
         metadata, tensors = self.metadata, {tensor.name: tensor for tensor in self.file.tensors}
-        self._refuse(name)
         if "token_embd.weight" not in tensors:
             raise InputError(f"{self.path}: this GGUF file has no token embedding (token_embd.weight)")
         heads, embed_dim = (
@@ -112,12 +101,12 @@ class GgufFile:
             metadata.size(f"{name}.embedding_length"),
         )
         head_dim = metadata.size(f"{name}.attention.key_length", default=max(1, embed_dim // heads))
-        if metadata.size(f"{name}.rope.dimension_count", default=head_dim) != head_dim:
-            raise InputError(f"{self.path}: partial rotation is not supported for GGUF files")
+        if metadata.size(f"{name}.attention.value_length", default=head_dim) != head_dim:
+            raise InputError(f"{self.path}: {name}.attention.value_length differs from key_length")
         theta = metadata.number(f"{name}.rope.freq_base", default=10_000.0, above=0)
         assert self.family.gguf is not None
         config = {
-            "model_type": name,
+            "model_type": self.family.model_type,
             "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
             "hidden_size": embed_dim,
             "intermediate_size": metadata.size(f"{name}.feed_forward_length"),
@@ -131,29 +120,41 @@ class GgufFile:
             "hidden_act": "silu",
             "tie_word_embeddings": "output.weight" not in tensors,
         }
-        config |= self.family.gguf.settings(tensors, head_dim)
+        if not metadata.flag(f"{name}.attention.causal", True):
+            config["is_causal"] = False
+        config |= self.family.gguf.settings(GgufFacts(metadata, name, tensors, head_dim, config))
+        rotated = metadata.size(f"{name}.rope.dimension_count", default=head_dim)
+        if rotated != head_dim and "partial_rotary_factor" not in config:
+            raise InputError(f"{self.path}: partial rotation is not supported for this architecture")
         for key, token in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
             value = metadata.optional_size(f"tokenizer.ggml.{token}_token_id", least=0, most=2**32)
             if value is not None:
                 config[key] = value
+        self._check_untaken()
         return config
 
-    def _refuse(self, name: str) -> None:
-        """Refuses by name what would give other vectors."""
-        if self.metadata.size("split.count", default=1, least=0) > 1:
-            raise InputError(
-                f"{self.path}: one part of a split GGUF file: join the parts (llama-gguf-split --merge)"
-            )
-        if not self.metadata.flag(f"{name}.attention.causal", True):
-            raise InputError(
-                f"{self.path}: {name}.attention.causal is false: bidirectional attention is not supported"
-            )
+    def _check_untaken(self) -> None:
+        """Refuses by name what would give other vectors; one warning names what is not known."""
+        start, unknown = f"{self.name}.", []
+        for key, value in self.metadata.untaken():
+            below = key.removeprefix(start)
+            if not key.startswith(start) or below in _HARMLESS or not value:
+                continue
+            if below in _REFUSED:
+                raise InputError(
+                    f"{self.path}: {key} is {value!r}, which is not supported for this architecture"
+                )
+            unknown.append(key)
+        if unknown:
+            warnings.warn(f"{self.path}: ignored what is not known here: {', '.join(unknown)}", stacklevel=2)
 
     def _scaling(self, theta: float, tensors: Mapping[str, gguf.ReaderTensor]) -> dict[str, Any]:
-        name = self.family.model_type
+        name = self.name
         _, kind = self.metadata.get(f"{name}.rope.scaling.type")
         if "rope_freqs.weight" in tensors:
             return self._llama3_scaling(np.asarray(tensors["rope_freqs.weight"].data), theta)
+        if "rope_factors_long.weight" in tensors:
+            return self._longrope(tensors)
         if kind in (None, "none"):
             return {"rope_type": "default"}
         if kind == "linear":
@@ -162,6 +163,17 @@ class GgufFile:
                 "factor": self.metadata.number(f"{name}.rope.scaling.factor", above=0),
             }
         raise InputError(f"{self.path}: rotary scaling {kind!r} is not supported for GGUF files")
+
+    def _longrope(self, tensors: Mapping[str, gguf.ReaderTensor]) -> dict[str, Any]:
+        scaling: dict[str, Any] = {"rope_type": "longrope"}
+        for kind in ("short", "long"):
+            if (tensor := tensors.get(f"rope_factors_{kind}.weight")) is None:
+                raise InputError(f"{self.path}: rope_factors_long.weight without rope_factors_{kind}.weight")
+            scaling[f"{kind}_factor"] = [float(value) for value in np.asarray(tensor.data).ravel()]
+        name = f"{self.name}.rope.scaling"
+        scaling["original_max_position_embeddings"] = self.metadata.size(f"{name}.original_context_length")
+        factor = self.metadata.number(f"{name}.attn_factor", default=1.0, above=0)
+        return scaling | {"attention_factor": factor}
 
     def _llama3_scaling(self, divisors: np.ndarray, base: float) -> dict[str, Any]:
         """GGUF stores what each frequency is divided by; the published Llama settings are found again from it."""
@@ -184,7 +196,7 @@ class GgufFile:
         assert facts is not None
         heads = {"attn_q": self.config["num_attention_heads"], "attn_k": self.config["num_key_value_heads"]}
         for tensor in self.file.tensors:
-            if tensor.name == "rope_freqs.weight":
+            if tensor.name in _DENSE or tensor.name.startswith("rope_f"):  # the config has what they say
                 continue
             match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
             if match is None or match[2] not in facts.parts:
@@ -194,6 +206,8 @@ class GgufFile:
             values = _decode(tensor)
             if part in facts.pairs:
                 values = _unpair(values, heads[part])
+            if facts.one_added and part.endswith("norm"):
+                values -= 1
             yield (f"layers.{layer}." if layer else "") + f"{facts.parts[part]}.{leaf}", values
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from sgpt_jax.checkpoint.gguf import open_gguf
+from sgpt_jax.checkpoint.gguf_reader import open_gguf
 from sgpt_jax.errors import InputError
 
 if TYPE_CHECKING:  # transformers takes most of a second to import

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from sgpt_jax.checkpoint.gguf import GgufFile
 from sgpt_jax.checkpoint.untrusted import check_content, inside, read_object
 from sgpt_jax.errors import InputError
+from sgpt_jax.families.own_code import describe, own_code_of, without_own_code
 
 # NumPy's names of what a checkpoint's tensors may be, and those in safetensors files.
 SAFETENSORS_DTYPES = {
@@ -63,11 +65,10 @@ def open_checkpoint(path: epath.Path) -> TensorFiles:
     path = epath.Path(path)
     if path.suffix.lower() == ".gguf":
         return GgufFile(path)
-    if (path / "adapter_config.json").exists():
-        raise InputError(
-            f"{path / 'adapter_config.json'}: PEFT adapters are not supported: merge it into its base"
-        )
     config = read_object(path / "config.json")
+    if (code := own_code_of(config)) is not None:
+        warnings.warn(f"{path}: {describe(code)}", stacklevel=2)
+        config = without_own_code(config, code)
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),

@@ -133,17 +133,6 @@ class _Target:
             for leaf, values in leaves.items()
         )
 
-    def key(self, name: str) -> str:
-        """A tensor's name in the table: without prefix, in the table's spelling."""
-        for prefix in (self.family.base_prefix, *self.family.other_prefixes):
-            if name.startswith(prefix):
-                name = name.removeprefix(prefix)
-                break
-        for old, new in self.family.renames.items():
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-        return name
-
     def passes_over(self, key: str) -> bool:
         """Tells whether a tensor is a constant, or the copy of a tied head."""
         return key not in self.rules and (
@@ -162,7 +151,7 @@ def _leaves(
     origin: dict[str, str] = {}
     unknown: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors:
-        key = target.key(name)
+        key = target.family.key(name)
         if target.passes_over(key):
             continue
         if key not in target.rules:
@@ -210,7 +199,7 @@ def _refuse_prefix(unknown: Mapping[str, Any], target: _Target) -> None:
     first = next(iter(unknown), "")
     dots = [at + 1 for at, character in enumerate(first) if character == "."]
     for prefix in (first[:dot] for dot in dots):
-        keys = [target.key(name.removeprefix(prefix)) for name in unknown if name.startswith(prefix)]
+        keys = [target.family.key(name.removeprefix(prefix)) for name in unknown if name.startswith(prefix)]
         known = [key in target.rules for key in keys]
         if any(known) and all(known[i] or target.passes_over(key) for i, key in enumerate(keys)):
             raise InputError(

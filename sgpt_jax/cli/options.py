@@ -56,7 +56,7 @@ def positive(text: str) -> int:
 SOURCE = "folder, hub id, or .gguf file"
 
 # As sgpt_jax.decoder.pooling.POOLING_MODES, which cannot be imported without JAX.
-POOLING = ("weightedmean", "mean", "lasttoken", "cls")
+POOLING = ("weightedmean", "mean", "lasttoken", "cls", "max", "mean_sqrt_len_tokens")
 
 
 def model(*, required: bool = True, default: str | None = None) -> Option:

@@ -95,6 +95,14 @@ class Decoder(nnx.Module):
         )
         self.head = Head(config, build) if has_head else None
 
+    def __repr__(self) -> str:
+        c = self.config
+        mask = ", bidirectional" if c.bidirectional else ""
+        return (
+            f"Decoder({c.num_layers} layers{mask}, {c.num_heads} heads ({c.num_kv_heads} key/value), "
+            f"dimension {c.embed_dim}, MLP {c.mlp_dim}, vocabulary {c.vocab_size}, {self.dtype.name})"
+        )
+
     def __call__(
         self,
         input_ids: jax.Array,

@@ -7,8 +7,23 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-Pooling = Literal["weightedmean", "mean", "lasttoken", "cls"]
+Pooling = Literal["weightedmean", "mean", "lasttoken", "cls", "max", "mean_sqrt_len_tokens"]
 POOLING_MODES: tuple[str, ...] = get_args(Pooling)
+
+
+def pooling_modes(pooling: str) -> list[str]:
+    """The modes of a pooling: one, or several joined by "+", whose vectors stand side by side.
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+    modes = pooling.split("+")
+    for mode in modes:
+        if mode not in POOLING_MODES:
+            raise ValueError(
+                f"pooling must be one of {', '.join(POOLING_MODES)}, or some of them joined by +, not {pooling!r}"
+            )
+    return modes
 
 
 def pool(hidden: jax.Array, attention_mask: jax.Array, mode: str = "weightedmean") -> jax.Array:
@@ -16,15 +31,16 @@ def pool(hidden: jax.Array, attention_mask: jax.Array, mode: str = "weightedmean
 
     weightedmean gives the i-th valid token of a row the weight i over the sum of all weights (SGPT paper, section
     on position-weighted mean pooling); mean weighs all alike; lasttoken and cls take the last and the first valid
-    token. A row without valid tokens gives zeros.
+    token; max is that of each dimension; mean_sqrt_len_tokens is the sum over the square root of the count. Several
+    modes are joined by "+", such as "lasttoken+mean". A row without valid tokens gives zeros.
 
     Args:
         hidden: [B, T, E], any float dtype.
         attention_mask: int or bool [B, T].
-        mode: one of `POOLING_MODES`.
+        mode: one of `POOLING_MODES`, or M of them joined.
 
     Returns:
-        float32 [B, E].
+        float32 [B, M E].
 
     Raises:
         ValueError: for an unknown mode.
@@ -32,36 +48,50 @@ def pool(hidden: jax.Array, attention_mask: jax.Array, mode: str = "weightedmean
     return pool_texts(hidden, attention_mask[:, None], mode)[:, 0]
 
 
-def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str) -> jax.Array:
+def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str, skip: jax.Array | int = 0) -> jax.Array:
     """`pool` for rows that hold several texts each.
 
     Args:
         hidden: [B, T, E], any float dtype.
-        masks: int or bool [B, S, T], non-zero at the tokens of each of a row's S texts.
-        mode: one of `POOLING_MODES`.
+        masks: int or bool [B, S, T], non-zero at the tokens of each of a row's S texts, no two of which share any.
+        mode: see `pool`.
+        skip: int []; so many first tokens of each text are left out. The weights of weightedmean count them.
 
     Returns:
-        float32 [B, S, E].
+        float32 [B, S, M E].
 
     Raises:
         ValueError: for an unknown mode.
     """
+    modes = pooling_modes(mode)
     valid = (masks != 0).astype(jnp.int32)
     order = jnp.cumsum(valid, axis=-1) * valid  # 1, 2, ... at valid tokens, 0 at padding
+    order = jnp.where(order > skip, order, 0)
+    # Padding may hold anything, and 0 times infinity is not 0.
+    hidden = jnp.where((order > 0).any(axis=1)[..., None], hidden.astype(jnp.float32), 0.0)
+    vectors = [
+        _largest(hidden, order) if each == "max" else _sum(hidden, _weights(order, each, skip))
+        for each in modes
+    ]
+    return jnp.concatenate(vectors, axis=-1)
+
+
+def _weights(order: jax.Array, mode: str, skip: jax.Array | int) -> jax.Array:
+    """Float32 weights [B, S, T] of the tokens, from their numbers in their texts, 0 for those that do not count."""
     if mode == "weightedmean":
         weights = order
-    elif mode == "mean":
-        weights = valid
     elif mode == "lasttoken":
         weights = (order == jnp.max(order, axis=-1, keepdims=True)) & (order > 0)
     elif mode == "cls":
-        weights = order == 1
+        weights = order == skip + 1
     else:
-        raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, not {mode!r}")
+        weights = order > 0
     weights = weights.astype(jnp.float32)
-    weights /= jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-9)
-    # Padding may hold anything, and 0 times infinity is not 0.
-    hidden = jnp.where(valid.any(axis=1)[..., None], hidden.astype(jnp.float32), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / jnp.maximum(jnp.sqrt(total) if mode == "mean_sqrt_len_tokens" else total, 1e-9)
+
+
+def _sum(hidden: jax.Array, weights: jax.Array) -> jax.Array:
     texts = weights.shape[1]
     if texts == 1:
         # XLA turns a matmul with one row into a sum over the last axis, for which it keeps the hidden states of every
@@ -70,8 +100,39 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str) -> jax.Array:
     return jnp.einsum("bst,bte->bse", weights, hidden, precision=jax.lax.Precision.HIGHEST)[:, :texts]
 
 
+def _largest(hidden: jax.Array, order: jax.Array) -> jax.Array:
+    """The largest value of each dimension over each text; never [B, S, T, E] at a time."""
+    texts = order.shape[1]
+    owner = jnp.where((order > 0).any(axis=1), jnp.argmax(order > 0, axis=1), texts)
+    largest = jax.vmap(lambda x, text: jax.ops.segment_max(x, text, num_segments=texts + 1))(hidden, owner)[
+        :, :texts
+    ]
+    return jnp.where((order > 0).any(axis=-1, keepdims=True), largest, 0.0)
+
+
 def normalize(vectors: jax.Array) -> jax.Array:
     """Vectors [..., E] scaled to length 1 in float32; zero vectors stay zero."""
     vectors = vectors.astype(jnp.float32)
     norms = jnp.sqrt(jnp.sum(vectors * vectors, axis=-1, keepdims=True))
     return vectors / jnp.maximum(norms, 1e-12)
+
+
+def similarities(a: jax.Array, b: jax.Array, name: str) -> jax.Array:
+    """How near vectors are: the higher, the nearer.
+
+    Args:
+        a, b: float32 [n, E] and [m, E].
+        name: cosine, dot, or euclidean or manhattan, whose distances get a minus sign.
+
+    Returns:
+        float32 [n, m].
+    """
+    if name in ("cosine", "dot"):
+        x, y = (normalize(a), normalize(b)) if name == "cosine" else (a, b)
+        return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+
+    def distances(row: jax.Array) -> jax.Array:
+        apart = jnp.abs(row - b)
+        return apart.sum(axis=-1) if name == "manhattan" else jnp.sqrt((apart * apart).sum(axis=-1))
+
+    return -jax.lax.map(distances, a)  # never [n, m, E] at a time

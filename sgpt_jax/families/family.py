@@ -18,19 +18,45 @@ def _as_it_is(hf: HfConfig, config: DecoderConfig) -> Iterable[dict[str, Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
+class GgufFacts:
+    """What a GGUF file says.
+
+    Attributes:
+        metadata: its fields.
+        name: of the architecture, with which the fields' names begin.
+        tensors: names of its tensors.
+        head_dim: H.
+        config: the keys of a Hugging Face config that all architectures share.
+    """
+
+    metadata: ConfigReader
+    name: str
+    tensors: Collection[str]
+    head_dim: int
+    config: Mapping[str, Any]
+
+    def field(self, name: str) -> str:
+        """The full name of a field of the architecture."""
+        return f"{self.name}.{name}"
+
+
+@dataclasses.dataclass(frozen=True)
 class GgufArchitecture:
-    """How a GGUF file of the architecture of this name maps to the family's own names.
+    """How a GGUF file of an architecture maps to the family's own names.
 
     Attributes:
         parts: GGUF's name of a tensor, without block number and ending, and transformers' for it, without layer.
         pairs: those whose rows stand in pairs that rotate together; transformers has the halves of a head.
-        settings: config keys beyond those that all architectures share, from the names of the file's tensors and the
-            width of a head.
+        settings: config keys beyond those that all architectures share.
+        names: of the architectures; () is the `model_type`.
+        one_added: norms are stored as what multiplies, one more than the weights of transformers (Gemma).
     """
 
     parts: Mapping[str, str]
     pairs: tuple[str, ...] = ()
-    settings: Callable[[Collection[str], int], dict[str, Any]] = lambda tensors, head_dim: {}
+    settings: Callable[[GgufFacts], dict[str, Any]] = lambda facts: {}
+    names: tuple[str, ...] = ()
+    one_added: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +88,14 @@ class Family:
     def headless_prefix(self) -> str:
         """What stands before tensor names without a language-model head: OPT keeps the last part of its prefix."""
         return self.base_prefix.partition(".")[2]
+
+    def key(self, tensor: str) -> str:
+        """A tensor's name in the rules: without prefix, in their spelling."""
+        for prefix in (self.base_prefix, *self.other_prefixes):
+            if tensor.startswith(prefix):
+                tensor = tensor.removeprefix(prefix)
+                break
+        for old, new in self.renames.items():
+            if tensor.startswith(old):
+                tensor = new + tensor.removeprefix(old)
+        return tensor

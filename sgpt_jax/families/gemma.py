@@ -3,7 +3,7 @@
 from typing import Any
 
 from sgpt_jax.decoder.config import DecoderConfig
-from sgpt_jax.families.family import Family, GgufArchitecture
+from sgpt_jax.families.family import Family, GgufArchitecture, GgufFacts
 from sgpt_jax.families.llama import GGUF_PARTS, RULES, llama_shape
 from sgpt_jax.families.reading import ConfigReader, activation, head
 
@@ -27,11 +27,20 @@ def _read(hf: ConfigReader) -> DecoderConfig:
     return gemma_shape(hf, max_positions=hf.size("max_position_embeddings", default=8192))
 
 
+def gguf_settings(facts: GgufFacts) -> dict[str, Any]:
+    """What all GGUF files of Gemmas say in the same words."""
+    return {
+        "head_dim": facts.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+
+
 FAMILY = Family(
     model_type="gemma",
     read=_read,
     rules=RULES,
     base_prefix="model.",
     causal_lm="GemmaForCausalLM",
-    gguf=GgufArchitecture(GGUF_PARTS, settings=lambda tensors, head_dim: {"head_dim": head_dim}),
+    gguf=GgufArchitecture(GGUF_PARTS, settings=gguf_settings, one_added=True),
 )

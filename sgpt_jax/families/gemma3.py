@@ -1,9 +1,11 @@
 """Gemma 3, the text part: Gemma 2 with normed queries and keys, and a rotation for each kind of layer."""
 
+from typing import Any
+
 from sgpt_jax.decoder.config import DecoderConfig
-from sgpt_jax.families.family import Family, GgufArchitecture
-from sgpt_jax.families.gemma import gemma_shape
-from sgpt_jax.families.gemma2 import RULES, SANDWICH_PARTS
+from sgpt_jax.families.family import Family, GgufArchitecture, GgufFacts
+from sgpt_jax.families.gemma import gemma_shape, gguf_settings
+from sgpt_jax.families.gemma2 import RULES, SANDWICH_PARTS, attention_scalar
 from sgpt_jax.families.reading import ConfigReader, optional_number, window_kinds, windows_of
 from sgpt_jax.families.rotary import rotary_by_kind
 
@@ -35,6 +37,27 @@ def _read(hf: ConfigReader) -> DecoderConfig:
     )
 
 
+def _gguf_settings(facts: GgufFacts) -> dict[str, Any]:
+    """GGUF files scale the rotation of full attention alone, and have the window that config.json states."""
+    metadata = facts.metadata
+    local = metadata.number(facts.field("rope.freq_base_swa"), default=10_000.0, above=0)
+    pattern = metadata.size(facts.field("attention.sliding_window_pattern"), default=6)
+    layers = range(1, facts.config["num_hidden_layers"] + 1)
+    found = gguf_settings(facts) | {
+        "sliding_window": metadata.size(facts.field("attention.sliding_window"), default=1024),
+        "layer_types": ["sliding_attention" if layer % pattern else "full_attention" for layer in layers],
+        "query_pre_attn_scalar": attention_scalar(facts, layers_of_27b=62),
+        "rope_parameters": {
+            "full_attention": facts.config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
+    cap = facts.field("final_logit_softcapping")
+    if metadata.get(cap)[1] is not None:
+        found["final_logit_softcapping"] = metadata.number(cap, above=0)
+    return found | ({"use_bidirectional_attention": True} if facts.name == "gemma-embedding" else {})
+
+
 FAMILY = Family(
     model_type="gemma3_text",
     read=_read,
@@ -42,5 +65,7 @@ FAMILY = Family(
     base_prefix="model.",
     causal_lm="Gemma3ForCausalLM",
     harmless=frozenset(("_sliding_window_pattern",)),  # transformers writes it and does not read it
-    gguf=GgufArchitecture(SANDWICH_PARTS, settings=lambda tensors, head_dim: {"head_dim": head_dim}),
+    gguf=GgufArchitecture(
+        SANDWICH_PARTS, settings=_gguf_settings, names=("gemma3", "gemma-embedding"), one_added=True
+    ),
 )

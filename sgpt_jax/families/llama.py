@@ -1,10 +1,10 @@
 """Llama, and the shape that Mistral, Qwen2 and Qwen3 vary."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from sgpt_jax.decoder.config import DecoderConfig
-from sgpt_jax.families.family import Family, GgufArchitecture, HfConfig
+from sgpt_jax.families.family import Family, GgufArchitecture, GgufFacts, HfConfig
 from sgpt_jax.families.reading import MAX_LAYERS, ConfigReader, activation, divided, head
 from sgpt_jax.families.rotary import rotary
 from sgpt_jax.families.tables import linear, norm, rules, table
@@ -75,11 +75,11 @@ def _exports(hf: HfConfig, config: DecoderConfig) -> Iterable[dict[str, Any]]:
     yield dict(hf) | {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 
-def _gguf_settings(tensors: Collection[str], head_dim: int) -> dict[str, Any]:
+def _gguf_settings(facts: GgufFacts) -> dict[str, Any]:
     return {
-        "head_dim": head_dim,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "head_dim": facts.head_dim,
+        "attention_bias": "blk.0.attn_q.bias" in facts.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in facts.tensors,
     }
 
 

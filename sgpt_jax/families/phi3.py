@@ -1,7 +1,9 @@
 """Phi-3, 3.5, 4: Llama with fused projections."""
 
+from typing import Any
+
 from sgpt_jax.decoder.config import DecoderConfig
-from sgpt_jax.families.family import Family, GgufArchitecture
+from sgpt_jax.families.family import Family, GgufArchitecture, GgufFacts
 from sgpt_jax.families.llama import llama_shape
 from sgpt_jax.families.reading import ConfigReader, divided
 from sgpt_jax.families.rotary import SCALINGS, rotary
@@ -58,6 +60,13 @@ def _read(hf: ConfigReader) -> DecoderConfig:
     )
 
 
+def _gguf_settings(facts: GgufFacts) -> dict[str, Any]:
+    window = facts.metadata.optional_size(facts.field("attention.sliding_window"), least=0)
+    rotated = facts.metadata.size(facts.field("rope.dimension_count"), default=facts.head_dim)
+    share = {"partial_rotary_factor": rotated / facts.head_dim} if rotated != facts.head_dim else {}
+    return {"sliding_window": window or None} | share  # 0 is none
+
+
 FAMILY = Family(
     model_type="phi3",
     read=_read,
@@ -66,5 +75,5 @@ FAMILY = Family(
     causal_lm="Phi3ForCausalLM",
     harmless=frozenset(("original_max_position_embeddings",)),  # read where a scaling uses it
     own_code=frozenset(("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM")),
-    gguf=GgufArchitecture(GGUF_PARTS),
+    gguf=GgufArchitecture(GGUF_PARTS, settings=_gguf_settings),
 )

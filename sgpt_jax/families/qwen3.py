@@ -31,5 +31,5 @@ FAMILY = Family(
     base_prefix="model.",
     causal_lm="Qwen3ForCausalLM",
     exports=_exports,
-    gguf=GgufArchitecture(GGUF_PARTS, settings=lambda tensors, head_dim: {"head_dim": head_dim}),
+    gguf=GgufArchitecture(GGUF_PARTS, settings=lambda facts: {"head_dim": facts.head_dim}),
 )

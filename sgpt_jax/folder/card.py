@@ -10,8 +10,9 @@ from pathlib import Path
 
 from etils import epath
 
-from sgpt_jax.checkpoint.gguf import open_gguf
+from sgpt_jax.checkpoint.gguf_reader import open_gguf
 from sgpt_jax.files.lines import atomic_write
+from sgpt_jax.folder.modules import describe_modules
 from sgpt_jax.folder.settings import ModelSettings
 
 _TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", "sgpt-jax"]
@@ -78,17 +79,22 @@ def read_license(path: str | os.PathLike[str]) -> str | None:
 
 
 def _summary(settings: ModelSettings, embed_dim: int, base_model: str) -> str:
-    parts = [f"A bi-encoder: one vector of {embed_dim} numbers a text, by {settings.pooling} pooling"]
+    made = describe_modules(settings.pooling or "weightedmean", settings.include_prompt, settings.modules)
+    parts = [f"A bi-encoder: one vector of {embed_dim} dimensions a text, by {made}"]
     if base_model:
         parts.append(f" over {base_model}")
     if settings.max_seq_length:
         parts.append(f". Texts are read up to {settings.max_seq_length} tokens")
-    return "".join(parts) + (". Vectors have length 1." if settings.normalize else ".")
+    if settings.truncate_dim:
+        parts.append(f". Of each vector the first {settings.truncate_dim} dimensions are kept")
+    return "".join(parts) + "."
 
 
 def _usage(settings: ModelSettings, name: str) -> list[str]:
     query, document = (
-        ("encode_query", "encode_document") if settings.brackets or settings.prompts else ("encode",) * 2
+        ("encode_query", "encode_document")
+        if settings.brackets or any((settings.prompts or {}).values())
+        else ("encode",) * 2
     )
     calls = [
         f'queries = model.{query}(["how do cells divide"])',
@@ -108,8 +114,9 @@ def _usage(settings: ModelSettings, name: str) -> list[str]:
             "",
             "The model expects queries in `[` `]` and documents in `{` `}`, each bracket a token of its own. sgpt-jax "
             "adds them. **sentence-transformers adds no brackets by itself**, so its vectors are not those that the "
-            "model was trained for. Brackets written into the text come near, but they can merge with the "
-            "characters beside them into other tokens.",
+            "model was trained for: its layout has prompts before a text, but nothing behind one, and a "
+            "tokenizer for each side would need the whole decoder twice. Brackets written into the text come near, but "
+            "they can merge with the characters beside them into other tokens, and long texts lose the closing one.",
         ]
     return lines
 

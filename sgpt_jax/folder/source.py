@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from sgpt_jax.checkpoint.gguf_reader import parts_of
 from sgpt_jax.errors import InputError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -30,8 +31,13 @@ _WANTED = [
     "merges.txt",
     "vocab.txt",
     "README.md",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
     "[0-9]_*/config.json",
     "[0-9][0-9]_*/config.json",
+    # Dense layers behind the pooling
+    "[0-9]_*/model.safetensors",
+    "[0-9]_*/pytorch_model.bin",
 ]
 
 
@@ -52,9 +58,9 @@ class Source:
 def resolve(source: str | os.PathLike[str]) -> Source:
     """Finds a model: an existing folder or `.gguf` file, else `name` or `org/name` on the Hugging Face hub.
 
-    A folder whose only weights are one `.gguf` file is that file. A hub id may end in `@revision`. What the hub has is
-    kept in its cache, and taken from there when the hub cannot be reached. Of the weights, safetensors are fetched, and
-    `.bin` files only where there are none.
+    A folder whose only weights are one `.gguf` file (split or not) is that file. A hub id may end in `@revision`. What
+    the hub has is kept in its cache, and taken from there when the hub cannot be reached. Of the weights, safetensors
+    are fetched, and `.bin` files only where there are none.
 
     Raises InputError when the source is neither, naming both possibilities.
     """
@@ -84,6 +90,8 @@ def _weights_of(folder: Path) -> Path:
     if (folder / "modules.json").exists() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
         return folder
     found = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+    if found and found == parts_of(found[0]):  # all parts of one file
+        return found[0]
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise InputError(f"{folder}: several GGUF files; name one of them: {names}")
@@ -136,7 +144,8 @@ def choose_files(names: list[str]) -> list[str]:
         if weights:
             return chosen + weights
     files = [name for name in top if name.lower().endswith(".gguf")]
-    return chosen + files if len(files) == 1 else chosen
+    whole = bool(files) and sorted(files) == [part.name for part in parts_of(sorted(files)[0])]
+    return chosen + files if whole else chosen
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgpt_jax.decoder.batch import Batch
 from sgpt_jax.decoder.model import merge
+from sgpt_jax.decoder.modules import Modules, apply_modules
 from sgpt_jax.decoder.pooling import normalize as scale_to_length_1
 from sgpt_jax.decoder.pooling import pool_texts
 from sgpt_jax.decoder.sharding import on_mesh
@@ -164,7 +165,9 @@ def vector_indices(plan: PlannedBatch, room: int) -> np.ndarray:
     return np.array(indices, np.int32)
 
 
-def encode_rows(graphdef: Any, params: Any, batch: Batch, pooling: str, room: int) -> Array:
+def encode_rows(
+    graphdef: Any, params: Any, batch: Batch, pooling: str, room: int, skip: Array | int = 0
+) -> Array:
     """The vectors of all texts in packed rows.
 
     Args:
@@ -172,9 +175,10 @@ def encode_rows(graphdef: Any, params: Any, batch: Batch, pooling: str, room: in
         batch: R rows, without prefixes.
         pooling: see `sgpt_jax.pool`.
         room: S, how many texts a row has room for.
+        skip: so many first tokens of each text are left out of the pooling, see `pool_texts`.
 
     Returns:
-        float32 [R, S, E]; zeros where there is no text.
+        float32 [R, S, M E]; zeros where there is no text.
 
     Raises:
         ValueError: for an unknown pooling mode.
@@ -183,23 +187,38 @@ def encode_rows(graphdef: Any, params: Any, batch: Batch, pooling: str, room: in
         batch.input_ids, positions=batch.positions, segments=batch.segments, dropout_keys=batch.dropout_keys
     )
     texts = jnp.arange(1, 1 + room)
-    return pool_texts(hidden, batch.segments[:, None] == texts[:, None], pooling)
+    return pool_texts(hidden, batch.segments[:, None] == texts[:, None], pooling, skip)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "pooling", "room", "normalize", "mesh"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "pooling", "room", "dimension", "normalize", "mesh"))
 def embed(
     graphdef: Any,
     params: Any,
+    modules: Modules,
     batch: Batch,
+    skip: Array | int,
     *,
     pooling: str,
     room: int,
+    dimension: int,
     normalize: bool,
     mesh: Mesh | None,
 ) -> Array:
-    """The vectors of packed rows, see `encode_rows`: float32 [R, room, E], replicated; of length 1 if `normalize`."""
+    """The vectors of packed rows: pooled, through the modules, cut, and of length 1 if `normalize`.
+
+    Args:
+        graphdef, params, batch, skip, pooling, room: see `encode_rows`.
+        modules: see `apply_modules`.
+        dimension: D, how many dimensions are kept.
+        normalize: scale what is kept to length 1.
+        mesh: the devices, or None.
+
+    Returns:
+        float32 [R, room, D], replicated.
+    """
     with on_mesh(mesh):
-        vectors = encode_rows(graphdef, params, batch, pooling, room)
+        vectors = encode_rows(graphdef, params, batch, pooling, room, skip)
+    vectors = apply_modules(vectors, modules)[..., :dimension]
     if normalize:
         vectors = scale_to_length_1(vectors)
     if mesh is not None:

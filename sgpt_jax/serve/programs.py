@@ -18,6 +18,7 @@ from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import split
 from sgpt_jax.decoder.sharding import batch_sharding, num_shards
+from sgpt_jax.errors import InputError
 from sgpt_jax.index.search import Index
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, Row, lay_out
 from sgpt_jax.packing.rows import embed, fill_rows, most_texts, vector_indices
@@ -43,6 +44,8 @@ class Embedder:
     name = "embed"
 
     def __init__(self, model: BiEncoder) -> None:
+        if not model.include_prompt and any(model.text.prompts.values()):
+            raise InputError(f"{model.name}: prompts that are left out of the pooling cannot be served")
         self.model = model
         # On a CPU, a batch of seconds would keep everybody waiting who comes next.
         self.budget = by_platform(cpu=bi_encoder.CPU_BATCH_TOKENS // 4, accelerator=BATCH_TOKENS)
@@ -59,10 +62,13 @@ class Embedder:
             lowered = embed.lower(
                 self._graphdef,
                 self._params,
+                self.model.modules,
                 _structs(lay_out(shape.holding([]), [], 0), _sharding(self.model.mesh)),
+                np.int32(0),
                 pooling=self.model.pooling,
                 room=most_texts(shape.length),
-                normalize=self.model.normalized,
+                dimension=self.model.dimension,
+                normalize=False,
                 mesh=self.model.mesh,
             )
             self._programs[shape] = lowered.compile()
@@ -80,7 +86,7 @@ class Embedder:
     def start(self, items: Sequence[list[int]], plan: PlannedBatch) -> Fetch:
         """Starts a batch of some of the items."""
         batch = jax.device_put(lay_out(plan, items, self.model.text.pad_id), _sharding(self.model.mesh))
-        result = self._programs[Shape.of(plan)](self._params, batch)
+        result = self._programs[Shape.of(plan)](self._params, self.model.modules, batch, np.int32(0))
         indices = vector_indices(plan, most_texts(plan.length))
         return lambda: np.asarray(result).reshape(-1, self.model.dimension)[indices]
 

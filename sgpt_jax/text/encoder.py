@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import fix_surrogates
 from sgpt_jax.runtime.progress import progress
+from sgpt_jax.text.tokenizer import special_ids
 
 if TYPE_CHECKING:  # transformers takes most of a second to import
     from transformers import PreTrainedTokenizerFast
@@ -40,8 +41,8 @@ class TextEncoder:
         tokenizer: a fast Hugging Face tokenizer.
         max_seq_length: the most ids a text may have, brackets and special tokens included.
         brackets: whether queries and documents get brackets (SGPT's "specb" models).
-        prompts: text put before every text of a side, as sentence-transformers does: keys "query", "document", and
-            "default" for texts without a side.
+        prompts: texts by name; one of them is put before every text, as sentence-transformers does, see `prompt`.
+        default_prompt_name: the one for texts that are neither query nor document; None for none.
 
     Attributes:
         pad_id: a valid id for padding (pad token, else end-of-text, else 0). Padding is masked, so it never counts.
@@ -56,15 +57,17 @@ class TextEncoder:
         max_seq_length: int,
         brackets: bool = False,
         prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
         self.brackets = brackets
-        self.prompts = dict(prompts or {})
+        self.prompts = {"query": "", "document": ""} | dict(prompts or {})
+        self.default_prompt_name = default_prompt_name
         known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
         self.pad_id: int = known[0] if known else 0
         self.eos_id: int = known[-1] if known else 0
-        self._before, self._after = _special_ids(tokenizer)
+        self._before, self._after = special_ids(tokenizer)
         self._bracket_ids = (
             {side: self._bracket_pair(*pair) for side, pair in BRACKETS.items()} if brackets else {}
         )
@@ -74,25 +77,57 @@ class TextEncoder:
                 f"max_seq_length {max_seq_length} leaves no room for a text: brackets and special tokens take {fixed}"
             )
 
+    def prompt(self, side: Side | None = None, name: str | None = None) -> str:
+        """The text that goes before every text, by the rules of sentence-transformers 6.
+
+        Args:
+            side: of the texts: queries get the prompt "query", documents "document" (both empty unless the model has
+                them), others the default one.
+            name: of the prompt to use instead.
+
+        Raises:
+            InputError: there is no prompt of that name.
+        """
+        name = name or side or self.default_prompt_name
+        if name is not None and name not in self.prompts:
+            raise InputError(f"there is no prompt {name!r}; this model has: {', '.join(self.prompts)}")
+        return self.prompts[name] if name else ""
+
+    def prompt_length(self, prompt: str, side: Side | None = None) -> int:
+        """How many first tokens of a text with this prompt are the prompt's, counted as sentence-transformers does.
+
+        That is as many as the prompt has alone with what the tokenizer puts before it (and an opening bracket). A
+        token that joins the prompt's end and the text's beginning is the text's.
+        """
+        if not prompt:
+            return 0
+        (content,) = self._tokenise([prompt], False)
+        ids = [*self._before, *content, *self._after]
+        last_is_special = ids[-1] in self.tokenizer.all_special_ids
+        return len(ids) - last_is_special + (self.brackets and side is not None)
+
     def ids(
         self,
         texts: Sequence[str],
         side: Side | None = None,
         *,
+        prompt: str | None = None,
         show_progress: bool | None = None,
         on_cut: Callable[[int], object] | None = None,
     ) -> list[list[int]]:
         """Token ids of every text, at most `max_seq_length` each and never none.
 
-        One warning a call says how many texts were cut; with `on_cut` their number goes there instead. `show_progress`
-        None shows a bar on a terminal after a second.
+        `prompt` goes before every text; None is that of the side, see the method `prompt`. One warning a call says how
+        many texts were cut; with `on_cut` their number goes there instead. `show_progress` None shows a bar on a
+        terminal after a second.
 
         Raises TypeError, naming the index, for anything that is not a str.
         """
         if side is not None and side not in BRACKETS:
             raise ValueError(f"side must be None, 'query' or 'document', not {side!r}")
         pair = self._bracket_ids.get(side) if side else None
-        prompt = self.prompts.get(side or "default", "")
+        if prompt is None:
+            prompt = self.prompt(side)
         cleaned = [prompt + text for text in _check_texts(texts)]
         if pair:
             cleaned = [text.strip() for text in cleaned]
@@ -148,18 +183,6 @@ class TextEncoder:
                 )
             ids.append(row[0])
         return ids[0], ids[1]
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer itself puts before and after a text."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    bare, full = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
-    raise InputError("this tokenizer changes the ids of a text when it adds its special tokens")
 
 
 def _check_texts(texts: Sequence[str]) -> list[str]:

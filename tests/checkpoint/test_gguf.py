@@ -7,7 +7,7 @@ import decoders
 import pytest
 from etils import epath
 
-from sgpt_jax.checkpoint import gguf
+from sgpt_jax.checkpoint import gguf, gguf_reader
 from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.errors import InputError
@@ -18,11 +18,11 @@ DAMAGE = [None, True, 0, -1, 10**9, 2**40, 0.5, float("nan"), "", "x", [], [1, 2
 @pytest.fixture
 def opened(tmp_path):
     path = epath.Path(decoders.write_gguf("llama", tmp_path / "model.gguf"))
-    return path, gguf.open_gguf(path)
+    return path, gguf_reader.open_gguf(path)
 
 
 def load(monkeypatch, path, metadata, tensors):
-    monkeypatch.setattr(gguf, "open_gguf", lambda _: gguf.Gguf(metadata, tensors))
+    monkeypatch.setattr(gguf, "open_gguf", lambda _: gguf_reader.Gguf(metadata, tensors))
     return load_checkpoint(gguf.GgufFile(path))
 
 
@@ -31,7 +31,7 @@ def load(monkeypatch, path, metadata, tensors):
     [
         (
             {"general.architecture": "mamba"},
-            "architecture 'mamba' is not supported; known: llama, qwen2, qwen3",
+            "architecture 'mamba' is not supported; known: llama, qwen2, qwen3, gemma, gemma2, gemma3",
         ),
         ({"general.architecture": None}, "has no 'general.architecture'"),
         ({"llama.block_count": 10**9}, "num_hidden_layers is 1000000000"),
@@ -42,8 +42,9 @@ def load(monkeypatch, path, metadata, tensors):
         ({"llama.rope.freq_base": -1.0}, "freq_base is -1.0"),
         ({"llama.rope.scaling.type": "yarn"}, "rotary scaling 'yarn'"),
         ({"llama.rope.scaling.type": "linear"}, r"no 'llama.rope.scaling.factor'"),
-        ({"llama.attention.causal": False}, "bidirectional attention is not supported"),
-        ({"split.count": 3}, "one part of a split GGUF file"),
+        ({"llama.attention.value_length": 4}, "value_length differs from key_length"),
+        ({"llama.expert_count": 8}, "llama.expert_count is 8, which is not supported"),
+        ({"llama.attention.sliding_window": 4}, "llama.attention.sliding_window is 4"),
     ],
 )
 def test_impossible_metadata_is_named(change, message, opened, monkeypatch):

@@ -4,12 +4,13 @@ import json
 
 import gguf
 
+from sgpt_jax.decoder.modules import Normalize
 from sgpt_jax.folder.card import read_license, write_model_card
 from sgpt_jax.folder.settings import ModelSettings
 
 
 def test_model_card(tmp_path):
-    settings = ModelSettings("weightedmean", True, 300, False)
+    settings = ModelSettings("weightedmean", True, 300)
     write_model_card(
         tmp_path,
         settings,
@@ -34,7 +35,9 @@ def test_model_card(tmp_path):
 
 
 def test_model_card_without_much_to_say(tmp_path):
-    write_model_card(tmp_path, ModelSettings("mean", False, None, True), 8, base_model=str(tmp_path))
+    write_model_card(
+        tmp_path, ModelSettings("mean", False, None, (Normalize(),)), 8, base_model=str(tmp_path)
+    )
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "license" not in card.split("---")[1]
     assert "base_model" not in card.split("---")[1]

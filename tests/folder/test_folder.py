@@ -12,6 +12,7 @@ from etils import epath
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sgpt_jax import load_decoder
+from sgpt_jax.decoder.modules import Normalize
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.card import write_model_card
 from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
@@ -179,6 +180,10 @@ def test_only_what_a_model_needs_is_fetched():
     assert choose_files(["weights.safetensors", "pytorch_model.bin"]) == ["pytorch_model.bin"]
     assert choose_files(["README.md", "x.Q4_0.gguf"]) == ["README.md", "x.Q4_0.gguf"]
     assert choose_files(["README.md", "x.Q4_0.gguf", "x.Q8_0.gguf"]) == ["README.md"]
+    parts = [f"x-0000{number}-of-00002.gguf" for number in (1, 2)]
+    assert choose_files(["README.md", *parts]) == ["README.md", *parts]
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "2_Dense/model.safetensors"]
+    assert choose_files([*adapter, "2_Dense/other.safetensors"]) == adapter
 
 
 # Reading settings
@@ -186,18 +191,15 @@ def test_only_what_a_model_needs_is_fetched():
 
 def test_a_released_bracket_model(tmp_path):
     folder = st_folder(tmp_path / "SGPT-125M-weightedmean-msmarco-specb-bitfit")
-    assert read_settings(folder) == ModelSettings("weightedmean", True, 300, False, None)
-    assert read_settings(folder.rename(tmp_path / "plain")) == ModelSettings(
-        "weightedmean", None, 300, False, None
-    )
+    assert read_settings(folder) == ModelSettings("weightedmean", True, 300)
+    assert read_settings(folder.rename(tmp_path / "plain")) == ModelSettings("weightedmean", None, 300)
 
 
 def test_a_plain_folder_and_a_gguf_file_say_nothing(tmp_path):
     dump(tmp_path / "model/config.json", {"model_type": "llama"})
     dump(tmp_path / "model/tokenizer_config.json", {"model_max_length": 1024})
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert read_settings(decoders.write_gguf("llama", tmp_path / "model.gguf")) == ModelSettings()
     assert read_settings(tmp_path / "model") == ModelSettings()
-    assert read_settings(tmp_path / "model.gguf") == ModelSettings()
 
 
 def test_specb_turns_brackets_on_wherever_the_name_is(tmp_path):
@@ -222,13 +224,15 @@ def test_specb_turns_brackets_on_wherever_the_name_is(tmp_path):
         ("mean_tokens", "mean"),
         ("lasttoken", "lasttoken"),
         ("cls_token", "cls"),
+        ("max_tokens", "max"),
+        ("mean_sqrt_len_tokens", "mean_sqrt_len_tokens"),
     ],
 )
 def test_pooling_modes_in_both_spellings(key, mode, new, tmp_path):
     pooling = {"embedding_dimension": 48, "pooling_mode": mode, "include_prompt": True} if new else seven(key)
     kinds = ("Transformer", "Pooling", "Normalize") if new else ("Transformer", "Pooling")
     settings = read_settings(st_folder(tmp_path, kinds, pooling, new=new))
-    assert settings == ModelSettings(mode, None, 300, new, None)
+    assert settings == ModelSettings(mode, None, 300, (Normalize(),) if new else ())
 
 
 def test_no_active_pooling_mode_means_mean(tmp_path):
@@ -238,32 +242,36 @@ def test_no_active_pooling_mode_means_mean(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pooling": seven("max_tokens")}, "pooling_mode_max_tokens"),
-        ({"pooling": {"pooling_mode": "max"}}, "'max'"),
-        ({"pooling": {"pooling_mode": ["mean", "mean_sqrt_len_tokens"]}}, "'mean_sqrt_len_tokens'"),
-        ({"pooling": seven("mean_tokens", "cls_token")}, "joining several pooling modes"),
-        ({"pooling": {"pooling_mode": ["mean", "cls"]}}, "joining several pooling modes"),
-        ({"kinds": ("Transformer", "Pooling", "Dense")}, r"module 2 is sentence_transformers\.models\.Dense"),
+        ({"pooling": {"pooling_mode": "median"}}, "'median'"),
+        ({"pooling": {"pooling_mode": []}}, r"pooling_mode is \[\]"),
+        (
+            {"kinds": ("Transformer", "Pooling", "Router")},
+            r"module 2 is sentence_transformers\.models\.Router",
+        ),
+        ({"kinds": ("Transformer", "Pooling", "Dense")}, r"names 2_Dense, but .*config.json is not there"),
+        ({"kinds": ("Transformer",)}, "no Pooling module"),
+        ({"kinds": ("Transformer", "Normalize", "Pooling")}, "module 1"),
         ({"kinds": ("Transformer", "WeightedMeanPooling")}, "WeightedMeanPooling"),
         ({"kinds": ("Pooling", "Transformer")}, "module 0"),
-        ({"kinds": ("Transformer", "Pooling", "Pooling")}, "second Pooling"),
+        ({"kinds": ("Transformer", "Pooling", "Pooling")}, "module 2 is .*one Pooling"),
         ({"bert": {"do_lower_case": True}}, "do_lower_case"),
         ({"bert": {"max_seq_length": 0}}, "max_seq_length is 0"),
         ({"bert": {"max_seq_length": "300"}}, "max_seq_length is '300'"),
         ({"saved": {"model_type": "CrossEncoder"}}, "CrossEncoder"),
-        ({"saved": {"truncate_dim": 64}}, "truncate_dim"),
-        (
-            {
-                "saved": {"prompts": {"query": "q: "}},
-                "pooling": {"pooling_mode": "mean", "include_prompt": False},
-            },
-            "include_prompt",
-        ),
+        ({"saved": {"truncate_dim": "64"}}, "truncate_dim is '64'"),
+        ({"saved": {"similarity_fn_name": "hamming"}}, "similarity_fn_name 'hamming'"),
+        ({"saved": {"default_prompt_name": "q"}}, "default_prompt_name 'q' is none of the prompts"),
+        ({"bert": {"transformer_task": "text-generation"}}, "transformer_task 'text-generation'"),
+        ({"bert": {"query_length": 32}}, "query_length 32"),
+        ({"bert": {"query_expansion": {"strategy": "fixed"}}}, "query_expansion"),
+        ({"bert": {"processing_kwargs": {"text": {"add_special_tokens": False}}}}, "processing_kwargs"),
+        ({"bert": {"config_kwargs": {"is_causal": False}}}, "is_causal among the arguments"),
+        ({"bert": {"modality_config": {"text": {"method_output_name": "logits"}}}}, "modality_config takes"),
     ],
 )
 def test_what_would_give_other_vectors_is_refused(changes, message, tmp_path):
     folder = st_folder(tmp_path, **changes)
-    if "kinds" in changes and changes["kinds"][-1] == "Pooling" and len(changes["kinds"]) == 3:
+    if changes.get("kinds") == ("Transformer", "Pooling", "Pooling"):
         dump(folder / "2_Pooling/config.json", seven("mean_tokens"))
     with pytest.raises(InputError, match=message):
         read_settings(folder)
@@ -319,6 +327,11 @@ def test_a_folder_of_one_gguf_file_is_that_file(tmp_path):
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"several GGUF files.*model.GGUF, other.gguf"):
         resolve(tmp_path)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number in (1, 2):
+        (parts / f"x-0000{number}-of-00002.gguf").write_bytes(b"GGUF")
+    assert resolve(parts).path == parts / "x-00001-of-00002.gguf"
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert resolve(tmp_path).path == tmp_path
 
@@ -341,24 +354,71 @@ def test_the_limit_of_sentence_transformers_6_is_the_tokenizers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("saved", "prompts"),
+    "saved",
     [
-        ({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}, None),
-        ({"prompts": {"query": "q: ", "passage": "p: "}}, {"query": "q: ", "document": "p: "}),
-        ({"prompts": {"query": "q: ", "document": "", "passage": "p: "}}, {"query": "q: "}),
-        ({"prompts": {"x": "x: "}, "default_prompt_name": "x"}, {"default": "x: "}),
-        ({}, None),
+        {"prompts": {"query": "", "document": ""}, "default_prompt_name": None},
+        {"prompts": {"query": "q: ", "passage": "p: "}},
+        {"prompts": {"x": "x: ", "y": ""}, "default_prompt_name": "x"},
+        {"prompts": {"x": "x: "}, "default_prompt_name": "query"},
+        {},
     ],
 )
-def test_prompts(saved, prompts, tmp_path):
-    assert read_settings(st_folder(tmp_path, saved=saved)).prompts == prompts
+def test_all_prompts_are_kept(saved, tmp_path):
+    settings = read_settings(st_folder(tmp_path, saved=saved))
+    assert settings.prompts == (saved.get("prompts") or None)
+    assert settings.default_prompt_name == saved.get("default_prompt_name")
+
+
+def test_what_nobody_knows_is_named(tmp_path):
+    folder = st_folder(tmp_path, bert={"tomorrow": 1}, saved={"later": 2})
+    with pytest.warns(UserWarning, match=r"ignored what is not known here: (tomorrow|later)") as notes:
+        read_settings(folder)
+    assert len(notes) == 2
+
+
+def dense(folder, config, **tensors):
+    dump(folder / "2_Dense/config.json", config)
+    decoders.write_arrays(
+        {k.replace("_", "."): v for k, v in tensors.items()}, folder / "2_Dense/model.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out_features": 4}, "the weights are .* the config wants"),
+        ({"bias": False}, "the config wants"),
+        ({"use_residual": True}, "the config wants"),
+        ({"activation_function": "torch.nn.modules.activation.PReLU"}, "PReLU' is not supported"),
+        ({"activation_function": None}, "activation_function None"),
+        ({"module_output_name": "scores"}, "module_output_name is 'scores'"),
+    ],
+)
+def test_dense_modules(change, message, tmp_path):
+    folder = st_folder(tmp_path, kinds=("Transformer", "Pooling", "Dense"))
+    weight, bias = np.ones((3, 48), np.float32), np.ones(3, np.float32)
+    config = {"in_features": 48, "out_features": 3}
+    dense(folder, config, linear_weight=weight, linear_bias=bias)
+    (layer,) = read_settings(folder).modules
+    assert (layer.activation, layer.residual, layer.weight.shape) == ("Tanh", False, (3, 48))
+    dense(folder, config | change, linear_weight=weight, linear_bias=bias)
+    with pytest.raises(InputError, match=message):
+        read_settings(folder)
+    (folder / "2_Dense/model.safetensors").unlink()
+    dump(folder / "2_Dense/config.json", config)
+    with pytest.raises(InputError, match=r"no model\.safetensors or pytorch_model\.bin"):
+        read_settings(folder)
+    dump(folder / "2_Dense/config.json", config | {"activation_function": "my_code.Swish"})
+    dense(folder, config | {"activation_function": "my_code.Swish"}, linear_weight=weight, linear_bias=bias)
+    with pytest.warns(UserWarning, match=r"my_code\.Swish is code of its own; Tanh is used"):
+        assert read_settings(folder).modules[0].activation == "Tanh"
 
 
 # Writing settings
 
 
 def test_the_files_are_exactly_these(tmp_path):
-    settings = ModelSettings("weightedmean", True, 300, True, {"query": "q: "})
+    settings = ModelSettings("weightedmean", True, 300, (Normalize(),), {"query": "q: "})
     write_settings(tmp_path, settings, 768)
     files = {str(p.relative_to(tmp_path)): p.read_text("utf-8") for p in tmp_path.rglob("*") if p.is_file()}
     version = metadata.version("sgpt-jax")
@@ -367,18 +427,22 @@ def test_the_files_are_exactly_these(tmp_path):
     assert (tmp_path / "2_Normalize").is_dir()
 
 
-@pytest.mark.parametrize("mode", ["weightedmean", "mean", "lasttoken", "cls"])
+@pytest.mark.parametrize("mode", ["weightedmean", "cls+mean", "mean+cls"])
 @pytest.mark.parametrize("brackets", [True, False])
 def test_what_is_written_is_read_again(mode, brackets, tmp_path):
-    prompts = {"query": "q: ", "document": "d: ", "default": "t: "} if brackets else None
-    settings = ModelSettings(mode, brackets, 75, not brackets, prompts)
+    prompts = {"query": "q: ", "document": "d: ", "other": "t: "}
+    modules = () if brackets else (Normalize(), Normalize())
+    default, similarity = ("other", "dot") if brackets else (None, "manhattan")
+    settings = ModelSettings(
+        mode, brackets, 75, modules, prompts, default, brackets, 5 if brackets else None, similarity
+    )
     write_settings(epath.Path(tmp_path / "new/folder-specb"), settings, 8)
     assert read_settings(tmp_path / "new/folder-specb") == settings
 
 
 def test_unknown_pooling_is_not_written(tmp_path):
-    with pytest.raises(InputError, match="max"):
-        write_settings(tmp_path / "model", ModelSettings("max"), 8)
+    with pytest.raises(InputError, match="median"):
+        write_settings(tmp_path / "model", ModelSettings("median"), 8)
     assert not (tmp_path / "model").exists()
 
 
@@ -403,7 +467,8 @@ def test_sentence_transformers_loads_what_we_write(mode, normalize, prompts, tmp
 
     decoders.write_checkpoint("gpt_neo", tmp_path, model_class="base")
     save_tokenizer(load_tokenizer(decoders.write_tokenizer(tmp_path / "tokenizer")), tmp_path)
-    write_settings(tmp_path, ModelSettings(mode, False, 24, normalize, prompts), 48)
+    modules = (Normalize(),) if normalize else ()
+    write_settings(tmp_path, ModelSettings(mode, False, 24, modules, prompts), 48)
     write_model_card(tmp_path, read_settings(tmp_path), 48)
     texts = ["a short text", "a longer text about the herons of the river " * 4, "x"]
     theirs = SentenceTransformer(str(tmp_path), device="cpu").encode_query(texts)

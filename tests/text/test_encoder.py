@@ -178,7 +178,9 @@ def test_plain_ids_are_neither_stripped_nor_cut_nor_given_special_tokens(bos_tok
 
 
 def test_prompts_go_before_every_text_of_their_side(tokenizer):
-    encoder = TextEncoder(tokenizer, 50, prompts={"query": "query: ", "default": "text: "})
+    encoder = TextEncoder(
+        tokenizer, 50, prompts={"query": "query: ", "any": "text: "}, default_prompt_name="any"
+    )
     assert encoder.ids(["a", ""], "query") == encoder.plain_ids(["query: a", "query: "])
     assert encoder.ids(["a"]) == encoder.plain_ids(["text: a"])
     assert encoder.ids(["a"], "document") == encoder.plain_ids(["a"])
