@@ -259,7 +259,9 @@ def test_plans_hold_every_pair_once_in_few_shapes(share, batch_tokens, num_shard
     assert share == (len(rows) < len(pairs))
     plans = plan_batches(rows, batch_tokens=batch_tokens, row_multiple=num_shards)
     assert sorted(index for plan in plans for index in plan.texts) == list(range(len(pairs)))
-    # A shape for each length, and one for the last batch.
+    # Only the last batch has fewer rows than fit: a shape for each length, and one more.
+    for plan in plans[:-1]:
+        assert plan.num_rows == max(1, batch_tokens // (plan.length * num_shards)) * num_shards
     shapes = {(plan.num_rows, plan.length) for plan in plans}
     assert len(shapes) <= len({plan.length for plan in plans}) + 1
     assert len(shapes) <= 4 * np.log2(max(row.length for row in rows)) + 1

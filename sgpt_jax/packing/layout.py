@@ -20,10 +20,6 @@ BATCH_TOKENS = 32768
 # The shortest row, of which most lengths are multiples.
 LENGTH_UNIT = 16
 
-# How long the shortest row of a batch is at the least, compared with the longest. A shorter one is not padded to that
-# length, but begins the next batch.
-_LEAST_SHARE = 0.8
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -80,17 +76,21 @@ def round_up(size: int, unit: int, steps: int = 1) -> int:
     return -(-units // step) * step * unit
 
 
-def plan_batches(rows: Sequence[Row], *, batch_tokens: int, row_multiple: int = 1) -> list[PlannedBatch]:
+def plan_batches(
+    rows: Sequence[Row], *, batch_tokens: int, row_multiple: int = 1, same_length: bool = False
+) -> list[PlannedBatch]:
     """Groups rows into batches, longest first, so that what does not fit in memory shows at once.
 
     Args:
         rows: of few different lengths.
         batch_tokens: of a batch at the most, unless `row_multiple` rows alone have more.
         row_multiple: by which the number of a batch's rows divides.
+        same_length: a shorter row begins the next batch, for rows of very few lengths. Otherwise it is padded, as each
+            length would need a program more for its last batch.
 
     Returns:
-        batches as long as their longest row, and with as many rows as fit. Where fewer rows of about that length are
-        left, it is a power of two times `row_multiple`.
+        batches as long as their longest row, and with as many rows as fit. Where fewer rows are left, their number is
+        rounded up to a power of two times `row_multiple`.
     """
     ordered = sorted(rows, key=lambda row: -row.length)
     plans = []
@@ -98,7 +98,9 @@ def plan_batches(rows: Sequence[Row], *, batch_tokens: int, row_multiple: int = 
     while start < len(ordered):
         length = ordered[start].length
         num_rows = max(1, batch_tokens // (length * row_multiple)) * row_multiple
-        taken = tuple(row for row in ordered[start : start + num_rows] if row.length >= _LEAST_SHARE * length)
+        taken = tuple(ordered[start : start + num_rows])
+        if same_length:
+            taken = tuple(row for row in taken if row.length == length)
         num_rows = min(num_rows, round_up(len(taken), row_multiple))
         plans.append(PlannedBatch(taken, num_rows, length))
         start += len(taken)

@@ -133,7 +133,7 @@ def plan_texts(
         return buckets[bisect.bisect_left(buckets, size)]
 
     def plan(rows: list[Row]) -> list[PlannedBatch]:
-        return plan_batches(rows, batch_tokens=batch_tokens, row_multiple=row_multiple)
+        return plan_batches(rows, batch_tokens=batch_tokens, row_multiple=row_multiple, same_length=True)
 
     def joined(least: int) -> list[PlannedBatch]:
         return plan(fill_rows(lengths, lambda size: max(least, bucket(size))))

@@ -68,7 +68,7 @@ def test_plans_hold_every_text_once_within_the_bounds(seed):
         assert batch.num_rows < 2 * (len(batch.rows) + multiple)
         for row in batch.rows:
             assert 0 < sum(lengths[index] for index in row.texts) <= row.length
-            assert 0.8 * batch.length <= row.length <= batch.length
+            assert row.length == batch.length
             assert len(row.texts) <= min(texts_per_row(batch), most_texts(batch.length))
         assert texts_per_row(batch) in (1, 4, 16, 64)
 
