@@ -14,6 +14,7 @@ from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.source import Source, resolve
+from sgpt_jax.runtime.forks import check_fork
 from sgpt_jax.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:  # transformers takes most of a second to import
@@ -38,6 +39,7 @@ def load_decoder(source: Any, dtype: str = "float32", mesh: Mesh | None = None) 
     Raises:
         InputError: when the source is not there, or its config or its tensors do not fit; all misfits are listed.
     """
+    check_fork()
     return load_checkpoint(open_checkpoint(resolve(source).path), dtype, mesh)
 
 
@@ -58,6 +60,7 @@ class Parts:
 
 def load_parts(source: Source, dtype: str, mesh: Mesh | None) -> Parts:
     """The decoder and the tokenizer of a source, see `load_decoder`."""
+    check_fork()
     files = open_checkpoint(source.path)
     return Parts(load_checkpoint(files, dtype, mesh), load_tokenizer(source.path), files.config)
 
