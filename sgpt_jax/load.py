@@ -22,6 +22,7 @@ from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.errors import InputError
 from sgpt_jax.families.own_code import describe, own_code_of, without_own_code
 from sgpt_jax.folder.source import Source, resolve
+from sgpt_jax.runtime.forks import check_fork
 from sgpt_jax.text.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # transformers takes most of a second to import
@@ -54,6 +55,7 @@ def load_decoder(
     Raises:
         InputError: when the source is not there, or its config or its tensors do not fit; all misfits are listed.
     """
+    check_fork()
     return load_checkpoint(open_model(resolve(source)).files, dtype, mesh, weights)
 
 
@@ -159,6 +161,7 @@ class Parts:
 
 def load_parts(opened: Opened, dtype: str, mesh: Mesh | None, weights: str | None = None) -> Parts:
     """The decoder and the tokenizer of an opened model, see `load_decoder` and `open_model`."""
+    check_fork()
     decoder = load_checkpoint(opened.files, dtype, mesh, weights)
     return Parts(decoder, load_tokenizer(opened.tokenizer), opened.files.config)
 

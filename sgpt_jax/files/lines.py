@@ -26,6 +26,9 @@ PathLike = str | os.PathLike[str]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
+# No text is as long; a file without line ends would fill the memory. Compressed data are read in a stream up to here.
+MAX_LINE_BYTES = 1 << 26
+
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Not strict: a raw carriage return or tab inside a JSON string is text, since LF alone ends a record.
@@ -80,6 +83,7 @@ def read_lines(
     errors: str = "strict",
     report: ReadReport | None = None,
     keep_blank: bool = False,
+    max_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text) for every line that is not blank, in constant memory.
 
@@ -91,15 +95,20 @@ def read_lines(
         errors: "strict" or "replace" (invalid UTF-8 becomes U+FFFD, counted in ``report.replaced``).
         report: counts are added here.
         keep_blank: yield blank lines, too.
+        max_bytes: the longest line that is read, without its end.
 
     Raises:
-        InputError: the file cannot be opened, its gzip data are damaged or cut short, or it holds invalid UTF-8.
+        InputError: the file cannot be opened, its gzip data are damaged or cut short, it holds invalid UTF-8, or a
+            line is too long.
     """
     report = ReadReport() if report is None else report
     number = 0
     with _open_input(path) as stream:
         try:
-            for number, raw in enumerate(stream, 1):
+            # Two bytes more are room for its end.
+            for number, raw in enumerate(iter(lambda: stream.readline(max_bytes + 2), b""), 1):
+                if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > max_bytes:
+                    raise line_error(path, number, f"longer than {max_bytes:,} bytes, the most that is read")
                 bom = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
                 line = raw[bom:].removesuffix(b"\n").removesuffix(b"\r")
                 if not keep_blank and (not line or line.isspace()):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import glob
+import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +22,8 @@ from huggingface_hub.errors import (
 
 from sgpt_jax.checkpoint.gguf_reader import parts_of
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import write_json
+from sgpt_jax.runtime.compile_cache import user_cache
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -113,22 +118,58 @@ def _download(repo: str, revision: str | None, missing: str) -> str:
         raise InputError(f"{missing}, and the Hugging Face hub has no model of that name") from error
     except Exception as error:  # the hub's HTTP library, and so its errors, change with its version
         return _cached(repo, revision, missing, error)
-    names = [sibling.rfilename for sibling in info.siblings or []]
+    files = choose_files([sibling.rfilename for sibling in info.siblings or []])
+    with contextlib.suppress(OSError, InputError):  # a cache that cannot be written
+        record = _record(repo, info.sha or "")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, files)
     return huggingface_hub.snapshot_download(
-        repo,
-        revision=revision,
-        allow_patterns=[glob.escape(name) for name in choose_files(names)],
+        repo, revision=revision, allow_patterns=[glob.escape(name) for name in files]
     )
+
+
+def _record(repo: str, commit: str) -> Path:
+    """The file that lists what a model needs, written before it is fetched: what an interruption leaves looks whole."""
+    return Path(user_cache()) / "hub" / f"{repo.replace('/', '--')}@{commit}.json"
 
 
 def _cached(repo: str, revision: str | None, missing: str, reason: Exception) -> str:
     try:
-        return huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        found = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
     except Exception as error:
         raise InputError(
             f"{missing}, and the Hugging Face hub cannot be reached ({_first_line(reason)}) "
             "nor has its cache this model"
         ) from error
+    _check_snapshot(repo, Path(found))
+    return found
+
+
+def _check_snapshot(repo: str, folder: Path) -> None:
+    """Refuses a snapshot whose download was interrupted.
+
+    Raises:
+        InputError: files are missing.
+    """
+    try:
+        missing = [
+            name
+            for name in json.loads(_record(repo, folder.name).read_text())
+            if not (folder / name).exists()
+        ]
+    except (OSError, ValueError, TypeError):  # another program fetched it
+        if not (folder / "modules.json").exists():
+            warnings.warn(
+                f"{repo}: the hub cannot be reached, and its cached copy has no modules.json. If the model has one, "
+                "the download was not finished, and pooling, prompts and limit may be others than the model's",
+                stacklevel=2,
+            )
+        return
+    if missing:
+        raise InputError(
+            f"{repo}: its download was interrupted before {', '.join(missing[:5])}, and the hub cannot be reached; "
+            "start again with a connection"
+        )
 
 
 def choose_files(names: list[str]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from sgpt_jax.runtime.forks import check_fork
+
 Started = TypeVar("Started")
 Result = TypeVar("Result")
 
@@ -16,6 +18,7 @@ def one_behind(started: Iterable[Started], fetch: Callable[[Started], Result]) -
         started: starts a computation on the device whenever it is asked for the next item, and does not wait for it.
         fetch: waits for what was started, and makes the result of it.
     """
+    check_fork()
     waiting: list[Started] = []
     for item in started:
         waiting.append(item)

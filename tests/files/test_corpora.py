@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import subprocess
 import sys
 import tracemalloc
 import types
@@ -347,3 +348,36 @@ def test_many_ids_and_repeated_records(tmp_path):
     write_jsonl(path, [*records, {"_id": "4321", "text": "other"}])
     with pytest.raises(InputError, match="line 9001: id '4321' is in line 4322 with different content"):
         list(read_corpus(path))
+
+
+def test_a_line_without_end_is_refused_where_it_becomes_too_long(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b"ab\r\nabcd\r\nabcd\nabcde\n")
+    lines = read_lines(path, max_bytes=4)
+    assert [next(lines) for _ in range(3)] == [(1, "ab"), (2, "abcd"), (3, "abcd")]
+    with pytest.raises(InputError, match=r"lines, line 4: longer than 4 bytes"):
+        next(lines)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_a_gzip_bomb_and_an_endless_line_take_no_memory(tmp_path):
+    """400 MB of one line, in 400 kB and as it is, with room for half of that."""
+    bomb, plain = tmp_path / "bomb.jsonl", tmp_path / "plain.jsonl"
+    with gzip.open(bomb, "wb", compresslevel=1) as stream:
+        stream.write(b'{"_id": "a", "text": "b"}\n')
+        for _ in range(400):
+            stream.write(bytes(1 << 20))
+    with plain.open("wb") as stream:
+        stream.truncate(400 << 20)
+    code = (
+        "import resource, sys\n"
+        "from sgpt_jax.files.corpora import read_corpus\n"
+        "from sgpt_jax.errors import InputError\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)\n"
+        "try:\n    print(len(list(read_corpus(sys.argv[1]))))\n"
+        "except InputError as error:\n    print(error)\n"
+    )
+    for path, line in ((bomb, 2), (plain, 1)):
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+        assert f"{path}, line {line}: longer than 67,108,864 bytes" in done.stdout, done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import types
+import warnings
 from importlib import metadata, util
 
 import decoders
@@ -109,7 +110,9 @@ def hub(tmp_path, monkeypatch):
     def model_info(self, repo_id, *, revision=None):
         if state.fail:
             raise state.fail
-        return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=n) for n in state.names])
+        return types.SimpleNamespace(
+            sha="snapshot", siblings=[types.SimpleNamespace(rfilename=n) for n in state.names]
+        )
 
     def snapshot_download(repo_id, *, revision=None, allow_patterns=None, local_files_only=False):
         state.calls.append((repo_id, revision, allow_patterns, local_files_only))
@@ -117,6 +120,7 @@ def hub(tmp_path, monkeypatch):
             raise FileNotFoundError("not in the cache")
         return str(state.folder)
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return state
@@ -134,13 +138,35 @@ def test_a_hub_id_is_downloaded(hub):
 
 def test_an_unreachable_hub_leaves_the_cache(hub):
     hub.fail = OSError("[Errno -2] Name or service not known")
-    assert resolve("org/name@v1").path == hub.folder
+    with pytest.warns(UserWarning, match=r"no modules\.json"):  # nobody knows whether it should have one
+        assert resolve("org/name@v1").path == hub.folder
     assert hub.calls == [("org/name", "v1", None, True)]
     hub.cached = False
     with pytest.raises(
         InputError, match=r"no such folder or .gguf file, and .* cannot be reached .*Name or service"
     ):
         resolve("org/name")
+
+
+def test_an_interrupted_download_is_refused_without_the_hub(hub):
+    """Whichever of its files is the first that is missing."""
+    hub.names = ["config.json", "model.safetensors", "modules.json", "1_Pooling/config.json", "README.txt"]
+    resolve("org/name")
+    hub.fail = OSError("Name or service not known")
+    for name in ("config.json", "model.safetensors", "modules.json", "1_Pooling/config.json"):
+        with pytest.raises(InputError, match=rf"org/name: its download was interrupted before .*{name}"):
+            resolve("org/name")
+        (hub.folder / name).parent.mkdir(exist_ok=True)
+        (hub.folder / name).write_text("{}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve("org/name").path == hub.folder
+    hub.fail = None
+    (hub.folder / "modules.json").unlink()
+    assert (
+        resolve("org/name").path == hub.folder
+    )  # with the hub it is repaired: everything is asked for again
+    assert "modules.json" in hub.calls[-1][2] and not hub.calls[-1][3]
 
 
 @pytest.mark.parametrize(
