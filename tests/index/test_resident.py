@@ -1,4 +1,4 @@
-"""Vectors that stay on the devices: the answers of blocks from disk and of numpy in float64, on one device and eight."""
+"""Vectors that stay on the devices: the answers of blocks from disk and of numpy in float64, on one device and on 8."""
 
 import jax
 import numpy as np
