@@ -215,6 +215,16 @@ def test_an_index_knows_its_model(model, index, corpus, tmp_path, capsys):
     assert "nothing was left to encode" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("resident", ["float32", "bfloat16", "int8"])
+def test_search_with_vectors_on_the_devices_finds_the_same(resident, index, capsys):
+    found = []
+    for more in ([], ["--resident", resident]):
+        assert main(["search", index, "the heron waits", "-k", "7", "--json", *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["hits"])
+    assert [hit["_id"] for hit in found[0]] == [hit["_id"] for hit in found[1]]
+    np.testing.assert_allclose(*([hit["score"] for hit in hits] for hits in found), rtol=1e-5)
+
+
 def test_info_verifies_an_index(model, index, tmp_path, capsys):
     assert main(["info", index, "--verify"]) == 0
     assert "verified: every file fits its checksum" in capsys.readouterr().out
