@@ -1,4 +1,4 @@
-"""Re-ranking: the documents of a run, scored anew by a cross-encoder. The job that can be interrupted: `rerank_job`."""
+"""Re-ranking: a cross-encoder scores the documents of a run anew. `rerank_job` is the same, interruptible."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rerank(
     batch_tokens: int | None = None,
     show_progress: bool | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The same documents as in the run, with the cross-encoder's scores; all of them, so cut the run before.
+    """The documents of the run with the cross-encoder's scores. All are scored: cut the run to its top k before.
 
     In a `processes.session` the processes share the pairs, and all of them return all scores.
 
@@ -75,10 +75,11 @@ def rerank(
                 processes.check()
                 shares.append(_score(model, part, queries, texts, batch_tokens, counts).tolist())
                 bar.update(len(part))
-    given = [iter(lists) for lists in processes.gather(shares)]
+    # Part i was scored by process i modulo their number (`processes.mine`).
+    by_process = [iter(share) for share in processes.gather(shares)]
     scored: dict[str, dict[str, float]] = {query: {} for query in run}
     for number, part in enumerate(parts):
-        for (query, document), score in zip(part, next(given[number % len(given)]), strict=True):
+        for (query, document), score in zip(part, next(by_process[number % len(by_process)]), strict=True):
             scored[query][document] = score
     if report is not None:
         report.add(counts)
@@ -88,19 +89,21 @@ def rerank(
 
 
 def ordered_pairs(run: Run, texts: Mapping[str, str]) -> list[Pair]:
-    """All pairs of a run: the queries of a document together, so that they can share its pass; long documents first, so
-    that what does not fit in memory shows at once.
+    """All pairs of a run, by document.
+
+    The queries of a document are together, so that they can share its pass; long documents are first, so that what
+    does not fit in memory shows at once.
     """
-    asking: dict[str, list[str]] = {}
+    queries_of: dict[str, list[str]] = {}
     for query, hits in run.items():
         for document in hits:
-            asking.setdefault(document, []).append(query)
-    order = sorted(asking, key=lambda document: (-len(texts[document]), document))
-    return [(query, document) for document in order for query in asking[document]]
+            queries_of.setdefault(document, []).append(query)
+    order = sorted(queries_of, key=lambda document: (-len(texts[document]), document))
+    return [(query, document) for document in order for query in queries_of[document]]
 
 
 def split_pairs(pairs: list[Pair], size: int) -> Iterator[list[Pair]]:
-    """Cuts the pairs between documents, into parts of `size` pairs or somewhat more."""
+    """Cuts the pairs into parts of `size` pairs, or somewhat more, as a document's pairs stay together."""
     part: list[Pair] = []
     for pair in pairs:
         if len(part) >= size and pair[1] != part[-1][1]:
@@ -128,7 +131,7 @@ def texts_of(run: Run, documents: Iterable[Document]) -> dict[str, str]:
 
 
 def some(ids: list[str], one: str, many: str) -> str:
-    """How a message names ids: all of a few, five of many."""
+    """How a message names ids: the number of them and the first five; a single one without the number."""
     shown = ", ".join(map(repr, ids[:5]))
     return f"{one} {shown}" if len(ids) == 1 else f"{len(ids)} {many}, such as {shown},"
 
@@ -143,7 +146,7 @@ def _score(
 ) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "of .* pairs")  # told once, at the end, from the counts
+            warnings.filterwarnings("ignore", "of .* pairs")  # `ScoreReport.warning`: given once, at the end
             return model.predict(
                 [(queries[query], texts[document]) for query, document in part],
                 batch_tokens=batch_tokens,

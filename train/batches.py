@@ -1,4 +1,4 @@
-"""From examples to batches: which examples a step sees, and the arrays that it sees of them.
+"""From examples to batches: which examples a step gets, and their arrays.
 
 The plan is the same on every process, and each process reads and tokenises only its own part of every batch.
 It is a function of the seed alone, so the position in the data is one number: the step.
@@ -22,16 +22,16 @@ from sgpt_jax.packing.rows import fill_rows, most_texts, round_length, vector_in
 from sgpt_jax.text.encoder import TextEncoder, check_ids
 from train.data import Example, ExampleSource, text_key
 
-# Where a row ends up shorter than this, it is not worth a program of its own.
-_SHORTEST_MAX_ROW = 512
+# Rows are this long at least, unless the model's limit is lower: shorter ones are not worth compiling a program for.
+_SHORTEST_ROW = 512
 
 
 def row_length(longest: int, max_seq_length: int) -> int:
     """The length of rows where the longest text has `longest` tokens, a multiple of 8.
 
-    It is the first of 512, 1024, 2048, ... that holds the text, but not more than `max_seq_length`.
+    It is the first of 512, 1024, 2048, ... that holds the text, but not more than `max_seq_length` rounded up to 8.
     """
-    return min(round_up(longest, _SHORTEST_MAX_ROW), round_length(max_seq_length))
+    return min(round_up(longest, _SHORTEST_ROW), round_length(max_seq_length))
 
 
 def pack(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[Batch, np.ndarray]:
@@ -43,7 +43,7 @@ def pack(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[Batch,
         pad_id: a valid token id for padding.
 
     Returns:
-        the rows, and int32 [n]: where each text's vector stands in those of all rows, [R * S, E].
+        the rows, and int32 [n]: the index of each text's vector in those of all rows, [R * S, E].
     """
     rows = tuple(fill_rows([len(text) for text in ids], lambda _: length))
     plan = PlannedBatch(rows, len(rows), length)
@@ -53,10 +53,10 @@ def pack(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[Batch,
 
 
 class BatchPlan:
-    """The examples of every batch, worked out as far as asked for.
+    """The examples of every batch, worked out lazily.
 
-    A number in the plan is `epoch * len(source) + index`. Examples run on from epoch to epoch: what does not
-    fill a batch at the end of an epoch begins the first batch of the next.
+    An example of the plan is a number, `epoch * len(source) + index`. Batches cross the ends of epochs: what does not
+    fill one at the end of an epoch begins the first batch of the next.
 
     Args:
         source: the examples.
@@ -106,23 +106,23 @@ class BatchPlan:
         waiting: deque[int] = deque()
         while True:
             batch: list[int] = []
-            texts: set[int] = set()
-            again: list[int] = []
+            seen: set[int] = set()
+            postponed: list[int] = []
             while len(batch) < self.batch_size:
                 number = waiting.popleft() if waiting else next(fresh)
                 if self.no_duplicates:
                     keys = self.source.keys(*self.split(number))
-                    if not texts.isdisjoint(keys):
-                        again.append(number)
-                        if len(again) > 2 * len(self.source):
+                    if not seen.isdisjoint(keys):
+                        postponed.append(number)
+                        if len(postponed) > 2 * len(self.source):
                             raise InputError(
                                 f"the texts repeat too often for batches of {self.batch_size} without duplicates; "
                                 "use smaller batches, or allow duplicates (--no-avoid-duplicates)"
                             )
                         continue
-                    texts.update(keys)
+                    seen.update(keys)
                 batch.append(number)
-            waiting.extendleft(reversed(again))
+            waiting.extendleft(reversed(postponed))
             yield np.array(batch, np.int64)
 
 
@@ -163,7 +163,7 @@ class PackedBatches:
         """One batch, b being this process's share of it and K the most negatives that any example has.
 
         Returns:
-            `rows`: a `Batch` of packed texts; `indices`: where their vectors stand, see `pack`, int32, queries
+            `rows`: a `Batch` of packed texts; `indices`: of their vectors, see `pack`, int32, queries
             `[b]`, positives `[b]` and negatives `[b, K]`; `ids`: identities of the same texts, int32
             `[..., 2]`; `negative_mask`: bool `[b, K]`; `scores`: float32 `[b, 1 + K]`; `tokens`: how many;
             `examples`: their numbers, from 0 in the order of the data.
@@ -178,20 +178,20 @@ class PackedBatches:
         sides: tuple[Any, Any] = (None, None) if self.symmetric else ("query", "document")
         tokens = self.encoder.ids(queries, sides[0]) + self.encoder.ids(positives + negatives, sides[1])
         check_ids(tokens, self.vocab_size)
-        # Several processes must agree on the length, and each sees its own texts alone.
+        # Several processes need one length, and none knows the texts of the others: it is that of the limit.
         longest = max(map(len, tokens)) if count == 1 else self.encoder.max_seq_length
         length = row_length(longest, self.encoder.max_seq_length)
         rows, vectors = pack(tokens, length, self.encoder.pad_id)
         size = len(examples)
         present = np.array([[k < len(example.negatives) for k in range(most)] for example in examples], bool)
         present = present.reshape(size, most)
-        # A negative that is not there has the first query's vector, which the mask keeps out of the loss.
-        of_negatives = np.zeros((size, most), np.int32)
-        of_negatives[present] = vectors[2 * size :]
+        # An example with fewer negatives has index 0 in their place, which the mask keeps out of the loss.
+        negative_indices = np.zeros((size, most), np.int32)
+        negative_indices[present] = vectors[2 * size :]
         return {
             "rows": rows,
-            "indices": (vectors[:size], vectors[size : 2 * size], of_negatives),
-            "ids": (_ids(queries), _ids(positives), _spread(_ids(negatives), present)),
+            "indices": (vectors[:size], vectors[size : 2 * size], negative_indices),
+            "ids": (_ids(queries), _ids(positives), _scatter(_ids(negatives), present)),
             "negative_mask": present,
             "scores": self._scores(examples, split, most),
             "tokens": sum(map(len, tokens)),
@@ -212,13 +212,14 @@ def _ids(texts: list[str]) -> np.ndarray:
     return np.array([text_key(text) for text in texts], np.int64).view(np.int32).reshape(-1, 2)
 
 
-def _spread(ids: np.ndarray, present: np.ndarray) -> np.ndarray:
-    spread = np.zeros((*present.shape, 2), np.int32)
-    spread[present] = ids
-    return spread
+def _scatter(ids: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """ids [n, 2] to [b, K, 2], at the n places that are present."""
+    result = np.zeros((*present.shape, 2), np.int32)
+    result[present] = ids
+    return result
 
 
 def iterate(batches: PackedBatches) -> grain.DatasetIterator:
-    """Iterates over batches, prepared ahead in a thread; `get_state` and `set_state` are its position."""
+    """Iterates over batches, prefetched by a thread; `get_state` and `set_state` are its position."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))

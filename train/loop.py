@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> bool:
 def fit(run: Run, log: RunLog) -> bool:
     """Runs the steps that are left; False when SIGTERM ended it early, with the state saved."""
     config, total = run.config, run.total
-    # An accelerator works on a step while the host looks at the one before. A CPU is both.
+    # On an accelerator one step runs while the host reads the loss of the step before. A CPU has no such overlap.
     in_flight = by_platform(cpu=0, accelerator=1)
     started: collections.deque[_Started] = collections.deque()
     with _on_sigterm() as stopping, _quiet_truncation():
@@ -65,18 +65,18 @@ def fit(run: Run, log: RunLog) -> bool:
             started.append(_start(run, step))
             done = step + 1
             stop = bool(agree(stopping.is_set())[0])
-            look = run.evaluate is not None and (done % run.eval_every == 0 or done == total)
+            evaluate = run.evaluate is not None and (done % run.eval_every == 0 or done == total)
             save = stop or done % config.save_every == 0 or done == total
-            # Nothing is evaluated or saved after a step that went wrong.
-            while len(started) > (0 if look or save else in_flight):
+            # All losses are read before an evaluation or a save: none may follow a step that diverged.
+            while len(started) > (0 if evaluate or save else in_flight):
                 _log_step(started.popleft(), log)
-            if run.evaluate is not None and look:
+            if run.evaluate is not None and evaluate:
                 value = run.evaluate(run.trained_model(run.state.trainable))
                 log.dev(step, run.evaluate.name, value)
                 run.checkpoints.save_best(done, run.state.trainable, value)
             if save:
                 run.checkpoints.save(done, run.state, run.batches.get_state())
-            if look or save:
+            if evaluate or save:
                 log.start_clock()
             if stop:
                 run.checkpoints.wait()
@@ -111,7 +111,7 @@ def finish(run: Run, log: RunLog) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Started:
-    """A step that was started and not looked at yet."""
+    """A step that was started, and whose results were not fetched yet."""
 
     step: int
     loss: jax.Array

@@ -26,7 +26,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 def export_tensors(decoder: Decoder, hf: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """The decoder's tensors under the names that transformers gives them, one at a time, in the decoder's dtype.
 
-    int8 weights are multiplied out, and adapters merged.
+    int8 weights are dequantised, and adapters merged.
     """
     family = family_of(hf)
     _, params = split(decoder)
@@ -39,7 +39,7 @@ def export_tensors(decoder: Decoder, hf: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:
-    """Writes config.json and model.safetensors (several with an index above 5 GB) as transformers reads them.
+    """Writes config.json and model.safetensors as transformers reads them; above 5 GB several files and an index.
 
     Args:
         decoder: the decoder; its dtype is the files' dtype.
@@ -84,6 +84,8 @@ def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:
         size += values.nbytes
         total += values.nbytes
     flush()
+    # One that an earlier model left would be read in place of the file written here.
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     if len(shards) == 1:
         (folder / "shard-1.tmp").rename(folder / "model.safetensors")
     else:

@@ -1,4 +1,4 @@
-"""Which model is this? Hashes of a decoder's weights, alone and together with how it is used."""
+"""Hashes that identify a model: of a decoder's weights alone, and of weights, config and settings together."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.modules import Modules
 from sgpt_jax.decoder.sharding import leaf_path
 
-# Fields of the config that change no hidden state: training's noise, the head, and a limit that settings state.
-_WITHOUT_EFFECT = ("head", "head_bias", "embed_dropout", "attn_dropout", "residual_dropout", "max_positions")
+# Fields of the config that change no hidden state: dropout rates, the head, and the length limit, which the settings
+# have.
+_WITHOUT_EFFECT = (
+    *("head", "head_bias", "head_transform"),
+    *("embed_dropout", "attn_dropout", "residual_dropout", "max_positions"),
+)
 
 
 def model_fingerprint(decoder: Decoder, settings: Mapping[str, Any], *, head: bool = False) -> str:
-    """What tells a model and its use from any other: the same fingerprint, the same vectors (or scores).
+    """Identifies a model together with its settings: with the same fingerprint come the same vectors (or scores).
 
     All weights are hashed, biases included, rounded to bfloat16: a decoder has one fingerprint whichever dtype, file
     format or mesh it was loaded with, and another one after any training (a step moves thousands of values, some of
     them across a rounding boundary). With it goes what the config says about the computation.
 
     SmolLM2-135M takes 0.2 to 0.3 s on two busy cores, one leaf a thread, so it can be computed at every start. When
-    several processes hold parts of the weights, all must call.
+    several processes hold parts of the weights, every one of them must call this.
 
     Args:
         decoder: a loaded decoder, with its bias set applied where it has one.
@@ -65,7 +69,7 @@ def module_facts(modules: Modules) -> list[dict[str, str]]:
         for field in dataclasses.fields(module):
             value = getattr(module, field.name)
             is_array = hasattr(value, "shape")
-            facts[field.name] = hashlib.sha256(_rounded(value)).hexdigest() if is_array else str(value)
+            facts[field.name] = hashlib.sha256(_bfloat16_bytes(value)).hexdigest() if is_array else str(value)
         found.append(facts)
     return found
 
@@ -93,13 +97,13 @@ def leaves_sha256(leaves: Mapping[str, Any]) -> str:
         if name.startswith("head/") or name.rpartition("/")[2] in ("bias", "lora_a", "lora_b"):
             continue
         digest.update(f"{name} {leaves[name].shape}\n".encode())
-        digest.update(_rounded(leaves[name]))
+        digest.update(_bfloat16_bytes(leaves[name]))
     return digest.hexdigest()
 
 
 def to_numpy(leaf: jax.Array) -> np.ndarray:
     """The whole array on this process, even if other processes hold parts of it (then all must call)."""
-    if _is_spread(leaf):
+    if _spans_processes(leaf):
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.asarray(leaf)
 
@@ -108,12 +112,12 @@ def _leaves(params: Any) -> dict[str, jax.Array]:
     return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def _is_spread(leaf: Any) -> bool:
+def _spans_processes(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
-def _rounded(leaf: jax.Array) -> memoryview:
-    """The bytes of a leaf in bfloat16."""
+def _bfloat16_bytes(leaf: jax.Array) -> memoryview:
+    """The bytes of a leaf that is rounded to bfloat16."""
     values = np.ascontiguousarray(to_numpy(leaf).astype(ml_dtypes.bfloat16))
     return values.view(np.uint8).reshape(-1).data
 
@@ -121,11 +125,11 @@ def _rounded(leaf: jax.Array) -> memoryview:
 def _leaf_digests(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
     def digest(name: str) -> str:
         found = hashlib.sha256(f"{leaves[name].shape}\n".encode())
-        found.update(_rounded(leaves[name]))
+        found.update(_bfloat16_bytes(leaves[name]))
         return found.hexdigest()
 
-    # Gathering from other processes is one exchange after the other, in the same order everywhere.
-    threads = 1 if any(map(_is_spread, leaves.values())) else min(8, os.cpu_count() or 1)
+    # One thread where leaves are gathered: all processes must gather them in the same order.
+    threads = 1 if any(map(_spans_processes, leaves.values())) else min(8, os.cpu_count() or 1)
     names = sorted(leaves)
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
@@ -150,5 +154,7 @@ def _not_default(settings: Any) -> dict[str, Any]:
             value = _not_default(value)
         elif isinstance(value, float):
             value = float(np.float32(value))  # as GGUF files store it
+        elif isinstance(value, tuple):  # of settings by layer, for one
+            value = [_not_default(item) if dataclasses.is_dataclass(item) else item for item in value]
         found[field.name] = value
     return found

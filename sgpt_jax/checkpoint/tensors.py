@@ -19,7 +19,7 @@ from sgpt_jax.checkpoint.untrusted import check_content, inside, read_object
 from sgpt_jax.errors import InputError
 from sgpt_jax.families.own_code import describe, own_code_of, without_own_code
 
-# NumPy's names of what a checkpoint's tensors may be, and those in safetensors files.
+# The dtypes that tensors may have: NumPy's name -> the name in safetensors files.
 SAFETENSORS_DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -33,8 +33,8 @@ SAFETENSORS_DTYPES = {
     "bool": "BOOL",
 }
 _DTYPES = {
-    name: np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
-    for kind, name in SAFETENSORS_DTYPES.items()
+    name: np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    for dtype, name in SAFETENSORS_DTYPES.items()
 }
 
 
@@ -44,7 +44,7 @@ class TensorFiles(Protocol):
     Attributes:
         config: as in config.json.
         encoded: the files whose tensors take time to decode; none for safetensors.
-        most_values: how many values the files can hold at most, told by their sizes.
+        most_values: how many values the files can hold at most, by their sizes in bytes.
     """
 
     config: dict[str, Any]
@@ -96,19 +96,20 @@ def _shards(path: epath.Path, index: str) -> list[epath.Path]:
 
 
 class TextPart:
-    """The text decoder of a checkpoint that also reads pictures (Gemma 3, Mistral 3), as a checkpoint of its own."""
+    """The text decoder of a vision-language checkpoint (Gemma 3, Mistral 3), as a checkpoint of its own."""
 
     def __init__(self, whole: TensorFiles):
         text = whole.config["text_config"]
         if not isinstance(text, dict):
             raise InputError("config.json: text_config must be an object")
-        # transformers ties the head by the outer key, which is true where it says nothing.
+        # transformers ties the head by the key of the outer config, whose default is true.
         tied = whole.config.get("tie_word_embeddings")
         self.config = {**text, "tie_word_embeddings": True if tied is None else tied}
         self.whole, self.encoded, self.most_values = whole, whole.encoded, whole.most_values
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """The text decoder's tensors, under the names that it has alone."""
+        # Both spellings, language_model.model.X and model.language_model.X, become model.X.
         for name, tensor in self.whole.tensors():
             inner = name.removeprefix("language_model.")
             if "language_model." in name:
@@ -134,7 +135,7 @@ def map_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, as read-only views of the memory-mapped file.
 
     Raises:
-        InputError: the file is damaged, or holds numbers of a kind that NumPy does not have.
+        InputError: the file is damaged, or a tensor has a dtype that is not in `SAFETENSORS_DTYPES`.
     """
     check_content(path)
     try:
@@ -146,15 +147,15 @@ def map_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(data[:8], "little")
     tensors = {}
-    for name, facts in json.loads(data[8:start]).items():
+    for name, entry in json.loads(data[8:start]).items():
         if name == "__metadata__":
             continue
-        dtype = _DTYPES.get(facts["dtype"])
+        dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise InputError(f"{path}: {name} is of the kind {facts['dtype']}, which is not supported")
-        first, end = facts["data_offsets"]
+            raise InputError(f"{path}: {name} has the dtype {entry['dtype']}, which is not supported")
+        first, end = entry["data_offsets"]
         content = np.frombuffer(data, np.uint8)[start + first : start + end]
-        tensors[name] = content.view(dtype).reshape(facts["shape"])
+        tensors[name] = content.view(dtype).reshape(entry["shape"])
     return tensors
 
 
@@ -180,9 +181,20 @@ class TorchFiles:
                 state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
             except Exception as problem:
                 raise InputError(f"{file}: not a torch file that holds tensors alone: {problem}") from None
+            if not isinstance(state, dict):
+                raise InputError(f"{file}: holds a {type(state).__name__}, not tensors by name")
             for name in list(state):
                 tensor = state.pop(name)
+                if not isinstance(tensor, torch.Tensor):
+                    raise InputError(f"{file}: {name} is a {type(tensor).__name__}, not a tensor")
+                tensor = tensor.detach()
                 if tensor.dtype == torch.bfloat16:
                     yield name, tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
                 else:
-                    yield name, tensor.numpy()
+                    try:
+                        values = tensor.numpy()
+                    except TypeError:  # NumPy lacks the dtype
+                        raise InputError(
+                            f"{file}: {name} has the dtype {tensor.dtype}, which is not supported"
+                        ) from None
+                    yield name, values

@@ -1,4 +1,4 @@
-"""Attention: who sees whom, and the weighted sum."""
+"""Attention: the mask, and the weighted sum, by XLA or by cuDNN."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sgpt_jax.decoder.sharding import RULES, platform
 
 logger = logging.getLogger(__name__)
 
-# Far below any real score, and finite: a row without a key then gets equal weights instead of NaN.
+# Far below any real score, and finite: a query that sees no key then gets equal weights instead of NaN.
 MASKED = -1e30
 
 # Queries at a time, so that memory does not grow with the square of the length. CPU: their scores also stay in its
@@ -31,15 +31,15 @@ def attention_mask_matrix(
 ) -> jax.Array:
     """Which key each query sees.
 
-    A token sees the tokens of its own segment and of segment 0 that do not stand behind it in the row, or,
-    bidirectional, all of them. So several texts share a row without seeing each other, or share the prefix in front of
-    them. Nothing sees padding. With a window, a token sees those less than `window` positions away.
+    A token sees itself and the tokens before it of its own segment and of segment 0; if bidirectional, those after it
+    too. So several texts share a row without seeing each other, or share the prefix in front of them. Nothing sees
+    padding. With a window, a token sees those less than `window` positions away.
 
     Args:
         segments: int [B, T]; -1 is padding.
         positions: int [B, T].
-        window: the nearest distance that a token does not see; None for no window.
-        bidirectional: tokens see those behind them too.
+        window: tokens this far apart, or farther, do not see each other; None for no window.
+        bidirectional: tokens see those after them too.
 
     Returns:
         bool [B, T, S], with S = T.
@@ -69,7 +69,7 @@ def attend(
     """Softmax attention with grouped key/value heads; scores and softmax in float32.
 
     In bfloat16 on an NVIDIA GPU this is cuDNN's flash attention, unless `why_not_cudnn` names a reason, which is
-    then said once. Everything else is XLA's.
+    then logged once. Everything else is XLA's.
 
     Args:
         q: [B, T, N, H].
@@ -79,7 +79,7 @@ def attend(
         scale: factor on the dot products of queries and keys.
         bias: float32 [B, N, 1, S] added to the scaled scores (ALiBi), or None.
         cap: scaled scores s become cap * tanh(s / cap).
-        causal: the mask is False for keys behind the query.
+        causal: the mask is False for all keys after the query.
         drop: dropout for the attention weights [B, K, N/K, T, S], or None.
 
     Returns:
@@ -97,13 +97,13 @@ def attend(
                 reason = str(error)
         _say_why_not(reason)
     if drop is not None:
-        step = length
+        step = length  # one block, as every call of `drop` would draw the same noise
     else:
         step = GPU_QUERY_BLOCK if platform() == "gpu" else QUERY_BLOCK
     blocks = []
     for start in range(0, length, step):
         block = slice(start, min(start + step, length))
-        end = block.stop if causal else length  # keys behind the last query are not seen
+        end = block.stop if causal else length  # keys after the block's last query are not seen
         part = _attend_block(
             q[:, block],
             k[:, :end],
@@ -179,9 +179,9 @@ def _attend_cudnn(
         extra = (0, padded - length)
         q, k, v = (jnp.pad(x, ((0, 0), extra, (0, 0), (0, 0))) for x in (q, k, v))
         mask = jnp.pad(mask, ((0, 0), extra, extra))
-    # Padding that sees nothing sees itself here: its scores would otherwise be so low that gradients can overflow.
-    alone = ~mask.any(axis=-1, keepdims=True) & jnp.eye(padded, dtype=bool)
-    mask = (mask | alone)[:, None]
+    # Padding sees itself here: if it saw nothing, its scores would be so low that gradients can overflow.
+    sees_nothing = ~mask.any(axis=-1, keepdims=True)
+    mask = (mask | (sees_nothing & jnp.eye(padded, dtype=bool)))[:, None]
     keep, mesh = None, jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         # JAX shards cuDNN's call by rows and heads, but refuses queries and keys that are not sharded alike: where key
@@ -193,7 +193,7 @@ def _attend_cudnn(
         keep = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec(rows, None, heads))
         q, k, v = keep(q), keep(k), keep(v)
         mask = jax.lax.with_sharding_constraint(mask, PartitionSpec(rows))
-    # The mask is causal already, if it is to be; told so, cuDNN leaves out what lies above the diagonal.
+    # The mask is causal by itself; `is_causal` lets cuDNN skip the blocks above the diagonal.
     out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, scale=scale, is_causal=causal, implementation="cudnn"
     )
@@ -212,7 +212,8 @@ def _attend_block(
 ) -> jax.Array:
     """`attend` for some of the queries.
 
-    CPU: XLA is fastest with heads leading in the matmuls, and with weights that are normalised after them.
+    CPU: XLA is fastest with heads as a leading dimension of the matmuls, and with the softmax divided by its sum after
+    the second one.
     """
     batch, length, heads, head_dim = q.shape
     groups = k.shape[2]

@@ -15,7 +15,7 @@ class Batch:
 
     Attributes:
         input_ids: int32 [R, T].
-        positions: int32 [R, T], of a token in its own text.
+        positions: int32 [R, T], from 0 in each text, or going on from the prefix.
         segments: int32 [R, T]: 1, 2, ... for the texts of a row; 0 for the prefix that all of them see; -1 for padding.
             A token sees its own segment and the prefix.
         dropout_keys: typed random keys [R] to train with the config's dropout, or None.
@@ -33,8 +33,9 @@ class Targets:
     """Tokens to be predicted, and from which hidden states; for each of the W shards of a batch's rows.
 
     Attributes:
-        states: int32 [W, M]: the hidden state that predicts, counted along the R / W rows of the shard.
-        token_ids: int32 [W, M]: the token to be predicted; -1 where there is none, behind all others.
+        states: int32 [W, M]: index of the hidden state that predicts, in the shard's R / W rows flattened to
+            [R / W * T].
+        token_ids: int32 [W, M]: the token to be predicted; -1 where there is none, which is after all others.
     """
 
     states: Any

@@ -13,8 +13,8 @@ from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.model import Decoder, merge
 from sgpt_jax.decoder.sharding import on_mesh, platform
 
-# The head's working set is [targets, entries] of float32, whatever text length and vocabulary are: 64 MiB where every
-# step of a loop costs the launch of its programs. CPU: 8 MiB, which should stay in the caches.
+# The head computes this many targets and vocabulary entries at a time, float32 [targets, entries]: 64 MiB on an
+# accelerator, where every step of a loop costs the launch of its kernels. CPU: 8 MiB, which should stay in the caches.
 HEAD_TARGETS, CPU_HEAD_TARGETS = 2048, 256
 HEAD_ENTRIES = 8192
 
@@ -28,14 +28,14 @@ def score_tokens(
     """Log-probabilities of the targets.
 
     The head runs at the states that predict one, block by block of targets and of the vocabulary, so that neither
-    [R, T, V] nor [M, V] ever exists. Blocks without a target are not computed, which is decided while it runs: programs
-    differ by the shape of the batch alone.
+    [R, T, V] nor [M, V] ever exists (a vocabulary that is sharded is one block). The number of blocks of targets is
+    decided at run time: one program serves all batches of a shape.
 
     Args:
         graphdef, params: from `model.split`.
         batch: R rows.
         targets: W divides R; [W, M].
-        mesh: what the arrays lie on, or None.
+        mesh: the mesh of the arrays; None for one device.
 
     Returns:
         float32 [W, M], replicated; without meaning where there is no target.
@@ -46,7 +46,7 @@ def score_tokens(
         size = head_targets()
     shards, most = targets.token_ids.shape
     hidden = hidden.reshape(shards, -1, hidden.shape[-1])  # [W, R / W * T, E]
-    # Blocks of a vocabulary that is sharded would be gathered one by one.
+    # Every block of a sharded vocabulary would be an all-gather of its own, so all of it is one block.
     sharded = mesh is not None and mesh.shape["tensor"] > 1
     vocab_size = decoder.config.vocab_size
     entries = vocab_size if sharded else min(HEAD_ENTRIES, vocab_size)

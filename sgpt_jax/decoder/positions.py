@@ -63,7 +63,7 @@ def rotary_frequencies(config: RotaryConfig, *, long: bool = False) -> np.ndarra
 
 
 def _pair_that_turns(config: RotaryConfig, turns: float) -> float:
-    """The number of the pair, fractional, that turns so many times in the original context."""
+    """The index, fractional, of the pair of dimensions that turns so many times in the original context."""
     wavelength = config.original_max_positions / (turns * 2 * math.pi)
     return config.dim * math.log(wavelength) / (2 * math.log(config.base))
 
@@ -76,19 +76,20 @@ def rotary_angles(
     Args:
         config: how to rotate.
         positions: int [B, T].
-        segments: int [B, T]: longrope takes its factors by the length of the text, a shared prefix included.
+        segments: int [B, T]: longrope chooses its factors by the length of a text, its prefix included.
 
     Returns:
         float32 [B, T, 1, dim] each.
     """
-    at = positions[..., None, None].astype(jnp.float32)
-    angles = at * rotary_frequencies(config)
+    position = positions[..., None, None].astype(jnp.float32)
+    angles = position * rotary_frequencies(config)
     if config.scaling == "longrope":
         beyond = positions >= config.original_max_positions
-        ours, theirs = segments[:, :, None], segments[:, None, :]
-        of_text = (theirs >= 0) & ((ours == theirs) | (ours == 0) | (theirs == 0))
-        is_long = (of_text & beyond[:, None, :]).any(axis=-1)
-        angles = jnp.where(is_long[..., None, None], at * rotary_frequencies(config, long=True), angles)
+        own, other = segments[:, :, None], segments[:, None, :]
+        same_text = (other >= 0) & ((own == other) | (own == 0) | (other == 0))
+        is_long = (same_text & beyond[:, None, :]).any(axis=-1)
+        long_angles = position * rotary_frequencies(config, long=True)
+        angles = jnp.where(is_long[..., None, None], long_angles, angles)
     cos, sin = jnp.cos(angles) * config.attention_factor, jnp.sin(angles) * config.attention_factor
     join = jnp.stack if config.interleaved else jnp.concatenate
     shape = (*positions.shape, 1, config.dim)

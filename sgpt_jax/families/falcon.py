@@ -1,4 +1,4 @@
-"""Falcon: the first, whose queries share one key; later ones, in groups; and RefinedWeb models, with ALiBi."""
+"""Falcon: the first models (multi-query attention), later ones (grouped), and the RefinedWeb models (ALiBi)."""
 
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.errors import InputError
@@ -9,7 +9,7 @@ from sgpt_jax.families.tables import BY_GROUP, QKV, fused, linear, norm, rules, 
 
 
 def _two_norms(config: DecoderConfig) -> bool:
-    """Attention and MLP side by side, each behind a norm of its own: these have other names."""
+    """Whether a parallel block has one norm for attention and one for the MLP: their tensors have other names."""
     return config.parallel and not config.shared_norm
 
 
@@ -28,7 +28,7 @@ RULES = rules(
 )
 
 
-# Models with ALiBi carry rotary settings that they do not use.
+# The rotary settings are those that models with ALiBi have and do not use.
 _HARMLESS = (
     *("apply_residual_connection_post_layernorm", "rope_theta", "rope_scaling", "rope_parameters"),
     *("max_position_embeddings", "num_kv_heads", "n_head_kv", "multi_query"),
@@ -47,9 +47,9 @@ def _read(hf: ConfigReader) -> DecoderConfig:
         raise InputError(
             f"{hf.what}: num_ln_in_parallel_attn 2 without new_decoder_architecture is not supported"
         )
-    grouped = hf.size("num_kv_heads", "n_head_kv", "multi_query", default=fields["num_heads"])
+    kv_heads = hf.size("num_kv_heads", "n_head_kv", default=fields["num_heads"])
     if new:
-        fields["num_kv_heads"] = grouped
+        fields["num_kv_heads"] = kv_heads
     elif hf.flag("multi_query", True):
         fields["num_kv_heads"] = 1
     embed_dim, head_dim = fields["embed_dim"], fields["head_dim"]

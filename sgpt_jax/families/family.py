@@ -45,8 +45,9 @@ class GgufArchitecture:
     """How a GGUF file of an architecture maps to the family's own names.
 
     Attributes:
-        parts: GGUF's name of a tensor, without block number and ending, and transformers' for it, without layer.
-        pairs: those whose rows stand in pairs that rotate together; transformers has the halves of a head.
+        parts: GGUF's tensor name, without block number and suffix -> transformers' name, without the layer.
+        pairs: the GGUF names of tensors whose rows are interleaved, so that the two of a rotated pair are neighbours;
+            transformers pairs the first half of a head with the second.
         settings: config keys beyond those that all architectures share.
         names: of the architectures; () is the `model_type`.
         one_added: norms are stored as what multiplies, one more than the weights of transformers (Gemma).
@@ -67,13 +68,13 @@ class Family:
     read: Callable[[ConfigReader], DecoderConfig]
     rules: tuple[Rule, ...]
     base_prefix: str
-    """What stands before the tensor names where a language-model head is saved as well."""
+    """Prefix of the tensor names in checkpoints with a language-model head."""
     causal_lm: str
     """The transformers class with a language-model head; without one the class ends in Model."""
     other_prefixes: tuple[str, ...] = ()
     """Further prefixes that published checkpoints have."""
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Other spellings of a tensor name."""
+    """Other beginnings of tensor names, after the prefix -> those of the rules."""
     harmless: frozenset[str] = frozenset()
     """Keys of the config that change nothing, beyond those of `keys.HARMLESS`."""
     own_code: frozenset[str] = frozenset()
@@ -81,12 +82,13 @@ class Family:
     mask_by_config: bool = True
     """Whether `is_causal: false` makes attention bidirectional."""
     exports: Callable[[HfConfig, DecoderConfig], Iterable[dict[str, Any]]] = _as_it_is
-    """Configs that may describe a decoder which was read from a config and may have got biases since, best first."""
+    """(config it was read from, decoder's config now) -> candidates for the config to export, best first; the two can
+    differ, as biases may have been added. `families.export_config` takes the first that describes the decoder."""
     gguf: GgufArchitecture | None = None
 
     @property
     def headless_prefix(self) -> str:
-        """What stands before tensor names without a language-model head: OPT keeps the last part of its prefix."""
+        """Prefix in checkpoints without a head: `base_prefix` less its first part, which leaves "decoder." for OPT."""
         return self.base_prefix.partition(".")[2]
 
     def key(self, tensor: str) -> str:

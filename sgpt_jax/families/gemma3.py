@@ -1,4 +1,4 @@
-"""Gemma 3, the text part: Gemma 2 with normed queries and keys, and a rotation for each kind of layer."""
+"""Gemma 3, the text part: Gemma 2 with normed queries and keys, and rotary settings by kind of layer."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def _read(hf: ConfigReader) -> DecoderConfig:
     bidirectional = hf.flag("use_bidirectional_attention", False)
     window = hf.size("sliding_window", default=4096)
     if bidirectional:
-        window = window // 2 + 1  # half of it on either side (transformers' Gemma3TextConfig)
+        window = window // 2 + 1  # half of it to each side, as in transformers' Gemma3TextConfig
     rotations = rotary_by_kind(
         hf,
         hf.size("head_dim", default=256),

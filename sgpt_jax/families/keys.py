@@ -9,7 +9,7 @@ from typing import Any
 from sgpt_jax.errors import InputError
 from sgpt_jax.families.reading import ConfigReader, short
 
-# What transformers and others write into any config and no hidden state depends on.
+# Keys that transformers and others write into any config, and that no hidden state depends on.
 HARMLESS = frozenset(
     (
         *("model_type", "architectures", "transformers_version", "_name_or_path", "name_or_path", "license"),
@@ -47,13 +47,15 @@ HARMLESS = frozenset(
         *("length_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "diversity_penalty"),
         *("num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),
         *("forced_eos_token_id", "remove_invalid_values", "begin_suppress_tokens", "cache_implementation"),
-        *("exponential_decay_length_penalty", "encoder_no_repeat_ngram_size", "is_decoder", "pruned_heads"),
-        *("tie_encoder_decoder", "cross_attention_hidden_size", "unsloth_version", "unsloth_fixed"),
+        *("exponential_decay_length_penalty", "encoder_no_repeat_ngram_size"),
+        # others
+        *("is_decoder", "pruned_heads", "tie_encoder_decoder", "cross_attention_hidden_size"),
+        *("unsloth_version", "unsloth_fixed"),
         "run",  # the configuration of a training run, which `python -m train` adds
     )
 )
 
-# What changes the result and is not supported: the values that change nothing, and what to say of others.
+# Keys that change the result and are not supported -> (values that are harmless all the same, message for any other).
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "bidirectional attention is not supported in this family"),
     "use_bidirectional_attention": (
@@ -90,7 +92,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 
 def check_untaken(hf: ConfigReader, harmless: Collection[str], own_code: Collection[str]) -> None:
-    """Looks at what a family's reader did not ask for, and warns of keys that nobody knows (one line for all).
+    """Checks the keys that a family did not read, and warns of those that nobody knows (one line for all).
 
     Args:
         hf: the config after it was read.
@@ -120,9 +122,8 @@ def _check_code(hf: ConfigReader, value: Any, known: Collection[str]) -> None:
     if not value:
         return
     classes = value.values() if isinstance(value, dict) else [value]
-    others = [
-        str(name) for name in classes if str(name).rpartition("--")[2] not in known
-    ]  # repository--class
+    # A class of another repository is named repository--class.
+    others = [str(name) for name in classes if str(name).rpartition("--")[2] not in known]
     if others:
         raise InputError(
             f"{hf.what}: auto_map names code of its own ({short(', '.join(others))}), which is never run; it may "

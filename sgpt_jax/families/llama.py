@@ -1,4 +1,4 @@
-"""Llama, and the shape that Mistral, Qwen2 and Qwen3 vary."""
+"""Llama, and what the families built like it (Mistral, Qwen2, Qwen3 and others) take from it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,7 +25,7 @@ def llama_shape(
         attention_bias: whether all four projections of attention have biases.
         mlp_bias: whether the MLP's have.
         head_dim: H where the config says nothing; None for E / N.
-        more: fields in which the family differs.
+        more: fields of the `DecoderConfig` in which the family differs from Llama.
     """
     embed_dim, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     head_dim = hf.optional_size("head_dim") or head_dim or divided(hf, "hidden_size", embed_dim, heads)
@@ -61,7 +61,7 @@ def _read(hf: ConfigReader) -> DecoderConfig:
 
 
 def as_llama(hf: HfConfig, config: DecoderConfig) -> Iterable[dict[str, Any]]:
-    """The config as it is, then as a Llama's: a Mistral without window or a Qwen2 is one in all but name."""
+    """Export candidates: the config as it is, then as a Llama's, the same decoder where no layer has a window."""
     yield dict(hf)
     windows = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     yield {key: value for key, value in hf.items() if key not in windows} | {
@@ -92,7 +92,7 @@ LLAMA_ATTENTION = rules(
     norm("layers.{i}.self_attn.k_norm", "blocks/{i}/attn/k_norm"),
 )
 
-# What Llama and its relatives have, but for the norm that each has elsewhere.
+# What Llama and the families built like it share: all but the second norm, whose place or name differs.
 LLAMA_CORE = rules(
     table("embed_tokens", "embed/tokens"),
     norm("layers.{i}.input_layernorm", "blocks/{i}/norm1"),

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face config: every value is checked when it is taken, and what nobody took can be named."""
+"""Reading a Hugging Face config: every value is checked when it is read, and keys that nobody read can be listed."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class ConfigReader:
-    """The values of a config.json (or of a GGUF file's metadata), taken by kind and remembered.
+    """Reads the values of a config.json (or of a GGUF file's metadata) by type, and remembers which keys were read.
 
     As in transformers, null means that nothing is set. Where a method names several keys, the first that is set
-    counts, and all are remembered as handled.
+    counts, and all are remembered as read.
 
     Attributes:
         values: the config.
@@ -188,13 +188,13 @@ def head(hf: ConfigReader, *, tied_by_default: bool) -> Literal["tied", "untied"
 def shape(
     hf: ConfigReader, *, embed: tuple[str, ...], layers: tuple[str, ...], heads: tuple[str, ...]
 ) -> dict:
-    """The fields of a `DecoderConfig` that decoders with as many key/value heads as query heads share.
+    """The shape fields of a `DecoderConfig`, with as many key/value heads as query heads.
 
     Args:
         hf: the config.
         embed: its keys for E.
         layers: for the number of layers.
-        heads: for the number of heads, whose width is E / N.
+        heads: for the number of heads N; H is E / N.
     """
     embed_dim, count = hf.size(*embed), hf.size(*heads)
     return {
@@ -208,7 +208,7 @@ def shape(
 
 
 def divided(hf: ConfigReader, key: str, embed_dim: int, heads: int) -> int:
-    """The width of a head, E / N."""
+    """The head dimension H = E / N."""
     if embed_dim % heads:
         raise hf.wrong(key, embed_dim, f"a multiple of the {heads} heads")
     return embed_dim // heads
@@ -232,7 +232,10 @@ def window_kinds(hf: ConfigReader, *, pattern: int) -> list[str]:
     """The kind of every layer, "full_attention" or "sliding_attention": as listed, or every `pattern`-th is full."""
     layers = hf.size("num_hidden_layers", most=MAX_LAYERS)
     listed = hf.kinds("layer_types", LAYER_KINDS, layers)
-    return listed or [LAYER_KINDS[0 if (layer + 1) % pattern == 0 else 1] for layer in range(layers)]
+    if listed is not None:
+        return listed
+    full, sliding = LAYER_KINDS
+    return [full if (layer + 1) % pattern == 0 else sliding for layer in range(layers)]
 
 
 def windows_of(kinds: Iterable[str], size: int | None) -> tuple[int | None, ...]:
@@ -249,8 +252,10 @@ def windows_by_kind(hf: ConfigReader, layers: int, *, first: int | None) -> tupl
         layers: their number.
         first: the first layer with a window where the config does not list the layers; None for no window at all.
     """
+    # Read in any case, so that the keys are not called unknown.
     size = window(hf)
     kinds = hf.kinds("layer_types", LAYER_KINDS, layers)
     if first is None:
         return ()
-    return windows_of(kinds or [LAYER_KINDS[i >= first] for i in range(layers)], size)
+    full, sliding = LAYER_KINDS
+    return windows_of(kinds or [sliding if layer >= first else full for layer in range(layers)], size)

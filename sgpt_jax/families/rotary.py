@@ -1,4 +1,4 @@
-"""Reading rotary settings, in the spelling of transformers 5 (`rope_parameters`) and the separate keys before it."""
+"""Reading rotary settings: `rope_parameters` of transformers 5, and the separate keys of earlier versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sgpt_jax.families.reading import LAYER_KINDS, ConfigReader
 
 Scaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 
-# "dynamic" differs from no scaling beyond the trained length alone, which is the model's limit here.
+# "dynamic" scales only texts beyond the trained length, and the limit of a model here is that length.
 SCALINGS: dict[str, Scaling] = {
     "default": "none",
     "linear": "linear",
@@ -31,12 +31,12 @@ def rotary(
     Args:
         hf: the config.
         head_dim: H.
-        share: of a head's dimensions that rotate, where the config says nothing.
-        scalings: what the names of scalings mean.
+        share: of a head's dimensions, how many rotate; where the config says nothing.
+        scalings: `rope_type` -> scaling.
     """
     old, new = hf.section("rope_scaling"), hf.section("rope_parameters")
     rope = ConfigReader({**old.values, **new.values}, f"{hf.what}: rotary settings")
-    old.taken = new.taken = rope.taken
+    old.taken = new.taken = rope.taken  # one set: what is read of `rope` counts as read of both
     if nested := [key for key, value in rope.values.items() if isinstance(value, dict)]:
         raise InputError(f"{rope.what} by layer type ({', '.join(nested)}) are not supported in this family")
     base = hf.number("rope_theta", "rotary_emb_base", default=10_000.0, above=0)
@@ -83,10 +83,10 @@ def _settings(
     base = rope.number("rope_theta", default=base, above=0)
     dim = int(head_dim * share)
     if dim < 2:
-        raise InputError(f"{rope.what}: nothing rotates in heads of width {head_dim}")
+        raise InputError(f"{rope.what}: no dimension rotates in heads of dimension {head_dim}")
     plain = RotaryConfig(dim=dim, base=base, scaling=scaling)
     if scaling == "none":
-        rope.get("factor")
+        rope.get("factor")  # may be there, and has no effect
         return plain
     if scaling == "linear":
         return dataclasses.replace(plain, factor=rope.number("factor", above=0))
@@ -108,12 +108,12 @@ def _settings(
     if scaling == "yarn":
         return _yarn(rope, plain)
     factor = rope.number("factor", default=most / original, above=0)
-    stretched = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return dataclasses.replace(
         plain,
         short_factors=rope.numbers("short_factor", dim // 2),
         long_factors=rope.numbers("long_factor", dim // 2),
-        attention_factor=rope.number("attention_factor", default=stretched, above=0),
+        attention_factor=rope.number("attention_factor", default=default, above=0),
     )
 
 
@@ -125,12 +125,12 @@ def _yarn(rope: ConfigReader, plain: RotaryConfig) -> RotaryConfig:
     def length_factor(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
 
-    stretched = length_factor(scale) / length_factor(scale_all) if scale and scale_all else length_factor(1.0)
+    default = length_factor(scale) / length_factor(scale_all) if scale and scale_all else length_factor(1.0)
     return dataclasses.replace(
         plain,
         factor=factor,
         beta_fast=fast,
         beta_slow=slow,
         truncate=rope.flag("truncate", True),
-        attention_factor=rope.number("attention_factor", default=stretched, above=0),
+        attention_factor=rope.number("attention_factor", default=default, above=0),
     )

@@ -1,7 +1,7 @@
-"""Weight tables: between the tensors of a Hugging Face checkpoint and the decoder's leaves, usable both ways.
+"""Weight tables: which tensors of a Hugging Face checkpoint are which leaves of the decoder, to load and to export.
 
-A family's table is a tuple of rules, made with the builders below; `{i}` in a name is the layer. What a decoder lacks
-(a bias, a norm, a head) is a leaf that does not exist, and its rule is passed over.
+A family's table is a tuple of rules, made with the builders below; `{i}` in a name is the layer. A rule for a leaf
+that the decoder lacks (a bias, a norm, a head) is skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sgpt_jax.decoder.config import DecoderConfig
 Arrays = Sequence[np.ndarray]
 Sizes = Callable[[DecoderConfig], Sequence[int]]
 
-# Attention masks and rotary frequencies that older checkpoints hold as tensors although they are constants.
+# Constants that older checkpoints hold as tensors: attention masks and rotary frequencies.
 BUFFERS = re.compile(
     r"(h|layers)\.\d+\.(attn|attn\.attention|attention)\.(bias|masked_bias)"
     r"|(.*\.)?rotary_emb\.inv_freq"
@@ -43,7 +43,7 @@ class Rule:
     leaves: tuple[str, ...]
     layout: Layout
     when: Callable[[DecoderConfig], bool] = lambda config: True
-    """Whether a decoder's tensor has this name, where a family has several names for a leaf."""
+    """Whether the rule is for this decoder, where a leaf's tensor has several names in a family."""
 
 
 COPY = Layout(lambda x, _: (x,), lambda xs, _: xs[0])

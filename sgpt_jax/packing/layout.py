@@ -1,6 +1,6 @@
 """Batches of few shapes: their plans, and the arrays of a plan.
 
-Programs are compiled for each shape, so lengths and numbers of rows are rounded up to coarse grids. Segments mean the
+XLA compiles a program for every shape, so lengths and numbers of rows are rounded up to coarse grids. Segments mean the
 same everywhere: -1 is padding, 0 a prefix that all texts of its row continue, and 1, 2, ... are the row's texts.
 """
 
@@ -17,7 +17,7 @@ from sgpt_jax.decoder.batch import Batch
 # encoder has a number of its own.
 BATCH_TOKENS = 32768
 
-# The shortest row, of which most lengths are multiples.
+# The length of the shortest row. Row lengths are multiples of it, except those that end at the model's limit.
 LENGTH_UNIT = 16
 
 
@@ -42,7 +42,7 @@ class PlannedBatch:
 
     Attributes:
         rows: the rows that hold something.
-        num_rows: R, with the empty rows behind these.
+        num_rows: R, the empty rows after these included.
         length: T, tokens of each row.
     """
 
@@ -62,7 +62,7 @@ class PlannedBatch:
 
 
 def round_up(size: int, unit: int, steps: int = 1) -> int:
-    """The next number from `size` on of a grid of multiples of `unit` that has `steps` numbers to each doubling.
+    """Rounds up to a grid of multiples of `unit` that has `steps` numbers to each doubling.
 
     With one step: unit, 2 unit, 4 unit, 8 unit, ...; with two: unit, 2 unit, 3 unit, 4 unit, 6 unit, 8 unit, ...
 
@@ -83,13 +83,13 @@ def plan_batches(
 
     Args:
         rows: of few different lengths.
-        batch_tokens: of a batch at the most, unless `row_multiple` rows alone have more.
-        row_multiple: by which the number of a batch's rows divides.
+        batch_tokens: padded tokens of a batch at most, unless `row_multiple` rows alone have more.
+        row_multiple: the number of rows of every batch is a multiple of this.
         same_length: a shorter row begins the next batch, for rows of very few lengths. Otherwise it is padded, as each
-            length would need a program more for its last batch.
+            length would need one more program, for its last batch.
 
     Returns:
-        batches as long as their longest row, and with as many rows as fit. Where fewer rows are left, their number is
+        batches as long as their longest row, with as many rows as fit. Where fewer rows are left, their number is
         rounded up to a power of two times `row_multiple`.
     """
     ordered = sorted(rows, key=lambda row: -row.length)
@@ -116,7 +116,7 @@ def lay_out(
     """The arrays of a batch, in numpy.
 
     Args:
-        plan: what stands where.
+        plan: which text is in which row.
         texts: token ids of all texts.
         pad_id: a valid token id for padding.
         prefixes: token ids of all prefixes. Positions of texts go on from the end of their prefix.

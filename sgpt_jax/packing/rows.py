@@ -1,7 +1,7 @@
 """Several texts in one row, for vectors: little padding to compute, and few shapes to compile.
 
 Each text of a row has a segment of its own and positions from 0, and the decoder lets a token see its own segment
-alone. So a text gets the vector that it has when it stands by itself.
+alone. So a text gets the vector that it would get in a row of its own.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sgpt_jax.decoder.batch import Batch
 from sgpt_jax.decoder.model import merge
 from sgpt_jax.decoder.modules import Modules, apply_modules
-from sgpt_jax.decoder.pooling import normalize as scale_to_length_1
+from sgpt_jax.decoder.pooling import normalize as l2_normalize
 from sgpt_jax.decoder.pooling import pool_texts
 from sgpt_jax.decoder.sharding import on_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import LENGTH_UNIT, PlannedBatch, Row, plan_batches, round_up
 
-# A row has room for one text in so many tokens, and for so many texts at the most: a vector is computed and fetched for
-# every text that there is room for.
+# A row has room for one text for every 6 tokens, and for 64 at most: a vector is pooled and fetched for every text that
+# there is room for, whether it is there or not.
 _TOKENS_PER_TEXT, _MOST_TEXTS = 6, 64
-# Fewer tokens than this are not joined into rows, as this would need more programs for little work.
+# Texts of this many tokens in all, or fewer, get a row each: joining them would compile more programs for little work.
 _NOT_JOINED = 1024
-# The least length that is chosen for all rows is between these: attention costs more the longer a row is.
+# `plan_texts` chooses a minimum length of rows between these: attention costs more the longer a row is.
 _SHORTEST_JOINED, _LONGEST_JOINED = 64, 1024
 # A token of a row this long costs about twice what it costs in a very short one, in a small decoder.
 _DOUBLE_COST = 4096
@@ -43,7 +43,7 @@ def most_texts(length: int) -> int:
 
 
 def texts_per_row(plan: PlannedBatch) -> int:
-    """S, how many texts each row of a batch has room for: a power of four, so that programs are few."""
+    """S, how many texts each row of a batch has room for: a power of four, so that few programs are compiled."""
     room = 1
     while room < max(len(row.texts) for row in plan.rows):
         room *= 4
@@ -51,14 +51,14 @@ def texts_per_row(plan: PlannedBatch) -> int:
 
 
 def round_length(length: int) -> int:
-    """The next multiple of 8, as accelerators and their attention kernels want it."""
+    """Rounds up to a multiple of 8, as accelerators and their attention kernels want it."""
     return -(-length // 8) * 8
 
 
 def length_buckets(max_length: int) -> list[int]:
-    """The lengths of rows: 16, 32, 48, 64, then two to each doubling; the last is `max_length`, see `round_length`.
+    """The lengths of rows: 16, 32, 48, 64, then two to each doubling; the last is `max_length`, rounded to 8.
 
-    Two are enough: what is left of a row is filled with shorter texts.
+    Two are enough, as shorter texts fill what a row's longest text leaves.
 
     Raises:
         InputError: when `max_length` is not positive.
@@ -77,14 +77,13 @@ def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[
 
     Args:
         lengths: tokens of every text.
-        row_length: how long the row of a text of so many tokens is; grows with it. A row holds at most `most_texts`
-            texts.
+        row_length: length of the row that a text of so many tokens opens, not falling with it.
 
     Returns:
-        the rows, longest first.
+        the rows, longest first, of at most `most_texts` texts each.
 
     Raises:
-        ValueError: a row is shorter than its text.
+        ValueError: a row would be shorter than the text that opens it.
     """
     waiting: dict[int, list[int]] = {}
     for index in range(len(lengths) - 1, -1, -1):  # so that equal texts are taken in their order
@@ -95,12 +94,12 @@ def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[
         length = row_length(sizes[-1])
         if length < sizes[-1]:
             raise ValueError(f"a text of {sizes[-1]} tokens does not fit in a row of {length}")
-        room, most = length, most_texts(length)
+        left, most = length, most_texts(length)
         texts: list[int] = []
-        while len(texts) < most and (fitting := bisect.bisect_right(sizes, room)):
+        while len(texts) < most and (fitting := bisect.bisect_right(sizes, left)):
             size = sizes[fitting - 1]
             texts.append(waiting[size].pop())
-            room -= size
+            left -= size
             if not waiting[size]:
                 del sizes[fitting - 1]
         rows.append(Row(tuple(texts), length))
@@ -112,8 +111,8 @@ def plan_texts(
 ) -> list[PlannedBatch]:
     """Joins texts into rows, and rows into batches, see `plan_batches`.
 
-    A row is as long as the bucket of its longest text (`length_buckets`), but not shorter than a length that is chosen
-    for all rows, for the least work. Very few texts have a row each, and the same length.
+    A row is as long as the bucket of its longest text (`length_buckets`), but not shorter than a minimum for all rows,
+    which is chosen so that the batches cost least. Texts of few tokens in all get a row each, all rows of one length.
 
     Args:
         lengths: tokens of every text.
@@ -150,7 +149,7 @@ def plan_texts(
 
 
 def vector_indices(plan: PlannedBatch, room: int) -> np.ndarray:
-    """Where the vectors of a batch's texts stand in what `encode_rows` gives, flattened to [R * S, E].
+    """Indices of the vectors of a batch's texts in the result of `encode_rows`, reshaped to [R * S, E].
 
     Args:
         plan: of the batch.
@@ -204,7 +203,7 @@ def embed(
     normalize: bool,
     mesh: Mesh | None,
 ) -> Array:
-    """The vectors of packed rows: pooled, through the modules, cut, and of length 1 if `normalize`.
+    """The vectors of packed rows: pooled, through the modules, cut, and L2-normalised if `normalize`.
 
     Args:
         graphdef, params, batch, skip, pooling, room: see `encode_rows`.
@@ -220,7 +219,7 @@ def embed(
         vectors = encode_rows(graphdef, params, batch, pooling, room, skip)
     vectors = apply_modules(vectors, modules)[..., :dimension]
     if normalize:
-        vectors = scale_to_length_1(vectors)
+        vectors = l2_normalize(vectors)
     if mesh is not None:
         vectors = jax.lax.with_sharding_constraint(vectors, NamedSharding(mesh, PartitionSpec()))
     return vectors

@@ -1,8 +1,8 @@
 """Several texts behind one prefix, for log-probabilities: what continues the same prefix shares its computation.
 
-Each text sees the prefix and itself, and its positions go on from the prefix's end, so that it gets what it would get
-alone. Its last token is not in the row, as nothing is asked for that it predicts. Its first token is predicted by the
-prefix's last.
+Each text sees the prefix and itself, and its positions go on from the prefix's end, so that its log-probabilities are
+those that it would get alone. Its first token is predicted by the prefix's last. Its own last token is not in the row,
+as nothing that it would predict is asked for.
 
 Nothing is shared between different prefixes, although all begin with the words of the prompt before the document: with
 the default prompt these are about 15 tokens in front of several hundred.
@@ -22,7 +22,7 @@ from sgpt_jax.decoder.flops import layer_weights
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import LENGTH_UNIT, PlannedBatch, Row, round_up
 
-# What attention scores of a shared row, float32 [N, T, T], may take at most; a single pair's row takes what it takes.
+# Limit on the attention scores of a row, float32 [N, T, T], that several pairs share; a single pair may exceed it.
 _SCORE_BYTES = 512 * 2**20
 
 Pair = tuple[int, int]
@@ -36,7 +36,8 @@ def row_room(prefix_length: int, config: DecoderConfig) -> int:
     a T + b T^2 for a row of T = P + x tokens, the cost per continuation token is least at x = sqrt(P^2 + P a / b);
     a / b is a layer's weights over twice its attention width.
 
-    Where rotations depend on the length of a text, no two share a row: their prefix would have to be rotated twice.
+    Where rotations depend on the length of a text, there is no room for a second one: pairs of different lengths would
+    need the prefix rotated differently.
     """
     if config.rotation_depends_on_length:
         return 0
@@ -49,7 +50,7 @@ def row_room(prefix_length: int, config: DecoderConfig) -> int:
 def row_length(tokens: int) -> int:
     """The length of a row for so many tokens: 16, 32, 48, 64, then four to each doubling.
 
-    These are more lengths than rows of texts have (`length_buckets`), as nothing fills what is left of a row.
+    These are more lengths than in `length_buckets`, as no shorter texts fill what is left of a row.
     """
     return round_up(tokens, LENGTH_UNIT, steps=4)
 
@@ -62,7 +63,7 @@ def shared_rows(
 ) -> list[Row]:
     """Rows that hold every pair exactly once; their texts are indices of pairs.
 
-    A prefix with more continuations than `row_room` gets several rows, as equal as they can be.
+    A prefix whose continuations have more tokens than `row_room` gets several rows, of about equal length.
 
     Args:
         pairs: what is to be computed, without repetitions.
@@ -81,16 +82,16 @@ def shared_rows(
     for prefix, indices in by_prefix.items():
         length = prefix_lengths[prefix]
         count = -(-sum(map(size, indices)) // max(1, row_room(length, config)))
-        # The longest first, each to the row that has least.
+        # The longest first, each to the row with the fewest tokens: a heap of (tokens, number, pairs).
         filling: list[tuple[int, int, list[int]]] = [
-            (0, part, []) for part in range(min(count, len(indices)))
+            (0, number, []) for number in range(min(count, len(indices)))
         ]
         for index in sorted(indices, key=size, reverse=True):
-            filled, part, content = filling[0]
+            filled, number, content = filling[0]
             content.append(index)
-            heapq.heapreplace(filling, (filled + size(index), part, content))
+            heapq.heapreplace(filling, (filled + size(index), number, content))
         for filled, _, content in sorted(filling, key=lambda entry: entry[1]):
-            # A row that is not shorter than its targets are many, so that those of a batch fit in an array of its size.
+            # At least as long as it has targets, `filled`, so that a batch's targets fit in an array of its size.
             tokens = max(length + filled - len(content), filled)
             rows.append(Row(tuple(content), row_length(tokens), prefix))
     return rows
@@ -108,11 +109,11 @@ def lay_out_targets(
     Args:
         plan: of the batch.
         pairs, prefixes, continuations: see `shared_rows`; token ids.
-        num_shards: W, the shards of the batch's rows.
+        num_shards: W, into how many shards the batch's rows are split.
 
     Returns:
-        the targets, int32 [W, M], and of which pair each of them is, int32 [W, M], -1 where there is no target. M is
-        the tokens of a shard.
+        the targets, int32 [W, M], and the index of each one's pair, int32 [W, M], -1 where there is no target. M is
+        the tokens of a shard, padding included.
 
     Raises:
         InputError: when the rows of a batch do not divide by `num_shards`.
