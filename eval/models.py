@@ -109,24 +109,19 @@ class LazyModel:
 
 def bi_encoder(args: argparse.Namespace) -> LazyModel:
     """The bi-encoder that `add_bi_encoder_arguments` and `add_common_arguments` describe."""
-    options = {
-        "pooling": args.pooling,
-        "brackets": args.brackets,
-        "max_seq_length": args.max_seq_length,
-        "dtype": args.dtype,
-        **_weights(args),
-    }
+    options = {name: vars(args)[name] for name in ("pooling", "brackets", "max_seq_length", "dtype")}
+    # Where they are given: results that were made before these options existed keep their identity.
+    later = ("query_prompt", "document_prompt", "truncate_dim", "weights")
+    options |= {name: vars(args)[name] for name in later if vars(args)[name] is not None}
     identity = {"revision": revision(epath.Path(resolve(args.model).path)), **options}
     if args.biases:
         if not epath.Path(args.biases).is_file():
             raise InputError(f"{args.biases}: no such file")
         identity["biases"] = revision(epath.Path(args.biases))
+    if args.adapter:
+        identity["adapter"] = [revision(epath.Path(resolve(adapter).path)) for adapter in args.adapter]
     return LazyModel(
-        args.model,
-        identity,
-        lambda: BiEncoder.from_pretrained(
-            args.model, biases=args.biases, mesh=device_mesh(args.mesh), **options
-        ),
+        args.model, identity, lambda: BiEncoder.from_settings(vars(args), device_mesh(args.mesh))
     )
 
 

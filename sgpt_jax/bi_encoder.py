@@ -213,6 +213,32 @@ class BiEncoder:
             model if size == model.dimension else dataclasses.replace(model, truncate_dim=model._kept(size))
         )
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], mesh: Mesh | None = None) -> BiEncoder:
+        """Loads the model that options of a command, or the metadata of an index, describe.
+
+        Args:
+            settings: `model`, and as far as they are there the arguments of `from_pretrained` and `query_prompt` and
+                `document_prompt`, see `with_prompts`; None counts as not there, and what else is there is passed over.
+            mesh: see `from_pretrained`.
+
+        Raises:
+            InputError: see `from_pretrained`.
+        """
+        names = (
+            "pooling",
+            "brackets",
+            "max_seq_length",
+            "truncate_dim",
+            "dtype",
+            "biases",
+            "weights",
+            "adapter",
+        )
+        given = {name: settings[name] for name in names if settings.get(name) is not None}
+        model = cls.from_pretrained(settings["model"], mesh=mesh, **given)
+        return model.with_prompts(settings.get("query_prompt"), settings.get("document_prompt"))
+
     def with_prompts(self, query: str | None = None, document: str | None = None) -> BiEncoder:
         """The same model with other prompts before queries and documents.
 
@@ -243,12 +269,13 @@ class BiEncoder:
     def fingerprint(self) -> str:
         """What tells this model and its settings from any other, see `model_fingerprint`: 40 hexadecimal digits.
 
-        An index keeps it: queries must be encoded by what has the same one (`Index.check_model`).
+        An index keeps it: queries must be encoded by what has the same one (`Index.check_model`). The prompt of queries
+        is not in it, as it may change with the task.
         """
         settings = {
             "pooling": self.pooling,
             "brackets": self.text.brackets,
-            "prompts": {side: self.text.prompt(side) for side in ("query", "document")},
+            "document_prompt": self.text.prompt("document"),
             "max_seq_length": self.text.max_seq_length,
             "include_prompt": self.include_prompt,
             "truncate_dim": self.truncate_dim,

@@ -16,7 +16,7 @@ from sgpt_jax import demo as demonstration
 from sgpt_jax import rerank as reranking
 from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
 from sgpt_jax.checkpoint.export import count_parameters
-from sgpt_jax.checkpoint.tensors import open_checkpoint
+from sgpt_jax.cli.options import BI_ENCODER_SETTINGS
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
@@ -27,21 +27,26 @@ from sgpt_jax.families import read_config
 from sgpt_jax.files.corpora import read_corpus, read_queries, read_texts
 from sgpt_jax.files.lines import ReadReport, atomic_write
 from sgpt_jax.files.runs import read_run, write_run
+from sgpt_jax.folder.modules import describe_modules
 from sgpt_jax.folder.settings import read_settings
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.export import export_index
 from sgpt_jax.index.files import MANIFEST
 from sgpt_jax.index.search import Index
+from sgpt_jax.load import Opened, open_model, token_limit
 from sgpt_jax.metrics import cut
 from sgpt_jax.rerank_job import rerank_job
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.command import printable
 from sgpt_jax.runtime.memory import peak_memory
 from sgpt_jax.runtime.progress import progress
+from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.pairs import DEFAULT_PROMPT
+from sgpt_jax.text.tokenizer import load_tokenizer
 
 EMBED_CHUNK = 4096
+SAMPLE = "A short text."
 
 
 def _reading(options: argparse.Namespace) -> dict[str, Any]:
@@ -51,17 +56,6 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
         "skip_bad_lines": options.skip_bad_lines,
         "report": ReadReport(),
     }
-
-
-def _load(settings: dict[str, Any], mesh: str | None) -> BiEncoder:
-    return BiEncoder.from_pretrained(
-        settings["model"],
-        **{
-            name: settings[name]
-            for name in ("pooling", "brackets", "max_seq_length", "dtype", "weights", "biases")
-        },
-        mesh=device_mesh(mesh),
-    )
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -74,7 +68,7 @@ def embed(options: argparse.Namespace) -> None:
     with atomic_write(options.output) as stream:
         if not stream.seekable():
             raise InputError(f"{options.output}: must be a file: its header is written last")
-        model = _load(vars(options), options.mesh)
+        model = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
         reading = _reading(options)
         encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[
             options.side
@@ -99,7 +93,7 @@ def _write_npy_header(stream: BinaryIO, shape: tuple[int, int]) -> None:
 
 def index(options: argparse.Namespace) -> None:
     """Builds an index, or goes on with it."""
-    model = _load(vars(options), options.mesh)
+    model = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
     # What the vectors depend on; a build that goes on must have the same.
     metadata = {
         "model": _absolute(options.model),
@@ -109,8 +103,18 @@ def index(options: argparse.Namespace) -> None:
         "dtype": options.dtype,
         "biases": options.biases and _absolute(options.biases),
     }
-    if options.weights:
-        metadata["weights"] = options.weights
+    if model.similarity_name not in ("cosine", "dot"):
+        raise InputError(
+            f"{options.model} compares vectors by {model.similarity_name} distance; an index is searched by cosine or "
+            "dot product"
+        )
+    metadata |= {
+        name: value
+        for name in ("weights", "query_prompt", "document_prompt", "truncate_dim")
+        if (value := vars(options)[name]) is not None
+    }
+    if options.adapter:
+        metadata["adapter"] = [_absolute(adapter) for adapter in options.adapter]
     reading = _reading(options)
     report = EncodeReport()
     with progress("indexing", "doc") as bar:
@@ -126,6 +130,7 @@ def index(options: argparse.Namespace) -> None:
             chunk_size=options.chunk_size,
             store_texts=not options.no_texts,
             metadata=metadata,
+            similarity="dot" if model.similarity_name == "dot" else "cosine",
             fingerprint=model.fingerprint(),
             on_progress=show,
         )
@@ -174,7 +179,7 @@ def search(options: argparse.Namespace) -> None:
         else read_queries(options.queries, **_reading(options))
     )
     settings = _index_settings(index, options)
-    model = _load(settings, options.mesh)
+    model = BiEncoder.from_settings(settings, mesh)
     index.check_model(model.fingerprint())
     vectors = model.encode_query(list(queries.values()))
     scores, found = index.search(vectors, max(k, options.rerank))
@@ -203,10 +208,11 @@ def search(options: argparse.Namespace) -> None:
 
 
 def _index_settings(index: Index, options: argparse.Namespace) -> dict[str, Any]:
-    """What `_load` needs for the model that an index was made with, or that the options name."""
-    settings: dict[str, Any] = {"pooling": None, "brackets": None, "max_seq_length": None, "biases": None}
-    settings |= {"dtype": "float32", "weights": None} | index.metadata
-    settings |= {name: vars(options)[name] for name in ("model", "dtype", "weights") if vars(options)[name]}
+    """What `BiEncoder.from_settings` needs for the model that an index was made with, or that the options name."""
+    settings = dict(index.metadata)
+    settings |= {
+        name: value for name in BI_ENCODER_SETTINGS if (value := vars(options).get(name)) is not None
+    }
     if "model" not in settings:
         raise InputError(f"{options.index}: does not say which model it was made with; give it as --model")
     return settings
@@ -235,7 +241,10 @@ def _reranked(
     """The run's first documents in the order of the cross-encoder, best first, with its scores."""
     source = options.cross_encoder or settings["model"]
     model = CrossEncoder.from_pretrained(
-        source, dtype=settings["dtype"], mesh=device_mesh(options.mesh), weights=settings["weights"]
+        source,
+        dtype=settings.get("dtype", "float32"),
+        mesh=device_mesh(options.mesh),
+        weights=settings.get("weights"),
     )
     shallow, _ = cut(run, options.rerank)
     row_of = {id: rows[query][id] for query, hits in shallow.items() for id in hits}
@@ -313,25 +322,58 @@ def _index_info(index: Index) -> None:
 
 def _model_info(source: str) -> None:
     resolved = resolve(source)
-    files = open_checkpoint(resolved.path)
-    config = read_config(files.config)
-    settings = read_settings(resolved.path, resolved.name)
+    opened = open_model(resolved)
+    hf, config = opened.files.config, read_config(opened.files.config)
     _, params = abstract_decoder(config, Build(compute_dtype("float32")))
     counts = count_parameters(params)
     total, biases = counts.total(), counts["bias"]
-    positions = config.max_positions or "unlimited"
-    limit = settings.max_seq_length or positions
     untrainable = "" if biases else ": none to train; python -m train ... --add-biases gives it some"
-    print(
-        f"{printable(resolved.name)}: {files.config['model_type']}, {config.num_layers} layers, "
+    windows = sorted({window for window in config.windows if window})
+    masks = ["bidirectional" if config.bidirectional else "causal"]
+    if windows:
+        reach = "either side" if config.bidirectional else "back"
+        masks.append(
+            f"windows of {', '.join(map(str, windows))} tokens {reach}, itself included, in "
+            f"{sum(w is not None for w in config.windows)} of {config.num_layers} layers"
+        )
+    lines = [
+        f"{resolved.name}: {hf['model_type']}, {config.num_layers} layers, "
         f"dimension {config.embed_dim}, {config.num_heads} heads ({config.num_kv_heads} key/value), "
-        f"vocabulary {config.vocab_size:,}, positions {positions} ({config.positions})\n"
-        f"{total:,} parameters, of which {biases:,} in biases ({biases / total:.4%}){untrainable}\n"
+        f"vocabulary {config.vocab_size:,}, positions {config.max_positions or 'unlimited'} ({config.positions})",
+        f"attention: {', '.join(masks)}",
+        f"{total:,} parameters, of which {biases:,} in biases ({biases / total:.4%}){untrainable}",
         f"memory for weights: {4 * total / 1e9:.2f} GB in float32, {2 * total / 1e9:.2f} GB in bfloat16, "
-        f"{_int8_bytes(config) / 1e9:.2f} GB with int8 matrices and bfloat16\n"
-        f"pooling {settings.pooling or 'weightedmean'}, brackets {'on' if settings.brackets else 'off'}, "
-        f"max_seq_length {limit}"
-    )
+        f"{_int8_bytes(config) / 1e9:.2f} GB with int8 matrices and bfloat16",
+        *(f"adapter: {adapter}" for adapter in opened.adapters),
+    ]
+    print(printable("\n".join([*lines, *_use_info(opened, resolved.name, config)]), keep="\n"))
+
+
+def _use_info(opened: Opened, name: str, config: DecoderConfig) -> list[str]:
+    """How a model folder wants to be used."""
+    try:
+        settings = read_settings(opened.settings, name)
+    except InputError as problem:  # a re-ranker's folder says nothing of vectors
+        return [f"vectors: none ({problem})"]
+    pooling = settings.pooling or "weightedmean"
+    limit = token_limit(config, None, settings.max_seq_length)
+    made = describe_modules(pooling, settings.include_prompt, settings.modules)
+    kept = f", cut to {settings.truncate_dim} dimensions" if settings.truncate_dim else ""
+    lines = [
+        f"vectors: {made}{kept}; similarity {settings.similarity or 'cosine'}",
+        f"texts: brackets {'on' if settings.brackets else 'off'}, max_seq_length {limit}",
+    ]
+    lines += [f"prompt {key}: {text!r}" for key, text in (settings.prompts or {}).items() if text]
+    if settings.default_prompt_name:
+        lines.append(f"prompt of other texts: {settings.default_prompt_name}")
+    try:
+        tokenizer = load_tokenizer(opened.tokenizer)
+    except InputError as problem:
+        return [*lines, f"tokenizer: none ({problem})"]
+    (ids,) = TextEncoder(tokenizer, max(limit, 16)).ids([SAMPLE], prompt="")
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    ends = f"begins with {tokens[0]!r} ({ids[0]}) and ends with {tokens[-1]!r} ({ids[-1]})"
+    return [*lines, f"{SAMPLE!r} has {len(ids)} tokens, {ends}"]
 
 
 def _int8_bytes(config: DecoderConfig) -> int:
@@ -345,7 +387,7 @@ def export(options: argparse.Namespace) -> None:
         ids = export_index(Index.open(options.source), options.output)
         print(f"{options.output}: row numbers are its keys; {ids} has the document of each row, one a line")
         return
-    model = _load(vars(options) | {"model": options.source}, None)
+    model = BiEncoder.from_settings(vars(options) | {"model": options.source})
     model.save_pretrained(options.output)
     copy = ", the dequantised copy of its int8 weights" if model.decoder.build.int8 else ""
     print(f"{options.output}: {printable(model.name)}, {model.decoder.dtype.name}{copy}")

@@ -106,7 +106,30 @@ BI_ENCODER = (
         help="[ ] around queries and { } around documents (default: as the model folder says)",
     ),
     MAX_SEQ_LENGTH,
+    option(
+        "--query-prompt",
+        metavar="P",
+        help="text before every query, or the name of one of the model's prompts (default: as the model folder says)",
+    ),
+    option("--document-prompt", metavar="P", help="the same for documents"),
+    option(
+        "--truncate-dim",
+        type=positive,
+        metavar="N",
+        help="keep the first N dimensions of the vectors (default: as the model folder says, or all)",
+    ),
     option("--biases", metavar="FILE", help="trained biases to apply, a biases.safetensors"),
+    option(
+        "--adapter",
+        action="append",
+        metavar="A",
+        help="LoRA adapter to merge into the model (folder in peft's layout, or hub id); may be repeated",
+    ),
+)
+# Their names, with those of --model, --dtype and --weights: what `BiEncoder.from_settings` takes.
+BI_ENCODER_SETTINGS = (
+    *("model", "pooling", "brackets", "max_seq_length", "query_prompt", "document_prompt", "truncate_dim"),
+    *("biases", "adapter", "dtype", "weights"),
 )
 
 # How files of texts are read.

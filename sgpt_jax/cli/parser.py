@@ -113,6 +113,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
             dtype(default=None, of="of weights and matmuls (default: the index's)"),
             WEIGHTS,
             MESH,
+            Group("the bi-encoder, in place of what the index was made with", BI_ENCODER),
             *READING,
         ),
     ),

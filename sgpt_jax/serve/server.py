@@ -20,6 +20,7 @@ import jax
 import uvicorn
 
 from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cli.options import BI_ENCODER_SETTINGS
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.demo import BIASES, MAX_SEQ_LENGTH, demo_model, read_demo
@@ -138,26 +139,15 @@ def load_models(options: argparse.Namespace) -> Models:
         return demo_models(options)
     # What the index was built with, as in `sgpt search`; options that are given come first.
     settings = {} if index is None else dict(index.metadata)
-    for name in ("model", "pooling", "brackets", "max_seq_length", "dtype", "weights", "biases"):
-        if (value := getattr(options, name)) is not None:
-            settings[name] = value
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if "model" not in settings:
+    settings |= {name: value for name in BI_ENCODER_SETTINGS if (value := getattr(options, name)) is not None}
+    if settings.get("model") is None:
         raise InputError(f"{options.index}: does not say which model built it; give --model")
-    encoder = BiEncoder.from_pretrained(
-        settings["model"],
-        **{
-            name: settings[name]
-            for name in ("pooling", "brackets", "max_seq_length", "dtype", "weights", "biases")
-            if name in settings
-        },
-        mesh=mesh,
-    )
+    encoder = BiEncoder.from_settings(settings, mesh)
     cross_encoder = None
     if options.cross_encoder is not None:
         cross_encoder = CrossEncoder.from_pretrained(
             options.cross_encoder,
-            dtype=settings.get("dtype", "float32"),
+            dtype=settings.get("dtype") or "float32",
             mesh=mesh,
             weights=settings.get("weights"),
         )

@@ -4,13 +4,18 @@ import random
 import time
 
 import decoders
+import numpy as np
 import pytest
 from etils import epath
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, dequantize
 
+from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint import gguf, gguf_reader
 from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.errors import InputError
+from sgpt_jax.families import read_config
+from sgpt_jax.load import load_decoder
 
 DAMAGE = [None, True, 0, -1, 10**9, 2**40, 0.5, float("nan"), "", "x", [], [1, 2], {}]
 
@@ -74,3 +79,130 @@ def test_damaged_metadata_is_refused_or_read(opened, monkeypatch):
             refused += 1
         assert time.perf_counter() - start < 20, change
     assert refused > 30
+
+
+def hidden_of(path, variant, ids=None):
+    wanted = decoders.expected(variant)
+    ids = wanted["input_ids"] if ids is None else ids
+    mask = wanted["attention_mask"] if ids is wanted["input_ids"] else np.ones_like(ids)
+    return decoders.hidden_states(load_decoder(path), ids, mask) * mask[..., None]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_bidirectional",
+        "phi3",
+        "phi3_window",
+        "phi3_partial",
+        "mistral_full",
+    ],
+)
+def test_hidden_states_are_those_of_torch(variant, tmp_path):
+    path = decoders.write_gguf(variant, tmp_path / "model.gguf")
+    wanted = decoders.expected(variant)
+    assert decoders.relative_error(hidden_of(path, variant), wanted["hidden"]) < 2e-5
+    if "long_ids" in wanted:
+        long = hidden_of(path, variant, wanted["long_ids"])[0, -2:]
+        assert decoders.relative_error(long, wanted["long_hidden"]) < 2e-5
+
+
+@pytest.mark.parametrize("variant", ["phi3_longrope_short", "phi3_longrope_long"])
+def test_longrope(variant, tmp_path):
+    config = decoders.config(variant)
+    rope = config["rope_parameters"]
+    factors = {
+        f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], np.float32)
+        for kind in ("short", "long")
+    }
+    original = config.get("original_max_position_embeddings") or rope["original_max_position_embeddings"]
+    reference = read_config(config).rotary
+    fields = {
+        "phi3.rope.scaling.original_context_length": original,
+        "phi3.rope.scaling.attn_factor": float(reference.attention_factor),
+    }
+    path = decoders.write_gguf(variant, tmp_path / "model.gguf", fields=fields, more=factors)
+    assert decoders.relative_error(hidden_of(path, variant), decoders.expected(variant)["hidden"]) < 2e-5
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("Q8_0", 0.05), ("BF16", 0.05), ("Q5_1", 0.3), ("Q4_0", 0.6)])
+def test_quantised_matrices(dtype, most, tmp_path):
+    path = decoders.write_gguf("llama", tmp_path / "model.gguf", dtype=dtype)
+    kinds = {tensor.tensor_type.name for tensor in gguf_reader.open_gguf(path).tensors}
+    assert dtype in kinds
+    error = decoders.relative_error(hidden_of(path, "llama"), decoders.expected("llama")["hidden"])
+    assert 1e-6 < error < most
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_k_quants_are_decoded_in_parts(kind, tmp_path):
+    """Their sizes in bytes differ from those in values; more rows than are decoded at a time."""
+    quantisation = GGMLQuantizationType[kind]
+    values, size = GGML_QUANT_SIZES[quantisation]
+    stored = np.random.RandomState(0).randint(0, 60, (gguf.DECODE_ROWS + 3, 2 * size), np.uint8)
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("x", stored, raw_dtype=quantisation)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = gguf_reader.open_gguf(tmp_path / "x.gguf").tensors
+    decoded = gguf._decode(tensor)
+    assert decoded.shape == (gguf.DECODE_ROWS + 3, 2 * values)
+    np.testing.assert_array_equal(decoded, dequantize(stored, quantisation))
+    assert np.unique(decoded).size > 10
+
+
+def test_split_files(tmp_path):
+    first = decoders.write_gguf("llama", tmp_path / "model.gguf", split=7)
+    parts = gguf_reader.parts_of(first)
+    assert len(parts) > 2 and all(part.exists() for part in parts)
+    wanted = decoders.expected("llama")["hidden"]
+    for path in (first, parts[1], tmp_path):
+        assert decoders.relative_error(hidden_of(path, "llama"), wanted) < 1e-5
+    renamed = tmp_path / "renamed.gguf"
+    parts[0].rename(renamed)
+    with pytest.raises(InputError, match=r"parts of this split GGUF file are not there: model-00001-of"):
+        load_decoder(parts[1])
+    with pytest.raises(InputError, match="but its name does not say so"):
+        load_decoder(renamed)
+
+
+def test_embedding_files_say_their_pooling_and_mask(tmp_path):
+    for kind, pooling in ((0, "weightedmean"), (1, "mean"), (2, "cls"), (3, "lasttoken")):
+        path = decoders.write_gguf("llama", tmp_path / f"{kind}.gguf", fields={"llama.pooling_type": kind})
+        assert BiEncoder.from_pretrained(path).pooling == pooling
+    assert BiEncoder.from_pretrained(path, pooling="mean").pooling == "mean"
+    path = decoders.write_gguf("llama", tmp_path / "rank.gguf", fields={"llama.pooling_type": 4})
+    with pytest.raises(InputError, match="pooling_type rank"):
+        BiEncoder.from_pretrained(path)
+    path = decoders.write_gguf(
+        "llama_bidirectional", tmp_path / "both.gguf", fields={"llama.attention.causal": False}
+    )
+    wanted = decoders.expected("llama_bidirectional")["hidden"]
+    assert decoders.relative_error(hidden_of(path, "llama_bidirectional"), wanted) < 2e-5
+
+
+def test_embeddinggemmas_dense_layers(tmp_path):
+    weights = {f"dense_{i}.weight": np.random.RandomState(i).randn(*shape).astype(np.float32)
+               for i, shape in ((2, (48, 32)), (3, (32, 48)))}  # fmt: skip
+    fields = {"gemma-embedding.pooling_type": 1}
+    path = decoders.write_gguf("gemma3_bidirectional", tmp_path / "x.gguf", fields=fields, more=weights)
+    plain = decoders.write_gguf("gemma3_bidirectional", tmp_path / "y.gguf", fields=fields)
+    model, texts = BiEncoder.from_pretrained(path), ["a heron", "the bay"]
+    assert model.decoder.config.bidirectional and model.pooling == "mean" and model.dimension == 32
+    wanted = (
+        BiEncoder.from_pretrained(plain).encode(texts)
+        @ weights["dense_2.weight"].T
+        @ weights["dense_3.weight"].T
+    )
+    np.testing.assert_allclose(model.encode(texts), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_fields_that_nobody_knows_are_named(opened, monkeypatch):
+    path, file = opened
+    with pytest.warns(UserWarning, match=r"ignored what is not known here: llama\.tomorrow"):
+        load(monkeypatch, path, file.metadata | {"llama.tomorrow": 1}, file.tensors)
