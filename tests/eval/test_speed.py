@@ -145,7 +145,7 @@ def test_train(name, data, tmp_path):
 def test_search(tmp_path):
     faiss = pytest.importorskip("faiss")
     part = run(tmp_path, "search", "--vectors", 1500)["search"]
-    check(part, ["ours", "numpy", "faiss"])
+    check(part, ["ours", "ours, resident", "numpy", "faiss"])
     assert set(part["agreement"].values()) == {1.0}
     assert faiss
 
