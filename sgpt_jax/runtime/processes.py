@@ -11,6 +11,9 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +31,10 @@ _CLIENT_METHODS = (
     "key_value_dir_get",
     "key_value_delete",
 )
+_ALIVE = "sgpt/alive/"
+_ENDED = "ended"
+_BEAT_SECONDS = 1.0
+_LOST_SECONDS = 15.0  # far less than the 100 s after which JAX aborts the others with a stack of C++
 _rounds = itertools.count()
 
 
@@ -58,12 +65,61 @@ def session(options: argparse.Namespace) -> Iterator[None]:
             "Outside of TPU pods, Slurm and Open MPI give --coordinator, --processes and --process"
         ) from error
     try:
-        yield
+        with _watch():
+            yield
     except BaseException as error:
         if not isinstance(error, OtherFailed):
             text = str(error) if isinstance(error, InputError) else repr(error)
             _client().key_value_set(f"{_FAILED}{index()}", text, allow_overwrite=True)
         raise
+
+
+@contextlib.contextmanager
+def _watch() -> Iterator[None]:
+    """Ends this process, with one line, when another one has stopped without a word; tells the others it is alive."""
+    client, ended = _client(), threading.Event()
+
+    def beat(text: str) -> None:
+        client.key_value_set(f"{_ALIVE}{index()}", text, allow_overwrite=True)
+
+    def watch() -> None:
+        heard = dict.fromkeys(range(count()), ("", time.monotonic()))
+        for number in itertools.count():
+            try:
+                beat(str(number))
+                said = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(_ALIVE)}
+            except jax.errors.JaxRuntimeError:  # process 0 is where all this is kept
+                if not ended.is_set():
+                    _end(0)
+                return
+            now = time.monotonic()
+            for process, (text, since) in heard.items():
+                if said.get(process, "") != text:
+                    heard[process] = (said[process], now)
+                elif text != _ENDED and now - since > _LOST_SECONDS and not ended.is_set():
+                    _end(process)
+            if ended.wait(_BEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=_BEAT_SECONDS)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            beat(_ENDED)
+
+
+def _end(process: int) -> None:
+    """Ends this process at once: the main thread may be waiting for the lost one in code that cannot be stopped."""
+    line = (
+        f"error: process {process} was lost: it ended without a word, or its machine did. What is finished is kept: "
+        "start all processes again with the same command (training: with --resume)\n"
+    )
+    os.write(2, line.encode())
+    os._exit(1)
 
 
 def _found(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -192,3 +192,32 @@ def test_configs_are_not_changed():
     before = json.dumps(hf)
     read_config(hf)
     assert json.dumps(hf) == before
+
+
+@pytest.mark.parametrize(
+    ("variant", "keys", "read"),
+    [
+        ("gpt_neo", ["window_size"], lambda c: c.windows == (None, 256, None)),
+        ("mistral", ["sliding_window"], lambda c: c.windows == (4096, 4096)),
+        ("qwen2_window", ["sliding_window"], lambda c: c.windows == (None, 4096, 4096)),
+        ("gptj", ["rotary_dim"], lambda c: c.rotary.dim == min(64, c.head_dim)),
+        ("llama", ["rope_theta"], lambda c: (c.rotary.base, c.rotary.dim) == (10_000, c.head_dim)),
+        (
+            "gpt_neox",
+            ["rotary_pct", "partial_rotary_factor", "rotary_emb_base", "rope_theta"],
+            lambda c: (c.rotary.base, c.rotary.dim) == (10_000, c.head_dim // 4),
+        ),
+        (
+            "phi",
+            ["partial_rotary_factor", "rope_theta"],
+            lambda c: (c.rotary.base, c.rotary.dim) == (10_000, c.head_dim // 2),
+        ),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["new", "old"])
+def test_missing_keys_have_the_defaults_of_transformers(variant, keys, read, spelling):
+    hf = decoders.config(variant, spelling)
+    for key in keys:
+        hf.pop(key, None)
+        (hf.get("rope_parameters") or {}).pop(key, None)
+    assert read(read_config(hf))

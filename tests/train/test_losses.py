@@ -122,6 +122,21 @@ def test_both_directions_is_the_mean_of_the_two():
     assert ours(texts, ALL, both_directions=True) == pytest.approx(expected, rel=1e-6)
 
 
+def test_both_directions_with_a_positive_that_is_another_rows_query():
+    """Row 3's positive is the text of query 1: neither direction pushes that text from itself."""
+    texts = distinct()
+    texts[1][3] = texts[0][1]
+    queries, positives, _ = ARRAYS
+    losses = []
+    for i in range(B):  # the query of each positive among all queries, but those of the positive's own text
+        others = [j for j in range(B) if j != i and texts[0][j] != texts[1][i]]
+        logits = [20 * cosine(positives[i], queries[j]) for j in (i, *others)]
+        losses.append(np.log(np.sum(np.exp(logits))) - logits[0])
+    assert len(others) == B - 1  # of the last row; row 3 has one less
+    expected = (by_hand(*ARRAYS, texts, ALL) + np.mean(losses)) / 2
+    assert ours(texts, ALL, both_directions=True) == pytest.approx(expected, rel=1e-5)
+
+
 def test_matryoshka_is_the_mean_over_leading_sizes():
     batch = {"ids": tuple(ids_of(t) for t in distinct()), "negative_mask": ALL}
     value = total_loss(LossConfig(matryoshka=(2, 8)), *ARRAYS, batch)
