@@ -150,11 +150,14 @@ def _not_default(settings: Any) -> dict[str, Any]:
         value = getattr(settings, field.name)
         if value == field.default:
             continue
-        if dataclasses.is_dataclass(value):
-            value = _not_default(value)
-        elif isinstance(value, float):
-            value = float(np.float32(value))  # as GGUF files store it
-        elif isinstance(value, tuple):  # of settings by layer, for one
-            value = [_not_default(item) if dataclasses.is_dataclass(item) else item for item in value]
-        found[field.name] = value
+        found[field.name] = _plain(value)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON has it; of tuples, such as the rotations by layer, each item."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return _not_default(value)
+    return float(np.float32(value)) if isinstance(value, float) else value  # as GGUF files store it

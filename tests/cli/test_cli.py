@@ -14,8 +14,10 @@ from importlib import resources
 from pathlib import Path
 
 import decoders
+import folders
 import numpy as np
 import pytest
+from adapters import write_adapter
 from safetensors.numpy import load_file, save_file
 
 import sgpt_jax as sgpt
@@ -360,3 +362,69 @@ def test_two_first_demos_at_once_and_a_damaged_download(tmp_path, monkeypatch):
             found = list(pool.map(lambda _: demo.demo_model().read_bytes(), range(2)))
         assert found == [b"the model"] * 2
         assert [file.name for file in (tmp_path / "sgpt-jax").iterdir()] == [Path(demo.MEMBER).name]
+
+
+def test_prompts_dimensions_and_adapters_reach_embed_index_and_search(corpus, tmp_path, capsys):
+    model = str(folders.write_folder("harrier", tmp_path / "harrier"))
+    options = ["--model", model, "--truncate-dim", "8", "--document-prompt", "passage: "]
+    output = tmp_path / "vectors.npy"
+    assert main(["embed", corpus, "-o", str(output), "--side", "document", *options]) == 0
+    encoder = sgpt.BiEncoder.from_pretrained(model, truncate_dim=8)
+    wanted = encoder.encode(texts_of(corpus), prompt="passage: ")
+    np.testing.assert_allclose(np.load(output), wanted, atol=1e-5)
+
+    folder = str(tmp_path / "index")
+    assert main(["index", corpus, "-o", folder, *options]) == 0
+    capsys.readouterr()
+    # The index knows its dimensions and document prompt; queries may have another prompt each time.
+    assert main(["search", folder, "heron", "-k", "1", "--json", "--query-prompt", "web_search_query"]) == 0
+    (hit,) = json.loads(capsys.readouterr().out)["hits"]
+    query = encoder.encode(["heron"], prompt_name="web_search_query")
+    np.testing.assert_allclose(hit["score"], encoder.similarity(query, wanted).max(), rtol=1e-4)
+    assert main(["search", folder, "heron", "--document-prompt", ""]) == 1
+    assert "was made with another model" in capsys.readouterr().err
+    assert main(["search", folder, "heron", "--truncate-dim", "9"]) == 1
+    capsys.readouterr()
+
+    base = decoders.write_checkpoint("llama", tmp_path / "base")
+    decoders.write_tokenizer(base)
+    adapter = str(write_adapter("plain", tmp_path / "adapter", base))
+    vectors = []
+    for arguments in (["--model", str(base), "--adapter", adapter], ["--model", adapter]):
+        assert main(["embed", corpus, "-o", str(output), *arguments]) == 0
+        vectors.append(np.load(output))
+    np.testing.assert_array_equal(*vectors)
+    assert main(["info", adapter]) == 0
+    assert f"adapter: {adapter}" in capsys.readouterr().out
+
+
+def test_an_index_has_the_similarity_of_its_folder(corpus, tmp_path, capsys):
+    model = folders.write_folder("dense_chain", tmp_path / "dense")
+    assert main(["index", corpus, "-o", str(tmp_path / "index"), "--model", str(model)]) == 0
+    capsys.readouterr()
+    assert main(["search", str(tmp_path / "index"), "heron", "-k", "1", "--json"]) == 0
+    (hit,) = json.loads(capsys.readouterr().out)["hits"]
+    encoder = sgpt.BiEncoder.from_pretrained(model)
+    scores = encoder.encode_query("heron") @ encoder.encode_document(texts_of(corpus)).T
+    np.testing.assert_allclose(hit["score"], scores.max(), rtol=1e-4)
+    settings = json.loads((model / "config_sentence_transformers.json").read_text())
+    folders.dump(model / "config_sentence_transformers.json", settings | {"similarity_fn_name": "manhattan"})
+    assert main(["index", corpus, "-o", str(tmp_path / "other"), "--model", str(model)]) == 1
+    assert "compares vectors by manhattan distance" in capsys.readouterr().err
+
+
+def test_info_says_what_it_understood(tmp_path, capsys):
+    folder = folders.write_folder("embeddinggemma", tmp_path / "gemma")
+    assert main(["info", str(folder)]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "gemma: gemma3_text, 3 layers, dimension 32",
+        "attention: bidirectional, windows of 5 tokens either side, itself included, in 2 of 3 layers",
+        "vectors: mean pooling, Dense 32 to 48 (Identity), Dense 48 to 32 (Identity), length 1; similarity cosine",
+        "texts: brackets off, max_seq_length 90",
+        "prompt document: 'title: none | text: '",
+        "ends with '<eos>' (380)",
+    ):
+        assert line in text
+    assert main(["info", str(folders.write_folder("qwen3_reranker", tmp_path / "reranker"))]) == 0
+    assert "vectors: none (" in capsys.readouterr().out
