@@ -26,3 +26,20 @@ def test_bfloat16_beyond_position_256(variant, tmp_path):
     errors = np.linalg.norm(rounded - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
     near, far = np.mean(errors[100:256]), np.mean(errors[300:])
     assert far < 1.5 * near < 0.1, (near, far)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gptj", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_distances_matter(variant, dtype, tmp_path):
+    """With rotation or ALiBi, positions from 301 on give what those from 0 on give."""
+    decoders.write_checkpoint(variant, tmp_path)
+    decoder = load_decoder(tmp_path, dtype)
+    ids = np.random.default_rng(0).integers(5, 300, (1, 24)).astype(np.int32)
+    near, far = (
+        np.asarray(
+            decoder(ids, segments=np.zeros_like(ids), positions=first + np.arange(24, dtype=np.int32)[None]),
+            np.float32,
+        )
+        for first in (0, 301)
+    )
+    assert np.linalg.norm(far - near) / np.linalg.norm(near) < {"float32": 1e-4, "bfloat16": 0.02}[dtype]
