@@ -42,7 +42,6 @@ from sgpt_jax.runtime.command import printable
 from sgpt_jax.runtime.memory import peak_memory
 from sgpt_jax.runtime.progress import progress
 from sgpt_jax.text.encoder import TextEncoder
-from sgpt_jax.text.pairs import DEFAULT_PROMPT
 from sgpt_jax.text.tokenizer import load_tokenizer
 
 EMBED_CHUNK = 4096
@@ -260,7 +259,7 @@ def rerank(options: argparse.Namespace) -> None:
     run = read_run(options.run, errors=options.encoding_errors)
     model = CrossEncoder.from_pretrained(
         options.model,
-        prompt=DEFAULT_PROMPT if options.prompt is None else options.prompt,
+        prompt=options.prompt,
         max_seq_length=options.max_seq_length,
         dtype=options.dtype,
         mesh=device_mesh(options.mesh),
