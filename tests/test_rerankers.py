@@ -234,6 +234,18 @@ def test_a_job_goes_on_only_with_the_same_scoring(tmp_path):
     assert len({json.dumps(fact, sort_keys=True) for fact in facts}) == 4
 
 
+def test_info_tells_the_scoring(tmp_path, capsys):
+    folder = folders.write_folder("pair_reranker", tmp_path / "model")
+    assert main(["info", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    scored = (
+        "pairs: logit of token 374 minus that of token 375, sigmoid, of the pair in two texts, instruction"
+    )
+    assert scored in shown and "instruction fish: 'Find the passage that is about fish: '" in shown
+    assert main(["info", str(folders.write_folder("qwen3_embedding", tmp_path / "embedder"))]) == 0
+    assert "pairs: log-probability of the query" in capsys.readouterr().out
+
+
 def test_nan_names_the_pair(model_of, monkeypatch):
     model = model_of("pair_reranker")
     monkeypatch.setattr(

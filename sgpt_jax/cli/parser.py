@@ -7,6 +7,7 @@ import importlib
 
 from sgpt_jax import __version__
 from sgpt_jax.cli.options import (
+    ADAPTER,
     BATCH_TOKENS,
     BI_ENCODER,
     MAX_SEQ_LENGTH,
@@ -146,6 +147,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 help="drop candidates whose id is the query's (ArguAna, Quora)",
             ),
             MAX_SEQ_LENGTH,
+            ADAPTER,
             BATCH_TOKENS,
             model(),
             dtype(),
