@@ -16,11 +16,13 @@ from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.options import BATCH_TOKENS, BI_ENCODER, MESH, WEIGHTS, Group, positive
 from sgpt_jax.cli.options import dtype as dtype_option
 from sgpt_jax.cli.options import model as model_option
-from sgpt_jax.cross_encoder import CrossEncoder
+from sgpt_jax.cross_encoder import CrossEncoder, is_template
 from sgpt_jax.decoder.model import split
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
+from sgpt_jax.folder.scoring import read_scoring
 from sgpt_jax.folder.source import resolve
+from sgpt_jax.load import open_model
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt
 
 # The zero-shot prompts of the SGPT paper's ablation, by the names of its repository's cross-encoder notebook. "G" is
@@ -63,9 +65,9 @@ def add_cross_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     add_depth_argument(group)
     group.add_argument(
         "--prompt",
-        default="G",
         help="a template with {} for the document, or a prompt of the SGPT paper by name: "
-        f"{', '.join(PROMPTS)} (default: %(default)s)",
+        f"{', '.join(PROMPTS)}; of a re-ranker an instruction, or the name of one of its own "
+        "(default: a re-ranker as its folder says, any other decoder G)",
     )
 
 
@@ -127,15 +129,17 @@ def bi_encoder(args: argparse.Namespace) -> LazyModel:
 
 def cross_encoder(args: argparse.Namespace) -> LazyModel:
     """The cross-encoder that `add_cross_encoder_arguments` and `add_common_arguments` describe."""
-    prompt = Prompt.parse(PROMPTS.get(args.prompt, args.prompt))
+    source = resolve(args.cross_encoder)
+    prompt = PROMPTS.get(args.prompt, args.prompt)
+    opened = open_model(source)
+    scoring = None if is_template(prompt) else read_scoring(opened.settings, source.name, opened.adapters)
+    if scoring is None:
+        meaning = {"prompt": dataclasses.asdict(Prompt.parse(DEFAULT_PROMPT if prompt is None else prompt))}
+    else:
+        meaning = {"scoring": scoring.asked(prompt).facts()}
     return LazyModel(
         args.cross_encoder,
-        {
-            "revision": revision(epath.Path(resolve(args.cross_encoder).path)),
-            "dtype": args.dtype,
-            **_weights(args),
-            "prompt": dataclasses.asdict(prompt),
-        },
+        {"revision": revision(epath.Path(source.path)), "dtype": args.dtype, **_weights(args), **meaning},
         lambda: CrossEncoder.from_pretrained(
             args.cross_encoder,
             prompt=prompt,

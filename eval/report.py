@@ -125,10 +125,18 @@ def label(result: Result) -> str:
     if not encoder:
         return start
     depth = (result.get("settings", {}).get("cross_encoder") or {}).get("rerank_depth")
+    return f"{_model_label(encoder)} on {start}, top {depth}, {_meaning(encoder)}"
+
+
+def _meaning(encoder: dict[str, Any]) -> str:
+    """What a cross-encoder's scores are: after which prompt, or by which instruction of its own scoring."""
+    if "scoring" in encoder:
+        instruction = encoder["scoring"]["prompt"]
+        said = f", instruction {json.dumps(instruction, ensure_ascii=False)}" if instruction else ""
+        return f"its own scoring{said}"
     prompt = encoder["prompt"]["prefix"] + "{}" + encoder["prompt"]["suffix"]
     named = encoder.get("study") or next((name for name, text in _prompts().items() if text == prompt), None)
-    shown = f"prompt {named}" if named else f"prompt {json.dumps(prompt, ensure_ascii=False)}"
-    return f"{_model_label(encoder)} on {start}, top {depth}, {shown}"
+    return f"prompt {named}" if named else f"prompt {json.dumps(prompt, ensure_ascii=False)}"
 
 
 def _prompts() -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""The cross-encoder: how probable a query is after a prompt that holds the document (SGPT-CE). No training needed."""
+"""The cross-encoder: how probable a query is after a prompt that holds the document (SGPT-CE), without any training;
+or, for a re-ranker, what its folder says.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.sharding import batch_sharding, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import fix_surrogates
+from sgpt_jax.folder.scoring import Scoring, is_classifier, read_scoring
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.load import load_parts, open_model, token_limit
+from sgpt_jax.load import Parts, load_parts, open_model, token_limit
+from sgpt_jax.own_scoring import OwnScoring, score_pairs
 from sgpt_jax.packing.layout import BATCH_TOKENS, lay_out, plan_batches
 from sgpt_jax.packing.shared import lay_out_targets, shared_rows
 from sgpt_jax.runtime.one_behind import one_behind
@@ -38,6 +42,9 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 # CPU: tokens of a batch. Small batches stay in the caches, and little of the last one is padding.
 CPU_BATCH_TOKENS = 1024
+
+# A tokenizer that states no limit states about 1e30.
+UNSTATED = 10**9
 
 
 class NaNScoreError(InputError):
@@ -81,8 +88,8 @@ class ScoreReport:
         notes = [
             f"{number} {what}"
             for number, what in (
-                (self.documents_cut, "with a document that is too long and lost its start"),
-                (self.queries_cut, "with a query that is too long and lost its end"),
+                (self.documents_cut, "with a document that is too long and was cut"),
+                (self.queries_cut, "with a query that is too long and was cut"),
                 (self.queries_empty, "with an empty query, whose score is 0"),
             )
             if number
@@ -92,59 +99,87 @@ class ScoreReport:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CrossEncoder:
-    """Scores (query, document) pairs by the query's log-probability after a prompt with the document (SGPT paper).
+    """Scores (query, document) pairs by the query's log-probability after a prompt with the document (SGPT paper), or
+    as a re-ranker's folder itself says.
 
-    Make one with `from_pretrained`. How pairs become tokens, and what is cut, is in `tokenise_pairs`.
+    Make one with `from_pretrained`. How pairs become tokens, and what is cut, is in `tokenise_pairs`, and for a
+    folder's own scoring in `text.templates`.
 
     Attributes:
-        decoder: the decoder, with a language-model head.
+        decoder: the decoder; log-probabilities and logits need its language-model head.
         text: the tokenizer; its `max_seq_length` bounds the decoder's input for one pair.
-        prompt: the text around documents.
+        prompt: the text around documents; None with a scoring.
         reduction: "sum" of the query's log-probabilities (SGPT paper), their "mean", or "search-endpoint": 100 times
             (the mean minus the mean after the prompt with an empty document), the score of OpenAI's former search
             endpoint (the SGPT repository has it), to be used with `SEARCH_ENDPOINT_PROMPT`.
         name: the source's name, for reports.
         mesh: the devices it runs on, or None for the first one.
+        scoring: the folder's own scoring, or None for log-probabilities.
     """
 
     decoder: Decoder
     text: TextEncoder
-    prompt: Prompt
+    prompt: Prompt | None
     reduction: Reduction = "sum"
     name: str = ""
     mesh: Mesh | None = None
+    scoring: OwnScoring | None = None
 
     @classmethod
     def from_pretrained(
         cls,
         source: Any,
         *,
-        prompt: str | Prompt = DEFAULT_PROMPT,
+        prompt: str | Prompt | None = None,
         reduction: Reduction = "sum",
         max_seq_length: int | None = None,
         dtype: str = "float32",
         mesh: Mesh | None = None,
         weights: str | None = None,
+        adapter: Any = None,
     ) -> CrossEncoder:
-        """Loads a model: a decoder of any supported family, as it was pre-trained.
+        """Loads a model: a decoder of any supported family, as it was pre-trained, or a re-ranker.
 
         Args:
             source: a folder, a hub id, or a .gguf file.
-            prompt: a template with one `{}` for the document, or a `Prompt` (few-shot: `Prompt.with_examples`). The
-                default is for search. Symmetric pairs, such as duplicate questions, want another one: the SGPT
-                repository has "Question Body: {} Question Title:" for Quora.
+            prompt: None does what the folder says: the scoring of a re-ranker, or log-probabilities after the prompt
+                for search where it says nothing. A template with one `{}` for the document, or a `Prompt` (few-shot:
+                `Prompt.with_examples`), asks for log-probabilities of any folder. Symmetric pairs, such as duplicate
+                questions, want another one than search: the SGPT repository has "Question Body: {} Question Title:" for
+                Quora. Any other text is for a re-ranker: the name of one of its folder's prompts, or an instruction.
             reduction: "sum", "mean" or "search-endpoint", see the class.
             max_seq_length: tokens that the decoder reads for one pair at most; None is the model's own limit.
-            dtype: "float32" or "bfloat16", for weights and matmuls; log-probabilities are float32 always.
+            dtype: "float32" or "bfloat16", for weights and matmuls; log-probabilities and scores are float32 always.
             mesh: spread model and batches over it (`make_mesh`); None uses the first device.
             weights: "int8" holds the matrices as int8, None in the dtype, see `load_decoder`.
+            adapter: LoRA adapters to merge, see `open_model`; one with a classifier's head scores by it.
 
         Raises:
             InputError: the source is missing, damaged, not supported or has no language-model head, or the options do
                 not fit it.
         """
         resolved = resolve(source)
-        parts = load_parts(open_model(resolved), dtype, mesh, weights)
+        opened = open_model(resolved, adapter)
+        if is_template(prompt):
+            if is_classifier(opened.settings, opened.adapters):
+                raise InputError(
+                    f"{resolved.name}: a classifier has no log-probabilities: leave the prompt out"
+                )
+            scoring = None
+        else:
+            scoring = read_scoring(opened.settings, resolved.name, opened.adapters)
+        if scoring is not None:
+            assert not isinstance(prompt, Prompt)
+            if reduction != "sum":
+                raise InputError(
+                    f"{resolved.name}: reduction is for log-probabilities; this is a re-ranker ({scoring.says})"
+                )
+            parts = load_parts(opened, dtype, mesh, weights, score_head=scoring.true is None)
+            text = _pair_text(scoring, parts, max_seq_length)
+            own = OwnScoring.of(scoring.asked(prompt), parts)
+            return cls(parts.decoder, text, None, name=resolved.name, mesh=mesh, scoring=own)
+        parts = load_parts(opened, dtype, mesh, weights)
+        prompt = DEFAULT_PROMPT if prompt is None else prompt
         return cls(
             decoder=parts.decoder,
             text=TextEncoder(parts.tokenizer, token_limit(parts.decoder.config, max_seq_length)),
@@ -155,6 +190,13 @@ class CrossEncoder:
         )
 
     def __post_init__(self) -> None:
+        token_limit(self.decoder.config, self.text.max_seq_length)
+        if self.reduction not in REDUCTIONS:
+            raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {self.reduction!r}")
+        if (self.prompt is None) == (self.scoring is None):
+            raise InputError("a cross-encoder has either a prompt or a scoring of its own")
+        if self.prompt is None:
+            return
         if self.decoder.config.head == "none":
             raise InputError(
                 f"{self.name or 'the checkpoint'} has no language-model head, so it cannot score queries"
@@ -163,10 +205,14 @@ class CrossEncoder:
             raise InputError(
                 f"{self.name or 'the checkpoint'}: its tokens see those behind them, so it gives no log-probabilities"
             )
-        token_limit(self.decoder.config, self.text.max_seq_length)
-        if self.reduction not in REDUCTIONS:
-            raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {self.reduction!r}")
         query_room(self.text, self.prompt)
+
+    def facts(self) -> dict[str, Any]:
+        """What scores mean, as JSON values: with the same model, limit, dtype and facts they are the same."""
+        if self.scoring is not None:
+            return {"scoring": self.scoring.facts()}
+        assert self.prompt is not None
+        return {"prompt": dataclasses.asdict(self.prompt), "reduction": self.reduction}
 
     def predict(
         self,
@@ -178,8 +224,8 @@ class CrossEncoder:
     ) -> np.ndarray:
         """Scores of (query, document) pairs.
 
-        Queries of one document are packed behind it and computed in one pass, and equal pairs once; scores do not
-        depend on that, nor on what else is in the call.
+        Equal pairs are computed once, and of log-probabilities the queries of one document are packed behind it and
+        computed in one pass; scores do not depend on that, nor on what else is in the call.
 
         Args:
             pairs: (query, document), any number, in any order.
@@ -188,13 +234,28 @@ class CrossEncoder:
             report: counts are added here.
 
         Returns:
-            float32 [n]: by default the sum of the query's log-probabilities; 0 for an empty query.
+            float32 [n]: the sum of the query's log-probabilities (or what `reduction` says), 0 for an empty query; of a
+            re-ranker what its folder says.
 
         Raises:
             TypeError: for what is no pair of two str, naming its index.
             InputError: for a score that is NaN, naming its index.
         """
         queries, documents = _check_pairs(pairs)
+        if self.scoring is not None:
+            scores, counts = score_pairs(
+                self.scoring,
+                self.decoder,
+                self.text,
+                queries,
+                documents,
+                mesh=self.mesh,
+                batch_tokens=_batch_tokens(batch_tokens),
+                show_progress=show_progress,
+            )
+            _tell(ScoreReport(**counts), report)
+            return _without_nan(scores)
+        assert self.prompt is not None
         count = len(queries)
         # What the scores are compared with: each query after an empty document.
         alone = {query: count + i for i, query in enumerate(dict.fromkeys(queries))}
@@ -202,23 +263,17 @@ class CrossEncoder:
             queries, documents = [*queries, *alone], documents + [""] * len(alone)
         tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=show_progress)
         done = _count(tokens, count)
-        if (warning := done.warning()) is not None:
-            warnings.warn(warning, stacklevel=2)
         # The 0 at the end is for those without query tokens, whose index is -1.
         sums = np.append(
             self.sums(tokens, batch_tokens=batch_tokens, show_progress=show_progress, report=done), 0
         )
-        if report is not None:
-            report.add(done)
+        _tell(done, report)
         scores = sums[tokens.indices]
         if self.reduction != "sum":
             scores = scores / np.maximum(tokens.lengths, 1)
         if self.reduction == "search-endpoint":
             scores = 100 * (scores[:count] - scores[[alone[query] for query in queries[:count]]])
-        wrong = np.flatnonzero(np.isnan(scores))
-        if wrong.size:
-            raise NaNScoreError(f"the score of pair {wrong[0]} is NaN", int(wrong[0]))
-        return scores.astype(np.float32)
+        return _without_nan(scores)
 
     def rank(
         self,
@@ -266,7 +321,10 @@ class CrossEncoder:
 
         Raises:
             TypeError: for what is no str.
+            InputError: for a re-ranker, whose scores are no log-probabilities.
         """
+        if self.prompt is None:
+            raise InputError(f"{self.name}: a re-ranker's scores are no log-probabilities of tokens")
         queries, documents = _check_pairs([(query, document)])
         tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=False)
         for ids in (tokens.contexts, tokens.queries):
@@ -304,7 +362,7 @@ class CrossEncoder:
         sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         plans = plan_batches(
             shared_rows(pairs, list(map(len, contexts)), list(map(len, queries)), self.decoder.config),
-            batch_tokens=batch_tokens or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS),
+            batch_tokens=_batch_tokens(batch_tokens),
             row_multiple=shards,
         )
         read = [queries[query][:-1] for _, query in pairs]  # the last token is predicted, but not read
@@ -317,6 +375,41 @@ class CrossEncoder:
                 graphdef, params, *jax.device_put((batch, targets), sharding), mesh=self.mesh
             )
             yield owners, log_probs
+
+
+def _pair_text(scoring: Scoring, parts: Parts, asked: int | None) -> TextEncoder:
+    """The tokenizer of a re-ranker, with the limit that is asked for, or that folder and tokenizer state."""
+    stated = scoring.max_seq_length or min(parts.tokenizer.model_max_length, UNSTATED)
+    text = TextEncoder(parts.tokenizer, token_limit(parts.decoder.config, asked, stated))
+    usual = scoring.form.usual_limit(text)
+    if asked is None and usual is not None and usual < text.max_seq_length:
+        return TextEncoder(parts.tokenizer, usual)
+    return text
+
+
+def is_template(prompt: str | Prompt | None) -> bool:
+    """Whether a prompt asks for log-probabilities: a re-ranker's instruction has no `{}`."""
+    return isinstance(prompt, Prompt) or (prompt is not None and "{}" in prompt)
+
+
+def _batch_tokens(asked: int | None) -> int:
+    return asked or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
+
+
+def _tell(done: ScoreReport, report: ScoreReport | None) -> None:
+    """Warns the caller of `predict`, and adds to its report."""
+    if (warning := done.warning()) is not None:
+        warnings.warn(warning, stacklevel=3)
+    if report is not None:
+        report.add(done)
+
+
+def _without_nan(scores: np.ndarray) -> np.ndarray:
+    """Scores [n] as float32; a NaN is an error."""
+    wrong = np.flatnonzero(np.isnan(scores))
+    if wrong.size:
+        raise NaNScoreError(f"the score of pair {wrong[0]} is NaN", int(wrong[0]))
+    return scores.astype(np.float32)
 
 
 def _fetch(started: tuple[np.ndarray, jax.Array]) -> tuple[np.ndarray, np.ndarray]:

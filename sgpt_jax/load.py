@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from sgpt_jax.checkpoint.adapters import CONFIG, AdaptedFiles, read_adapter
 from sgpt_jax.checkpoint.fingerprint import weights_sha256
+from sgpt_jax.checkpoint.score_head import WithoutScoreHead
 from sgpt_jax.checkpoint.tensors import TensorFiles, open_checkpoint
 from sgpt_jax.checkpoint.untrusted import read_object
 from sgpt_jax.checkpoint.weights import checkpoint_sha256, load_checkpoint
@@ -152,18 +154,25 @@ class Parts:
         decoder: the decoder.
         tokenizer: its tokenizer.
         hf_config: the Hugging Face config that it was read from.
+        score_head: a classifier's head, float32 [E], where it was asked for.
     """
 
     decoder: Decoder
     tokenizer: PreTrainedTokenizerFast
     hf_config: Mapping[str, Any]
+    score_head: np.ndarray | None = None
 
 
-def load_parts(opened: Opened, dtype: str, mesh: Mesh | None, weights: str | None = None) -> Parts:
-    """The decoder and the tokenizer of an opened model, see `load_decoder` and `open_model`."""
-    check_fork()
-    decoder = load_checkpoint(opened.files, dtype, mesh, weights)
-    return Parts(decoder, load_tokenizer(opened.tokenizer), opened.files.config)
+def load_parts(
+    opened: Opened, dtype: str, mesh: Mesh | None, weights: str | None = None, *, score_head: bool = False
+) -> Parts:
+    """The decoder and the tokenizer of an opened model, see `load_decoder` and `open_model`; with `score_head` also the
+    head of a classifier.
+    """
+    classifier = WithoutScoreHead(opened.files) if score_head else None
+    decoder = load_checkpoint(classifier or opened.files, dtype, mesh, weights)
+    head = classifier.head() if classifier else None
+    return Parts(decoder, load_tokenizer(opened.tokenizer), opened.files.config, head)
 
 
 def base_sha256(files: TensorFiles, decoder: Decoder) -> str:

@@ -220,8 +220,7 @@ def _describe(
         digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
     return {
         "format": 1,
-        "prompt": dataclasses.asdict(model.prompt),
-        "reduction": model.reduction,
+        **model.facts(),
         "max_seq_length": model.text.max_seq_length,
         "dtype": model.decoder.dtype.name,
         "model": model_fingerprint(model.decoder, {}, head=True),

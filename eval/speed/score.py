@@ -30,7 +30,7 @@ from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.text.pairs import TokenPairs, tokenise_pairs
+from sgpt_jax.text.pairs import DEFAULT_PROMPT, TokenPairs, tokenise_pairs
 
 Pairs = list[tuple[str, str]]
 
@@ -47,7 +47,9 @@ def score_benchmark(
     "torch, one by one" is the SGPT repository's sgptce.py: one pair at a time, logits of every token. "torch, batches"
     has pairs of like length together, and the head at the query's tokens only.
     """
-    model = CrossEncoder.from_pretrained(source, dtype=dtype, max_seq_length=max_seq_length)
+    model = CrossEncoder.from_pretrained(
+        source, prompt=DEFAULT_PROMPT, dtype=dtype, max_seq_length=max_seq_length
+    )
     pairs = sample_pairs(data, DEPTH, count)
     rows = _rows(model, pairs)
     lengths = [len(context) + len(asked) - 1 for context, asked in rows]
@@ -105,6 +107,7 @@ def sample_pairs(data: DataSet, depth: int, count: int) -> Pairs:
 
 def _tokens(model: CrossEncoder, pairs: Pairs) -> TokenPairs:
     queries, documents = zip(*pairs, strict=True)
+    assert model.prompt is not None
     return tokenise_pairs(model.text, model.prompt, queries, documents, show_progress=False)
 
 

@@ -28,6 +28,7 @@ from sgpt_jax.files.corpora import read_corpus, read_queries, read_texts
 from sgpt_jax.files.lines import ReadReport, atomic_write
 from sgpt_jax.files.runs import read_run, write_run
 from sgpt_jax.folder.modules import describe_modules
+from sgpt_jax.folder.scoring import read_scoring
 from sgpt_jax.folder.settings import read_settings
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.index.build import build_index
@@ -42,7 +43,6 @@ from sgpt_jax.runtime.command import printable
 from sgpt_jax.runtime.memory import peak_memory
 from sgpt_jax.runtime.progress import progress
 from sgpt_jax.text.encoder import TextEncoder
-from sgpt_jax.text.pairs import DEFAULT_PROMPT
 from sgpt_jax.text.tokenizer import load_tokenizer
 
 EMBED_CHUNK = 4096
@@ -260,11 +260,12 @@ def rerank(options: argparse.Namespace) -> None:
     run = read_run(options.run, errors=options.encoding_errors)
     model = CrossEncoder.from_pretrained(
         options.model,
-        prompt=DEFAULT_PROMPT if options.prompt is None else options.prompt,
+        prompt=options.prompt,
         max_seq_length=options.max_seq_length,
         dtype=options.dtype,
         mesh=device_mesh(options.mesh),
         weights=options.weights,
+        adapter=options.adapter,
     )
     report = rerank_job(
         model,
@@ -346,7 +347,8 @@ def _model_info(source: str) -> None:
         f"{_int8_bytes(config) / 1e9:.2f} GB with int8 matrices and bfloat16",
         *(f"adapter: {adapter}" for adapter in opened.adapters),
     ]
-    print(printable("\n".join([*lines, *_use_info(opened, resolved.name, config)]), keep="\n"))
+    lines += _use_info(opened, resolved.name, config) + _scoring_info(opened, resolved.name)
+    print(printable("\n".join(lines), keep="\n"))
 
 
 def _use_info(opened: Opened, name: str, config: DecoderConfig) -> list[str]:
@@ -374,6 +376,18 @@ def _use_info(opened: Opened, name: str, config: DecoderConfig) -> list[str]:
     tokens = tokenizer.convert_ids_to_tokens(ids)
     ends = f"begins with {tokens[0]!r} ({ids[0]}) and ends with {tokens[-1]!r} ({ids[-1]})"
     return [*lines, f"{SAMPLE!r} has {len(ids)} tokens, {ends}"]
+
+
+def _scoring_info(opened: Opened, name: str) -> list[str]:
+    """How a cross-encoder scores pairs with the model."""
+    try:
+        scoring = read_scoring(opened.settings, name, opened.adapters)
+    except InputError as problem:
+        return [f"pairs: none ({problem})"]
+    if scoring is None:
+        return ["pairs: log-probability of the query after a prompt with the document"]
+    named = [f"instruction {key}: {text!r}" for key, text in scoring.prompts.items() if text]
+    return [f"pairs: {scoring.describe()}", *named]
 
 
 def _int8_bytes(config: DecoderConfig) -> int:

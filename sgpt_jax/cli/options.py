@@ -96,6 +96,13 @@ MAX_SEQ_LENGTH = option(
     help="tokens of a text that are read, brackets included (default: the model's limit)",
 )
 
+ADAPTER = option(
+    "--adapter",
+    action="append",
+    metavar="A",
+    help="LoRA adapter to merge into the model (folder in peft's layout, or hub id); may be repeated",
+)
+
 # How a bi-encoder makes vectors: what the model folder says, unless these say otherwise.
 BI_ENCODER = (
     option("--pooling", choices=POOLING, help="default: what the model folder says, or weightedmean"),
@@ -119,12 +126,7 @@ BI_ENCODER = (
         help="keep the first N dimensions of the vectors (default: as the model folder says, or all)",
     ),
     option("--biases", metavar="FILE", help="trained biases to apply, a biases.safetensors"),
-    option(
-        "--adapter",
-        action="append",
-        metavar="A",
-        help="LoRA adapter to merge into the model (folder in peft's layout, or hub id); may be repeated",
-    ),
+    ADAPTER,
 )
 # Their names, with those of --model, --dtype and --weights: what `BiEncoder.from_settings` takes.
 BI_ENCODER_SETTINGS = (

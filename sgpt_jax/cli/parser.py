@@ -7,6 +7,7 @@ import importlib
 
 from sgpt_jax import __version__
 from sgpt_jax.cli.options import (
+    ADAPTER,
     BATCH_TOKENS,
     BI_ENCODER,
     MAX_SEQ_LENGTH,
@@ -108,7 +109,9 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 help="hold the vectors on all devices as float32, bfloat16 or int8, with the results of the stored "
                 "ones; pays for many queries",
             ),
-            option("--cross-encoder", help=f"the decoder that re-ranks (default: {INDEX_MODEL})"),
+            option(
+                "--cross-encoder", help=f"the decoder or re-ranker that re-ranks (default: {INDEX_MODEL})"
+            ),
             model(required=False, default=INDEX_MODEL),
             dtype(default=None, of="of weights and matmuls (default: the index's)"),
             WEIGHTS,
@@ -118,8 +121,8 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
         ),
     ),
     "rerank": (
-        "Re-rank a run by the log-probability of the query after a prompt with the document. "
-        "After an interruption, run it again to go on.",
+        "Re-rank a run by the log-probability of the query after a prompt with the document, or as a re-ranker's "
+        "folder says. After an interruption, run it again to go on.",
         (
             option("run", help="candidates: a TREC run, or JSON {query: {document: score}}"),
             option("--queries", required=True, help="queries: JSONL, TSV or plain text"),
@@ -135,7 +138,8 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
             option(
                 "--prompt",
                 help="text around a document, with one {} for it; the default is the SGPT paper's for search, "
-                "'Question Body: {} Question Title:' suits duplicate questions",
+                "'Question Body: {} Question Title:' suits duplicate questions. Of a re-ranker an instruction, or the "
+                "name of one of its folder's; the default is as the folder says",
             ),
             option(
                 "--ignore-identical-ids",
@@ -143,6 +147,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 help="drop candidates whose id is the query's (ArguAna, Quora)",
             ),
             MAX_SEQ_LENGTH,
+            ADAPTER,
             BATCH_TOKENS,
             model(),
             dtype(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -168,6 +169,20 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: when the checkpoint had no language-model head.
         """
+        return self._logits(hidden, lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis))
+
+    def head_entries(self, hidden: jax.Array, entries: jax.Array) -> jax.Array:
+        """Logits of some vocabulary entries: [..., E] and int [n] to float32 [..., n].
+
+        Of a head that is sharded over the vocabulary, the entries alone go from device to device.
+
+        Raises:
+            ValueError: when the checkpoint had no language-model head.
+        """
+        return self._logits(hidden, lambda x, axis: jnp.take(x, entries, axis))
+
+    def _logits(self, hidden: jax.Array, choose: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
+        """Logits of the entries that `choose` takes along the vocabulary's axis of an array."""
         if self.config.head == "none":
             raise ValueError("this checkpoint has no language-model head, so it gives vectors but no logits")
         hidden = hidden.astype(self.dtype)
@@ -177,13 +192,12 @@ class Decoder(nnx.Module):
         matrix, scale, axis = tokens.embedding, tokens.scale, 0
         if self.head is not None and self.head.kernel is not None:
             matrix, scale, axis = self.head.kernel, self.head.scale, 1
-        kernel = jax.lax.dynamic_slice_in_dim(matrix[...], start, size, axis)
+        kernel = choose(matrix[...], axis)
         logits = matmul(hidden, (kernel if axis else kernel.T).astype(self.dtype))
         if scale is not None:
-            logits = logits * jax.lax.dynamic_slice_in_dim(scale[...], start, size)
+            logits = logits * choose(scale[...], 0)
         if self.head is not None and self.head.bias is not None:
-            bias = jax.lax.dynamic_slice_in_dim(self.head.bias[...], start, size)
-            logits = logits + bias.astype(jnp.float32)
+            logits = logits + choose(self.head.bias[...], 0).astype(jnp.float32)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         return softcap(logits, self.config.logit_softcap)

@@ -43,6 +43,11 @@ class Models:
     document_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.cross_encoder is not None and self.cross_encoder.prompt is None:
+            raise InputError(
+                f"{self.cross_encoder.name}: a re-ranker with a scoring of its own is not served, only a decoder that "
+                "scores by log-probabilities"
+            )
         if self.index is not None and self.index.dimension != self.encoder.dimension:
             raise InputError(
                 f"the index has vectors of {self.index.dimension} dimensions, the model makes "
@@ -175,7 +180,7 @@ class Service:
     async def query_tokens(self, query: str) -> list[str]:
         """The pieces of a query that the cross-encoder reads as tokens; together they are the query."""
         model = self.models.cross_encoder
-        assert model is not None
+        assert model is not None and model.prompt is not None
         return await self._in_thread(query_tokens, model.text, model.prompt, query)
 
     async def _run(self, job: Job) -> list[Any]:
@@ -235,7 +240,7 @@ class Service:
     ) -> tuple[list[TokenPair], list[int]]:
         """The different pairs as tokens, and the pair of each document, -1 for an empty query."""
         model = self.models.cross_encoder
-        assert model is not None
+        assert model is not None and model.prompt is not None
         if limit is not None:
             documents = [_first_tokens(model.text, document, limit) for document in documents]
         tokens = tokenise_pairs(

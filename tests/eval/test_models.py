@@ -7,6 +7,7 @@ from pathlib import Path
 
 import decoders
 import eval_cases
+import folders
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from eval import prompt_study
 from eval.__main__ import main
 from eval.models import PROMPTS
 from eval.provenance import command, revision
+from eval.report import label
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError
@@ -93,6 +95,21 @@ def test_beir_with_a_cross_encoder_is_what_it_predicts(tiny, small, tmp_path):
     result = read(tmp_path / "out/small.json")
     assert result["cross_encoder"]["prompt"]["prefix"] == "Document:\n"
     assert result["work"]["pairs"] == sum(map(len, read_run(tmp_path / "out/small.trec").values()))
+
+
+def test_beir_with_a_reranker_is_what_its_folder_says(small, tmp_path):
+    folder = folders.write_folder("qwen3_reranker", tmp_path / "model")
+    arguments = ["--cross-encoder", str(folder), "--rerank-depth", "3", "--output", str(tmp_path / "out")]
+    assert main(["beir", small, *arguments, "--prompt", "fish"]) == 0
+    model = CrossEncoder.from_pretrained(folder, prompt="fish")
+    data = DataSet("small", Path(small), "test").load()
+    texts = {document.id: document.text for document in data.documents()}
+    for query, hits in read_run(tmp_path / "out/small.trec").items():
+        expected = model.predict([(data.queries[query], texts[document]) for document in hits])
+        assert list(hits.values()) == pytest.approx(expected.tolist(), rel=1e-4)
+    result = read(tmp_path / "out/small.json")
+    assert result["cross_encoder"]["scoring"]["activation"] == "sigmoid"
+    assert label(result).endswith('top 3, its own scoring, instruction "Find the passage that is about fish"')
 
 
 def test_a_prompt_without_a_place_for_the_document_is_refused(tiny, small, tmp_path, capsys):
