@@ -6,10 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -18,19 +17,19 @@ from jax.sharding import Mesh
 from sgpt_jax.checkpoint import bias_sets
 from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.checkpoint.fingerprint import model_fingerprint, module_facts
-from sgpt_jax.decoder.model import Decoder, split
-from sgpt_jax.decoder.modules import Dense, Modules, output_dimension
+from sgpt_jax.decoder.model import Decoder
+from sgpt_jax.decoder.modules import Modules, output_dimension
 from sgpt_jax.decoder.pooling import pooling_modes, similarities
-from sgpt_jax.decoder.sharding import batch_sharding, num_shards
+from sgpt_jax.decoder.sharding import num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.card import read_license, write_model_card
 from sgpt_jax.folder.modules import describe_modules
 from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.load import base_sha256, load_parts, open_model, token_limit
-from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, lay_out
-from sgpt_jax.packing.rows import embed, plan_texts, texts_per_row, vector_indices
-from sgpt_jax.runtime.one_behind import one_behind
+from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch
+from sgpt_jax.packing.rows import plan_texts
+from sgpt_jax.packing.stream import Chunk, Embedder
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.prefetch import ahead
 from sgpt_jax.runtime.progress import progress
@@ -79,33 +78,6 @@ class EncodeReport:
     tokens_padded: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """Texts that become vectors.
-
-    Attributes:
-        ids: their token ids.
-        plans: the batches that they run in.
-        skip: so many first tokens of each are left out of the pooling.
-        vectors: float32 [n, D], that are to come.
-    """
-
-    ids: list[list[int]]
-    plans: list[PlannedBatch]
-    skip: int
-    vectors: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class _Started:
-    """A batch that the device may still be working on; without a plan and a result, a chunk that has no texts."""
-
-    chunk: _Chunk
-    plan: PlannedBatch | None = None
-    room: int = 0
-    result: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -185,13 +157,12 @@ class BiEncoder:
         pooling = _first(pooling, recorded.get("pooling"), settings.pooling, "weightedmean")
         brackets = _first(brackets, recorded.get("brackets"), settings.brackets, False)
         try:
-            modes = pooling_modes(pooling)
+            pooling_modes(pooling)
         except ValueError as problem:
             raise InputError(str(problem)) from None
         parts = load_parts(opened, dtype, mesh, weights)
         length = token_limit(parts.decoder.config, max_seq_length, settings.max_seq_length)
         decoder = parts.decoder
-        _check_modules(len(modes) * decoder.config.hidden_dim, settings.modules)
         if bias_set is not None:
             decoder = bias_sets.apply_bias_set(decoder, bias_set, base_sha256(opened.files, decoder))
         model = cls(
@@ -320,7 +291,9 @@ class BiEncoder:
         ids = self.text.ids(asked, side, prompt=prompt, show_progress=show_progress)
         chunk = self._plan(ids, prompt, side, truncate_dim, batch_tokens)
         with progress("embedding", "text", len(ids), show=show_progress) as bar:
-            (vectors,) = self._vectors([chunk], normalize, lambda plan: bar.update(len(plan.texts)))
+            (vectors,) = self._embedder().vectors(
+                [chunk], normalize, lambda plan: bar.update(len(plan.texts))
+            )
         return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_query(self, texts: str | Sequence[str], **options: Unpack[EncodeOptions]) -> np.ndarray:
@@ -374,7 +347,7 @@ class BiEncoder:
         def cut(texts: int) -> None:
             report.cut += texts
 
-        def planned() -> Iterator[_Chunk]:
+        def planned() -> Iterator[Chunk]:
             for texts in chunks:
                 prompt = self.text.prompt(side)
                 ids = self.text.ids(texts, side, prompt=prompt, show_progress=False, on_cut=cut)
@@ -382,7 +355,7 @@ class BiEncoder:
                 yield self._plan(ids, prompt, side, None, batch_tokens)
 
         with contextlib.closing(ahead(planned(), 2, wait)) as ready:
-            yield from self._vectors(ready, normalize, count)
+            yield from self._embedder().vectors(ready, normalize, count)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """How near vectors are, by the model's own measure: the higher, the nearer.
@@ -472,6 +445,9 @@ class BiEncoder:
             raise InputError(f"truncate_dim {size}: the model's vectors have {self.dimension} dimensions")
         return size
 
+    def _embedder(self) -> Embedder:
+        return Embedder(self.decoder, self.pooling, self.modules, self.text.pad_id, self.mesh)
+
     def _plan(
         self,
         ids: list[list[int]],
@@ -479,7 +455,7 @@ class BiEncoder:
         side: Side | None,
         truncate_dim: int | None,
         batch_tokens: int | None,
-    ) -> _Chunk:
+    ) -> Chunk:
         check_ids(ids, self.decoder.config.vocab_size)
         skip = 0 if self.include_prompt else self.text.prompt_length(prompt, side)
         plans = plan_texts(
@@ -488,59 +464,9 @@ class BiEncoder:
             max_length=self.text.max_seq_length,
             row_multiple=num_shards(self.mesh),
         )
-        return _Chunk(ids, plans, skip, np.zeros((len(ids), self._kept(truncate_dim)), np.float32))
-
-    def _vectors(
-        self, chunks: Iterable[_Chunk], normalize: bool, on_batch: Callable[[PlannedBatch], object]
-    ) -> Iterator[np.ndarray]:
-        """The vectors of each chunk; the device goes on from chunk to chunk."""
-
-        def fetch(started: _Started) -> _Started:
-            if (plan := started.plan) is not None:
-                vectors = np.asarray(started.result).reshape(-1, started.chunk.vectors.shape[1])
-                started.chunk.vectors[plan.texts] = vectors[vector_indices(plan, started.room)]
-                on_batch(plan)
-            return started
-
-        for done in one_behind(self._start(chunks, normalize), fetch):
-            if done.plan is None or done.plan is done.chunk.plans[-1]:
-                yield done.chunk.vectors
-
-    def _start(self, chunks: Iterable[_Chunk], normalize: bool) -> Iterator[_Started]:
-        """Starts one batch after the other."""
-        graphdef, params = split(self.decoder)
-        sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
-        for chunk in chunks:
-            for plan in chunk.plans:
-                room = texts_per_row(plan)
-                batch = jax.device_put(lay_out(plan, chunk.ids, self.text.pad_id), sharding)
-                result = embed(
-                    graphdef,
-                    params,
-                    self.modules,
-                    batch,
-                    chunk.skip,
-                    pooling=self.pooling,
-                    room=room,
-                    dimension=chunk.vectors.shape[1],
-                    normalize=normalize,
-                    mesh=self.mesh,
-                )
-                yield _Started(chunk, plan, room, result)
-            if not chunk.plans:
-                yield _Started(chunk)
+        return Chunk(ids, plans, skip, np.zeros((len(ids), self._kept(truncate_dim)), np.float32))
 
 
 def _first(*values: Any) -> Any:
     """The first value that is not None."""
     return next(value for value in values if value is not None)
-
-
-def _check_modules(dimension: int, modules: Modules) -> None:
-    """Raises InputError when the layers behind the pooling do not fit each other."""
-    for module in modules:
-        if isinstance(module, Dense):
-            inside, outside = module.weight.shape[1], module.weight.shape[0]
-            if inside != dimension:
-                raise InputError(f"a Dense module takes vectors of {inside} dimensions, but gets {dimension}")
-            dimension = outside

@@ -17,6 +17,7 @@ from sgpt_jax.decoder.config import RotaryConfig
 from sgpt_jax.decoder.model import split
 from sgpt_jax.decoder.positions import rotary_frequencies
 from sgpt_jax.errors import InputError
+from sgpt_jax.packing import rows
 
 RECIPE = json.loads((decoders.FIXTURES / "sgpt/texts.json").read_text("utf-8"))
 VECTORS = np.load(decoders.FIXTURES / "sgpt/vectors.npz")
@@ -145,7 +146,7 @@ def test_a_thousand_lengths_compile_few_programs(tmp_path):
     order = np.random.RandomState(0).permutation(1000)
     jax.clear_caches()
     vectors = model.encode([texts[i] for i in order])
-    assert bi_encoder.embed._cache_size() <= 12
+    assert rows.embed._cache_size() <= 12
     some = [0, 17, 500, 999]
     assert_same(vectors[some], model.encode([texts[order[i]] for i in some]))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sgpt_jax.decoder.pooling import normalize
+from sgpt_jax.errors import InputError
 
 # Activations by the name of their torch class, as sentence-transformers writes it; those without parameters.
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -88,8 +89,15 @@ def _product(vectors: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def output_dimension(dimension: int, modules: Iterable[Dense | Normalize]) -> int:
-    """Length of the vectors that leave the modules, from that of those that enter."""
+    """Length of the vectors that leave the modules, from that of those that enter.
+
+    Raises:
+        InputError: a layer takes vectors of another length than it gets.
+    """
     for module in modules:
         if isinstance(module, Dense):
-            dimension = int(module.weight.shape[0])
+            outside, inside = module.weight.shape
+            if inside != dimension:
+                raise InputError(f"a Dense module takes vectors of {inside} dimensions, but gets {dimension}")
+            dimension = int(outside)
     return dimension

@@ -147,6 +147,8 @@ def test_dimensions(tmp_path):
     ):
         with pytest.raises(InputError, match="truncate_dim"):
             call()
+    with pytest.raises(InputError, match="a Dense module takes vectors of 32 dimensions, but gets 64"):
+        load(tmp_path / "dense", pooling="mean+cls")
     normalised = load(write_folder("qwen3_embedding", tmp_path / "qwen3"), truncate_dim=8)
     assert np.linalg.norm(normalised.encode(QUERIES), axis=1).max() < 0.9  # cut after Normalize
 
