@@ -2,7 +2,12 @@
 
 import gzip
 import json
+import os
 import pickle
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import decoders
@@ -11,6 +16,7 @@ import numpy as np
 from train.msmarco import COLLECTION, NEGATIVES, QUERIES, SCORES
 
 FOLDER = Path(__file__).parent / "fixtures/training"
+ROOT = Path(__file__).parents[1]
 
 
 def expected(run, file="runs"):
@@ -65,3 +71,29 @@ def write_msmarco(folder, records, scores, compress=False):
             (folder / name).write_bytes(gzip.compress(content) if compress else content)
     (folder / SCORES).write_bytes(gzip.compress(pickle.dumps(scores)))
     return str(folder)
+
+
+class Process:
+    """A run in a process of its own, with its output in files: a pipe that nobody reads would stop it."""
+
+    def __init__(
+        self, folder, arguments, code="from train.__main__ import main; sys.exit(main(sys.argv[1:]))", **more
+    ):
+        self.files = [tempfile.NamedTemporaryFile("w+", dir=folder) for _ in range(2)]  # noqa: SIM115
+        command = [sys.executable, "-c", f"import sys; {code}", *arguments]
+        output, errors = self.files
+        self.popen = subprocess.Popen(command, cwd=ROOT, env=os.environ | more, stdout=output, stderr=errors)
+
+    def wait(self):
+        """(exit code, what it printed, what it printed as errors)"""
+        code = self.popen.wait(timeout=500)
+        return code, *(Path(stream.name).read_text() for stream in self.files)
+
+
+def wait_for_steps(process, out, count):
+    path = Path(out) / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert process.popen.poll() is None, process.wait()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

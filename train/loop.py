@@ -32,7 +32,8 @@ def train(config: TrainConfig) -> bool:
 
     That is: the trained model as a folder of sentence-transformers, `biases.safetensors` if biases are all that was
     trained, `metrics.jsonl`, `dev.jsonl`, `curve.png`, `tensorboard/`, `checkpoints/`, `best/`, and the run's whole
-    configuration under "run" in config.json, which is the model's too.
+    configuration under "run" in config.json, which is the model's too. Of adapters: the folder that PEFT loads, with
+    the configuration in run.json.
 
     Returns:
         True when the run is complete; False when SIGTERM ended it early, with its state saved for `--resume`.

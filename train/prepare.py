@@ -45,6 +45,7 @@ from train.recipes import FREE, TrainConfig
 from train.step import TrainState, init_state, jit_step, make_step
 
 RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what transformers has there
+ADAPTER_RUN = "run.json"  # where that is of a run that leaves adapters
 
 
 @dataclasses.dataclass
@@ -203,7 +204,8 @@ def check_output(config: TrainConfig) -> None:
         InputError: there is a run already and `resume` is off, or it had other options.
     """
     output = epath.Path(config.output)
-    path = output / "config.json"
+    paths = [output / "config.json", output / ADAPTER_RUN]
+    path = next((path for path in paths if path.exists()), paths[0])
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     try:
         theirs = json.loads(path.read_text()).get(RUN) if path.exists() else None
@@ -224,8 +226,12 @@ def check_output(config: TrainConfig) -> None:
 
 
 def write_config(config: TrainConfig) -> None:
-    """Writes the run's configuration into config.json, beside what the model may have there (transformers keeps it)."""
-    path = epath.Path(config.output) / "config.json"
+    """Writes the run's configuration into config.json, beside what the model may have there (transformers keeps it).
+
+    Beside adapters it is a file of its own, since transformers takes a folder with a config.json for a whole model.
+    """
+    adapters = "lora" in trained_kinds(config.trainable) and not config.merge
+    path = epath.Path(config.output) / (ADAPTER_RUN if adapters else "config.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     model = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, model | {RUN: dataclasses.asdict(config)})

@@ -142,21 +142,25 @@ def save_adapter(
     there = {leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
+    biases: dict[str, np.ndarray] = {}
     in_by_out = False
     for name, (rule, layer) in active_rules(decoder.config, family.rules, there).items():
         names = [leaf_name(pattern, layer) for pattern in rule.leaves]
-        if all(leaf in leaves for leaf in names):  # biases
-            parts = tuple(leaves[leaf] for leaf in names)
-            tensors[prefix + name] = np.ascontiguousarray(rule.layout.dump(parts, decoder.config))
-        adapters = [leaf.rpartition("/")[0] for leaf in names if leaf.endswith("/kernel")]
-        if not any(f"{parent}/lora_a" in leaves for parent in adapters):
-            continue
-        module = name.removesuffix(".weight")
-        a, b, in_by_out = _peft_matrices(rule, adapters, leaves, decoder.config)
-        tensors[f"{prefix}{module}.lora_A.weight"] = a
-        tensors[f"{prefix}{module}.lora_B.weight"] = b
-        ranks[module] = len(a)
-    save_config = _adapter_config(lora, ranks, base, in_by_out, bias=any("lora_" not in t for t in tensors))
+        if all(leaf in leaves for leaf in names):
+            biases[name] = rule.layout.dump(tuple(leaves[leaf] for leaf in names), decoder.config)
+        parents = [leaf.rpartition("/")[0] for leaf in names if leaf.endswith("/kernel")]
+        if any(f"{parent}/lora_a" in leaves for parent in parents):
+            module = name.removesuffix(".weight")
+            a, b, in_by_out = _peft_matrices(rule, parents, leaves, decoder.config)
+            tensors[f"{prefix}{module}.lora_A.weight"] = a
+            tensors[f"{prefix}{module}.lora_B.weight"] = b
+            ranks[module] = len(a)
+    for name, values in biases.items():
+        module, _, last = name.rpartition(".")
+        # PEFT wraps a layer that it adapts.
+        inner = f"{module}.base_layer.{last}" if module in ranks else name
+        tensors[prefix + inner] = np.ascontiguousarray(values)
+    save_config = _adapter_config(lora, ranks, base, in_by_out, bias=bool(biases))
     metadata = {"format": "pt", _HEADER: json.dumps(dict(header))}
     with atomic_write(epath.Path(folder) / WEIGHTS) as stream:
         stream.write(save(tensors, metadata=metadata))
@@ -184,9 +188,8 @@ def _peft_matrices(
         [leaves[f"{p}/lora_a"] for p, (there, _) in zip(parents, here, strict=True) if there], axis=1
     )
     b = rule.layout.dump(tuple(parts), config)
-    # A layout does to the columns of B what it does to those of a kernel; of one with no inputs it shows its own axes.
-    empty = rule.layout.dump(tuple(part[:0] for part in parts), config)
-    in_by_out = empty.shape[0] == 0
+    # A layout does to the columns of B what it does to those of a kernel; one row shows the order of its axes.
+    in_by_out = rule.layout.dump(tuple(part[:1] for part in parts), config).shape[0] == 1
     return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T if in_by_out else b), in_by_out
 
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +15,16 @@ import numpy as np
 import pytest
 from devices import SHAPES
 from safetensors.numpy import load_file
-from training import check_parameters, data, expected, write_model, write_msmarco
+from training import (
+    ROOT,
+    Process,
+    check_parameters,
+    data,
+    expected,
+    wait_for_steps,
+    write_model,
+    write_msmarco,
+)
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
@@ -25,7 +33,6 @@ from train.__main__ import main
 from train.dev import make_evaluator
 from train.log import RunLog
 
-ROOT = Path(__file__).parents[2]
 WORDS = [
     "heron",
     "sea",
@@ -86,34 +93,8 @@ def arguments(base, pairs, out, *more):
     ]
 
 
-class Process:
-    """A run in a process of its own, with its output in files: a pipe that nobody reads would stop it."""
-
-    def __init__(
-        self, folder, arguments, code="from train.__main__ import main; sys.exit(main(sys.argv[1:]))", **more
-    ):
-        self.files = [tempfile.NamedTemporaryFile("w+", dir=folder) for _ in range(2)]  # noqa: SIM115
-        command = [sys.executable, "-c", f"import sys; {code}", *arguments]
-        output, errors = self.files
-        self.popen = subprocess.Popen(command, cwd=ROOT, env=os.environ | more, stdout=output, stderr=errors)
-
-    def wait(self):
-        """(exit code, what it printed, what it printed as errors)"""
-        code = self.popen.wait(timeout=500)
-        return code, *(Path(stream.name).read_text() for stream in self.files)
-
-
 def metrics(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def wait_for_steps(process, out, count):
-    path = Path(out) / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
-        assert process.popen.poll() is None, process.wait()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def assert_same_biases(one, other, **tolerance):

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from devices import run_on_eight
 from safetensors.numpy import load_file, safe_open
-from test_loop import Process, wait_for_steps
-from training import data, expected, lora_start, write_model
+from training import Process, data, expected, lora_start, wait_for_steps, write_model
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.lora import add_lora, make_lora, save_adapter
@@ -119,8 +118,9 @@ def test_three_steps_against_peft(run, tmp_path):
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_chunks_change_nothing(weights, tmp_path):
     """GradCache, also over int8 weights."""
-    model = adapted("llama", tmp_path, weights=weights)
-    plain, chunked = (three_steps(model, "lora", rows) for rows in (0, 2))
+    plain, chunked = (
+        three_steps(adapted("llama", tmp_path, weights=weights), "lora", rows) for rows in (0, 2)
+    )
     np.testing.assert_allclose(chunked[0], plain[0], rtol=1e-5)
     for name, value in plain[2].items():
         np.testing.assert_allclose(chunked[2][name], value, atol=1e-5, err_msg=name)
