@@ -47,6 +47,13 @@ DEQUANTISED = (
 )
 
 
+# The names of what `BiEncoder.from_settings` takes.
+BI_ENCODER_SETTINGS = (
+    *("model", "pooling", "brackets", "max_seq_length", "query_prompt", "document_prompt", "truncate_dim"),
+    *("biases", "adapter", "dtype", "weights"),
+)
+
+
 class EncodeOptions(TypedDict, total=False):
     """The options of `BiEncoder.encode`."""
 

@@ -39,6 +39,9 @@ NEW_SPECS: dict[str, dict[str, Any]] = json.loads(
     (FIXTURES / "decoders/variants_2026.json").read_text("utf-8")
 )
 NEW_VARIANTS = tuple(NEW_SPECS)
+# StableLM with a norm of its own for every head, whose weights are a tensor each, is refused.
+REFUSED_VARIANTS = ("stablelm_parallel",)
+SUPPORTED_NEW_VARIANTS = tuple(name for name in NEW_VARIANTS if name not in REFUSED_VARIANTS)
 SPECS |= NEW_SPECS
 
 VOCAB_SIZE = 384  # 256 bytes, 124 merges, then the special tokens below

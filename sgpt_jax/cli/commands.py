@@ -14,9 +14,8 @@ import numpy as np
 
 from sgpt_jax import demo as demonstration
 from sgpt_jax import rerank as reranking
-from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
+from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder, EncodeReport
 from sgpt_jax.checkpoint.export import count_parameters
-from sgpt_jax.cli.options import BI_ENCODER_SETTINGS
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype

@@ -128,11 +128,6 @@ BI_ENCODER = (
     option("--biases", metavar="FILE", help="trained biases to apply, a biases.safetensors"),
     ADAPTER,
 )
-# Their names, with those of --model, --dtype and --weights: what `BiEncoder.from_settings` takes.
-BI_ENCODER_SETTINGS = (
-    *("model", "pooling", "brackets", "max_seq_length", "query_prompt", "document_prompt", "truncate_dim"),
-    *("biases", "adapter", "dtype", "weights"),
-)
 
 # How files of texts are read.
 FORMAT = option(

@@ -19,8 +19,7 @@ from pathlib import Path
 import jax
 import uvicorn
 
-from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.cli.options import BI_ENCODER_SETTINGS
+from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.demo import BIASES, MAX_SEQ_LENGTH, demo_model, read_demo

@@ -17,9 +17,7 @@ from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.errors import InputError
 
-# StableLM with a norm of its own for every head, whose weights are a tensor each.
-REFUSED = ("stablelm_parallel",)
-VARIANTS = [variant for variant in decoders.NEW_VARIANTS if variant not in REFUSED]
+VARIANTS = decoders.SUPPORTED_NEW_VARIANTS
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +103,7 @@ def test_the_text_part_of_a_folder_that_reads_pictures(variant, layout, tmp_path
     assert relative_error(hidden, expected["hidden"][mask.astype(bool)]) < 2e-5
 
 
-@pytest.mark.parametrize("variant", REFUSED)
+@pytest.mark.parametrize("variant", decoders.REFUSED_VARIANTS)
 def test_refused(variant, tmp_path):
     with pytest.raises(InputError, match="qk_layernorm"):
         load(decoders.write_checkpoint(variant, tmp_path))
