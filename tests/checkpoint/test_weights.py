@@ -15,6 +15,7 @@ from sgpt_jax.checkpoint.export import export_folder, export_tensors
 from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.errors import InputError
+from sgpt_jax.load import load_decoder
 
 SAMPLES = (
     "gpt2",
@@ -181,10 +182,10 @@ def test_quantised_tensors_and_adapters_are_named(name, message, tmp_path):
         load(folder)
 
 
-def test_an_adapter_folder_is_named(tmp_path):
+def test_an_empty_adapter_folder_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="PEFT adapters"):
-        open_checkpoint(epath.Path(tmp_path))
+    with pytest.raises(InputError, match="peft_type is None"):
+        load_decoder(tmp_path)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
