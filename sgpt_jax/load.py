@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from sgpt_jax.checkpoint.adapters import CONFIG, AdaptedFiles, read_adapter
+from sgpt_jax.checkpoint.adapters import CONFIG, AdaptedFiles, Adapter, read_adapter
 from sgpt_jax.checkpoint.fingerprint import weights_sha256
 from sgpt_jax.checkpoint.score_head import WithoutScoreHead
 from sgpt_jax.checkpoint.tensors import TensorFiles, open_checkpoint
@@ -136,7 +136,9 @@ def _over_its_base(path: Path, depth: int) -> Opened:
 
 def _merged(opened: Opened, folder: Path) -> Opened:
     """A model with one more adapter. LLM2Vec's folders have a config.json besides, which names code of their own."""
-    files = AdaptedFiles(opened.files, read_adapter(folder))
+    adapter = read_adapter(folder)
+    _check_base(adapter, opened.files)
+    files = AdaptedFiles(opened.files, adapter)
     settings = opened.settings
     stated = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     if settings != folder and (code := own_code_of(stated)) is not None:
@@ -144,6 +146,26 @@ def _merged(opened: Opened, folder: Path) -> Opened:
         files.config = without_own_code(files.config, code)
         settings = folder
     return Opened(files, settings, opened.tokenizer, (*opened.adapters, folder))
+
+
+def _check_base(adapter: Adapter, base: TensorFiles) -> None:
+    """Looks whether an adapter that says which weights it was trained over gets these.
+
+    Raises:
+        InputError: they are others.
+    """
+    wanted, name = adapter.header.get("base_sha256"), adapter.header.get("base_model", "another model")
+    if wanted is not None and (actual := checkpoint_sha256(base)) != wanted:
+        raise InputError(
+            f"{adapter.path}: this adapter belongs to {name}, whose weights have sha256 {str(wanted)[:16]}..., but "
+            f"this model's have {actual[:16]}..."
+        )
+    if adapter.header.get("weights") == "int8":
+        warnings.warn(
+            f"{adapter.path}: this adapter was trained over int8 weights of {name}, and is merged into others here: "
+            "train with --merge for the model that it was trained in",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True)

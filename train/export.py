@@ -23,6 +23,12 @@ from train.recipes import TrainConfig
 
 BIASES = "biases.safetensors"
 
+# What a model card says of adapters that were trained over int8 weights.
+OVER_INT8 = (
+    "The adapters were trained over int8 weights of the base model, one scale for each output channel. Over its own "
+    "weights the vectors are slightly others."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -78,7 +84,8 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
         base = str(epath.Path(base).resolve()) if epath.Path(base).exists() else base
         header = bias_header(model, record)
         save_adapter(folder, model.decoder, model.hf_config, trained, base=base, header=header)
-        model.save_settings(folder, training=training, results=results)
+        note = OVER_INT8 if model.decoder.build.int8 else ""
+        model.save_settings(folder, training=training, results=results, note=note)
         return [f"adapters: {folder / ADAPTERS}"]
     graphdef, params = split(model.decoder)
     # Merged in float32, whatever dtype the adapters were trained in.

@@ -100,8 +100,14 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
     graphdef, params = abstract_params(config, work.build, mesh)
     rows = _packed(mesh, work)
     if work.task == "encode":
-        options = {"pooling": "weightedmean", "room": 1, "normalize": True, "mesh": mesh}
-        return embed.lower(graphdef, params, rows, **options)
+        options = {
+            "pooling": "weightedmean",
+            "room": 1,
+            "dimension": config.embed_dim,
+            "normalize": True,
+            "mesh": mesh,
+        }
+        return embed.lower(graphdef, params, (), rows, 0, **options)
     if work.task == "score":
         shards = num_shards(mesh)
         targets = _rows(mesh, shards, work.rows * work.length // shards)

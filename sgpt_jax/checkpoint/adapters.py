@@ -7,13 +7,16 @@ W' = W + s B A (Hu et al., arXiv 2106.09685), with s = lora_alpha / r, or lora_a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
+from safetensors import safe_open
 
 from sgpt_jax.checkpoint.tensors import TensorFiles, TorchFiles, map_safetensors
 from sgpt_jax.checkpoint.untrusted import read_object
@@ -21,7 +24,10 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.families import family_of
 from sgpt_jax.families.reading import short
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Among the metadata of an adapter that this project trained: where it belongs, as in a bias set.
+HEADER = "sgpt_jax_adapter"
 
 # Keys that say nothing about the merged weights, or are read elsewhere.
 _HARMLESS = frozenset(
@@ -66,6 +72,7 @@ class Adapter:
         revision: of the base on the hub, or None.
         config: as in adapter_config.json.
         tensors: as in its file, without the prefix that peft adds.
+        header: of an adapter that this project trained, as of a bias set: `base_sha256` and so on; else empty.
     """
 
     path: epath.Path
@@ -73,6 +80,7 @@ class Adapter:
     revision: str | None
     config: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
+    header: Mapping[str, Any]
 
 
 def read_adapter(path: Any) -> Adapter:
@@ -91,16 +99,30 @@ def read_adapter(path: Any) -> Adapter:
         re.sub(r"^base_model\.model\.", "", name).replace(".base_layer.", "."): values
         for name, values in _read_tensors(path)
     }
-    return Adapter(path, base or "", revision, config, tensors)
+    return Adapter(path, base or "", revision, config, tensors, _header(path / WEIGHTS))
+
+
+def _header(path: epath.Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    with safe_open(os.fspath(path), "numpy") as opened:
+        text = (opened.metadata() or {}).get(HEADER, "{}")
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: its metadata {HEADER} is not a JSON object")
+    return header
 
 
 def _read_tensors(path: epath.Path) -> Iterator[tuple[str, np.ndarray]]:
-    if (path / "adapter_model.safetensors").exists():
-        yield from map_safetensors(path / "adapter_model.safetensors").items()
+    if (path / WEIGHTS).exists():
+        yield from map_safetensors(path / WEIGHTS).items()
     elif (path / "adapter_model.bin").exists():
         yield from TorchFiles({}, [path / "adapter_model.bin"]).tensors()
     else:
-        raise InputError(f"{path}: {CONFIG}, but no adapter_model.safetensors or adapter_model.bin")
+        raise InputError(f"{path}: {CONFIG}, but no {WEIGHTS} or adapter_model.bin")
 
 
 def _check(config: Mapping[str, Any], what: str) -> None:
@@ -144,7 +166,7 @@ class AdaptedFiles:
         self.base, self.adapter = base, adapter
         self.what = f"adapter {adapter.path.name}"
         self.config = dict(base.config)
-        files = [adapter.path / name for name in (CONFIG, "adapter_model.safetensors", "adapter_model.bin")]
+        files = [adapter.path / name for name in (CONFIG, WEIGHTS, "adapter_model.bin")]
         # Kept decoded weights are those of this adapter alone.
         self.encoded = [*base.encoded, *(file for file in files if file.exists())] if base.encoded else []
         self.most_values = base.most_values + sum(values.size for values in adapter.tensors.values())

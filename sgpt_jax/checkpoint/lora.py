@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
+from sgpt_jax.checkpoint.adapters import CONFIG, HEADER, WEIGHTS
 from sgpt_jax.checkpoint.leaves import with_leaves
 from sgpt_jax.checkpoint.quantise import dequantised
 from sgpt_jax.decoder.build import PROJECTIONS, Build, Lora
@@ -23,11 +24,6 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.families import family_of
 from sgpt_jax.families.tables import Rule, active_rules, leaf_name
 from sgpt_jax.files.lines import atomic_write, write_json
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# Among safetensors' metadata: where the adapter belongs, as in a bias set.
-_HEADER = "sgpt_jax_adapter"
 
 
 def make_lora(config: DecoderConfig, rank: int, alpha: float, targets: tuple[str, ...] = ()) -> Lora:
@@ -161,7 +157,7 @@ def save_adapter(
         inner = f"{module}.base_layer.{last}" if module in ranks else name
         tensors[prefix + inner] = np.ascontiguousarray(values)
     save_config = _adapter_config(lora, ranks, base, in_by_out, bias=bool(biases))
-    metadata = {"format": "pt", _HEADER: json.dumps(dict(header))}
+    metadata = {"format": "pt", HEADER: json.dumps(dict(header))}
     with atomic_write(epath.Path(folder) / WEIGHTS) as stream:
         stream.write(save(tensors, metadata=metadata))
     write_json(epath.Path(folder) / CONFIG, save_config)

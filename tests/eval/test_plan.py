@@ -105,12 +105,12 @@ def named(params):
     return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def test_gpt_j_over_int8_fits_where_bfloat16_does_not():
+def test_gpt_j_over_int8_leaves_a_chip_room_for_larger_chunks():
     target = plan_devices.parse_target("v5e:1x1")
     int8, dense = (
         plan.make_plan("gpt-j-6b", target, arguments(weights=weights)) for weights in ("int8", None)
     )
-    assert int8["fits"] and not dense["fits"]
+    assert int8["fits"] and int8["largest"] >= 3 * dense["largest"]
     assert int8["memory"]["parameters"] == pytest.approx(6.06e9, rel=0.01)
     assert "int8 weights" in plan_table.describe(int8) and "int8" not in plan_table.describe(dense)
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import run_on_eight
-from safetensors.numpy import load_file, safe_open
+from safetensors.numpy import load_file, safe_open, save_file
 from training import Process, data, expected, lora_start, wait_for_steps, write_model
 
 from sgpt_jax.bi_encoder import BiEncoder
@@ -172,11 +173,32 @@ def test_what_a_run_leaves_is_what_peft_and_sentence_transformers_read(variant, 
     assert header.get("weights") == ("int8" if "int8" in more else None) and header["base_model"] == "base"
     assert not (out / "model.safetensors").exists() and not (out / "biases.safetensors").exists()
     assert "rank 4, alpha 8" in (out / "README.md").read_text()
+    copy = tmp_path / "moved"  # the adapters over the base that they name, by this project
+    shutil.copytree(out, copy)
+    if "int8" in more:
+        assert "trained over int8 weights" in (out / "README.md").read_text()
+        with pytest.warns(UserWarning, match="trained over int8 weights of base"):
+            applied = BiEncoder.from_pretrained(copy)
+    else:
+        applied = BiEncoder.from_pretrained(copy)
     assert main(command(base, tmp_path / "merged", *more, "--lora-rank", 4, "--steps", 3, "--merge")) == 0
     assert not (tmp_path / "merged/adapter_config.json").exists()
     merged = BiEncoder.from_pretrained(tmp_path / "merged")
+    tolerance = 0.2 if "int8" in more else 1e-5
+    np.testing.assert_allclose(applied.encode(TEXTS), merged.encode(TEXTS), atol=tolerance)
     before = BiEncoder.from_pretrained(base, pooling="weightedmean")
     assert np.abs(merged.encode(TEXTS) - before.encode(TEXTS)).max() > 1e-3
+
+    weights = load_file(tmp_path / "base/model.safetensors")
+    name = next(name for name, value in weights.items() if value.ndim == 2)
+    save_file(
+        {**weights, name: weights[name] + np.float32(0.5)},
+        tmp_path / "base/model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(InputError, match="this adapter belongs to base"):
+        BiEncoder.from_pretrained(copy)
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
 
     peft = pytest.importorskip("peft")
     from transformers import AutoModel
