@@ -37,7 +37,9 @@ class TrainConfig:
     brackets: bool | None = _option(
         None, "put [ ] around queries and { } around documents", "as the model folder says"
     )
-    pooling: str | None = _option(None, "weightedmean, mean, lasttoken or cls", "as the model folder says")
+    pooling: str | None = _option(
+        None, "weightedmean, mean, lasttoken, cls, max or mean_sqrt_len_tokens", "as the model folder says"
+    )
     negatives: int | None = _option(None, "hard negatives of an example that are used", "all")
 
     trainable: str = _option(

@@ -457,7 +457,7 @@ def test_the_msmarco_recipe(base, tmp_path):
         ("--distill mse", "distill"),
         ("--distill kl --steps 1", "no `scores`"),
         ("--matryoshka 8,64 --steps 1", "--matryoshka"),
-        ("--pooling max", "pooling"),
+        ("--pooling median", "pooling"),
         ("--mesh data=3", "mesh"),
         ("--dev nowhere.csv", "nowhere.csv"),
         ("--max-seq-length 1000", "positions"),
