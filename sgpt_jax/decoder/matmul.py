@@ -27,13 +27,42 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x, kernel)
 
 
+@jax.custom_vjp
 def project_int8(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     """x [..., I] @ kernel [I, O] of int8, times scale [O] of float32: [..., O] of x's dtype.
 
     An int8 value is exact in either compute dtype, so this is the matmul with the dequantised kernel, but that its
-    columns are scaled afterwards, in float32.
+    columns are scaled afterwards, in float32. The gradient is that of x alone.
     """
-    return (matmul(x, kernel.astype(x.dtype)) * scale).astype(x.dtype)
+    return (_int8_matmul(x, kernel, transposed=False) * scale).astype(x.dtype)
+
+
+def _int8_matmul(x: jax.Array, kernel: jax.Array, *, transposed: bool) -> jax.Array:
+    kernel = _tied_to(kernel, x).astype(x.dtype)
+    return matmul(x, kernel.T if transposed else kernel)
+
+
+def _tied_to(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """The int8 kernel, as if it depended on x.
+
+    Otherwise XLA converts the kernels of all layers as early as it can, before a loop over chunks or the first layer,
+    and all of these copies, of twice the size or more, are there at once.
+    """
+    first = x[(0,) * x.ndim]
+    if platform() == "cpu":  # where XLA drops the barrier too early
+        return kernel + (first * 0).astype(jnp.int8)
+    return jax.lax.optimization_barrier((kernel, first))[0]
+
+
+def _int8_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    kernel, scale = kept
+    scaled = (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)
+    return _int8_matmul(scaled, kernel, transposed=True).astype(gradient.dtype), None, None
+
+
+project_int8.defvjp(
+    lambda x, kernel, scale: (project_int8(x, kernel, scale), (kernel, scale)), _int8_backward
+)
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:

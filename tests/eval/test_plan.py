@@ -115,6 +115,16 @@ def test_gpt_j_over_int8_leaves_a_chip_room_for_larger_chunks():
     assert "int8 weights" in plan_table.describe(int8) and "int8" not in plan_table.describe(dense)
 
 
+@pytest.mark.parametrize("name", ["encode", "in chunks"])
+def test_int8_weights_are_multiplied_out_one_layer_at_a_time(name):
+    """Not all of them before the first layer, or before the loop over chunks."""
+    wide = dataclasses.replace(TINY, embed_dim=256, head_dim=32, mlp_dim=1024, num_layers=8)
+    changes = {"length": 16, "rows": 16, "chunk": 2} if WORKS[name].chunk else {"length": 16, "rows": 2}
+    work = dataclasses.replace(WORKS[name], weights="int8", **changes)
+    found = lower(wide, work, one_device()).compile().memory_analysis().temp_size_in_bytes
+    assert found < 0.3 * 4 * layer_weights(wide) * wide.num_layers
+
+
 def test_activations_by_arithmetic_are_near_the_compilers():
     """In float32 on a CPU: within a factor of two, and growing alike with rows and layers."""
     wide = dataclasses.replace(TINY, embed_dim=256, head_dim=32, mlp_dim=1024, num_layers=4)
