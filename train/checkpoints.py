@@ -9,10 +9,12 @@ set aside, and the sound one before it is taken.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +32,15 @@ from train.step import TrainState, agree
 # What a background thread could not do is raised by the next call as well: nobody needs its stack.
 for _logger in ("absl", "asyncio"):
     logging.getLogger(_logger).addFilter(lambda record: not record.exc_info)
+
+
+def _skip_closed_loops(show: Any, unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
+
+
+# Nor the stack of each write of tensorstore's that ends after one of them failed and its event loop was closed.
+sys.unraisablehook = functools.partial(_skip_closed_loops, sys.unraisablehook)
 
 # Newest checkpoints kept: one to go on from, and one in case the newest is damaged.
 _NEWEST = 2
