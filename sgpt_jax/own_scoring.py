@@ -80,6 +80,12 @@ class OwnScoring:
             scores = np.tanh(scores)
         return scores.astype(np.float32)
 
+    def shares(self, scores: np.ndarray) -> np.ndarray:
+        """Activated scores [n] from 0 to 1, in the same order: a logit's as its probability."""
+        if self.scoring.activation == "sigmoid":
+            return scores
+        return (scores + 1) / 2 if self.scoring.activation == "tanh" else np.exp(-np.logaddexp(0, -scores))
+
 
 def _token_id(token: int | str, parts: Parts) -> int:
     size = parts.decoder.config.vocab_size

@@ -162,7 +162,7 @@ class Routes:
         """POST /rerank, in Cohere's, Jina's, vLLM's and TEI's dialects."""
         asked = RerankRequest.of(body, self._cross_encoder())
         scored = await self._service.score(asked.query, asked.documents, caller, asked.document_tokens)
-        scores = [score(values, asked.raw) for values in scored.log_probs]
+        scores = scored.raw if asked.raw else scored.shares
         order = sorted(range(len(scores)), key=lambda number: -scores[number])[: asked.top_n]
         if asked.tei:
             return json_response(
@@ -207,7 +207,7 @@ class Routes:
             assert asked.query is not None
             scored = await service.score(asked.query, hits.texts, caller)
             if asked.rerank:
-                order.sort(key=lambda number: -score(scored.log_probs[number], raw=True))
+                order.sort(key=lambda number: -scored.raw[number])
         order = order[: asked.k]
         tokens = (
             await self._tokens(asked.query, scored)
@@ -220,7 +220,7 @@ class Routes:
             title, snippet = title_and_snippet(text, service.models.titles.get(id))
             hit: dict[str, Any] = {"id": id, "title": title, "snippet": snippet, "score": hits.scores[number]}
             if scored:
-                hit["rerank_score"] = score(scored.log_probs[number], raw=True)
+                hit["rerank_score"] = scored.raw[number]
             if tokens:
                 hit["tokens"] = tokens[number]
             if asked.return_documents:
@@ -262,6 +262,7 @@ class Routes:
                 "version": metadata.version("sgpt-jax"),
                 "dimensions": models.encoder.dimension,
                 "cross_encoder": models.cross_encoder and models.cross_encoder.name,
+                "explains": models.cross_encoder is not None and models.cross_encoder.scoring is None,
                 "documents": None if models.index is None else len(models.index),
                 "max_queue_tokens": service.queue.bound,
             }
@@ -306,18 +307,18 @@ class Routes:
 
     async def _tokens(self, query: str, scored: Scored) -> list[list[dict[str, Any]]]:
         """For each document the query's tokens with their log-probabilities."""
+        if scored.log_probs is None:
+            raise ApiError(
+                400,
+                "this server's re-ranker gives no log-probabilities of tokens",
+                param="return_tokens",
+                code="no_log_probs",
+            )
         pieces = await self._service.query_tokens(query)
         return [
             [{"text": text, "log_prob": value} for text, value in zip(pieces, values, strict=False)]
             for values in scored.log_probs
         ]
-
-
-def score(log_probs: np.ndarray, raw: bool) -> float:
-    """A document's score: the sum of the query's log-probabilities, or, from 0 to 1 and in the same order, the
-    probability that a token of the query has on the (geometric) average; 0 and 1 for an empty query."""
-    total = float(log_probs.sum(dtype=np.float64))
-    return total if raw else float(np.exp(total / max(1, len(log_probs))))
 
 
 def shortened(vectors: np.ndarray, dimensions: int | None, unit: bool) -> np.ndarray:

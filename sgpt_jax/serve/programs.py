@@ -1,4 +1,4 @@
-"""What the device does for a server: vectors, log-probabilities, searches; by programs compiled at the start.
+"""What the device does for a server: vectors, scores of pairs, searches; by programs compiled at the start.
 
 Each class here is a lane of `batching.Worker`.
 """
@@ -17,9 +17,11 @@ from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import split
+from sgpt_jax.decoder.readout import read_scores
 from sgpt_jax.decoder.sharding import batch_sharding, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.index.search import Index
+from sgpt_jax.own_scoring import OwnScoring
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, Row, lay_out
 from sgpt_jax.packing.rows import embed, fill_rows, most_texts, vector_indices
 from sgpt_jax.packing.shared import lay_out_targets
@@ -156,6 +158,52 @@ class Scorer:
         pairs = [(number, number) for number in range(len(items))]
         targets, owners = lay_out_targets(plan, pairs, contexts, queries, num_shards(self.model.mesh))
         return (batch, targets), owners
+
+
+class PairReader:
+    """Token ids of pairs to scores, float32 [], as a re-ranker's folder says."""
+
+    name = "score"
+
+    def __init__(self, model: CrossEncoder, own: OwnScoring) -> None:
+        self.model = model
+        self.own = own
+        self.budget = by_platform(cpu=cross_encoder.CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
+        lengths = [length for length in row_lengths(model.text.max_seq_length) if length > 32]
+        self.shapes = shapes(lengths, self.budget, num_shards(model.mesh), lengths)
+        self._graphdef, self._params = split(model.decoder)
+        self.programs = len(self.shapes)
+        self._programs: dict[Shape, Any] = {}
+
+    def compile(self) -> Iterator[Shape]:
+        """Makes the programs, one at a time; yields the shape of each."""
+        for shape in self.shapes:
+            lowered = read_scores.lower(
+                self._graphdef,
+                self._params,
+                *_structs(self._arrays([], shape.holding([])), _sharding(self.model.mesh)),
+                self.own.readout,
+                mesh=self.model.mesh,
+            )
+            self._programs[shape] = lowered.compile()
+            yield shape
+
+    def plan(self, sizes: Sequence[int]) -> PlannedBatch:
+        """Which of the waiting pairs run now, a row each."""
+        return choose(
+            sizes, self.shapes, self.budget, lambda items, length: [Row((item,), length) for item in items]
+        )
+
+    def start(self, items: Sequence[list[int]], plan: PlannedBatch) -> Fetch:
+        """Starts a batch of some of the items."""
+        placed = jax.device_put(self._arrays(items, plan), _sharding(self.model.mesh))
+        result = self._programs[Shape.of(plan)](self._params, *placed, self.own.readout)
+        return lambda: list(self.own.activate(np.asarray(result)[: len(plan.texts), 0]))
+
+    def _arrays(self, items: Sequence[list[int]], plan: PlannedBatch) -> tuple[Any, np.ndarray]:
+        tokens = np.zeros((plan.num_rows, 1), np.int32)
+        tokens[: len(plan.texts), 0] = [self.own.index(items[item]) for item in plan.texts]
+        return lay_out(plan, items, self.model.text.pad_id), tokens
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.index.search import Index
 from sgpt_jax.serve.batching import BatchReport, Job, Queue, Worker
 from sgpt_jax.serve.errors import ApiError
-from sgpt_jax.serve.programs import Embedder, Hits, Scorer, Searcher, TokenPair, Wanted
+from sgpt_jax.serve.programs import Embedder, Hits, PairReader, Scorer, Searcher, TokenPair, Wanted
 from sgpt_jax.serve.requests import Texts
 from sgpt_jax.text.encoder import Side, TextEncoder
 from sgpt_jax.text.pairs import query_tokens, tokenise_pairs
@@ -43,11 +43,6 @@ class Models:
     document_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.cross_encoder is not None and self.cross_encoder.prompt is None:
-            raise InputError(
-                f"{self.cross_encoder.name}: a re-ranker with a scoring of its own is not served, only a decoder that "
-                "scores by log-probabilities"
-            )
         if self.index is not None and self.index.dimension != self.encoder.dimension:
             raise InputError(
                 f"the index has vectors of {self.index.dimension} dimensions, the model makes "
@@ -66,9 +61,19 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Scored:
-    """For each document the log-probabilities of the query's tokens, float32 [q]; and the tokens that were read."""
+    """What a cross-encoder says of a query and some documents.
 
-    log_probs: list[np.ndarray]
+    Attributes:
+        raw: of each document its score as the model gives it.
+        shares: the same from 0 to 1, in the same order.
+        log_probs: for each document the log-probabilities of the query's tokens, float32 [q]; of a re-ranker with a
+            scoring of its own None.
+        tokens: how many were read.
+    """
+
+    raw: list[float]
+    shares: list[float]
+    log_probs: list[np.ndarray] | None
     tokens: int
 
 
@@ -95,7 +100,7 @@ class Service:
         """Compiles everything and begins to work; `on_program` is told how many programs are ready, of how many."""
         self.models = models
         self.embedder = Embedder(models.encoder)
-        self.scorer = None if models.cross_encoder is None else Scorer(models.cross_encoder)
+        self.scorer = None if models.cross_encoder is None else _scorer(models.cross_encoder)
         self.searcher = None if models.index is None else Searcher(models.index)
         lanes = [lane for lane in (self.embedder, self.scorer, self.searcher) if lane is not None]
         total, done = sum(lane.programs for lane in lanes), 0
@@ -152,25 +157,30 @@ class Service:
     async def score(
         self, query: str, documents: Sequence[str], caller: str, document_tokens: int | None = None
     ) -> Scored:
-        """Log-probabilities of a query's tokens after each of some documents.
+        """Scores of a query and each of some documents.
 
         Raises:
             ApiError: the queue is full, or a score is not finite.
         """
-        assert self.scorer is not None
         limit = document_tokens or self.models.document_tokens
+        if isinstance(self.scorer, PairReader):
+            ids = await self._in_thread(self._whole_pairs, query, documents, limit)
+            sizes = [len(pair) for pair in ids]
+            scores = np.array(await self._run(Job(PairReader.name, caller, ids, sizes)))
+            _check_finite(scores)
+            shares = self.scorer.own.shares(scores)
+            return Scored(scores.tolist(), shares.tolist(), None, sum(sizes))
         pairs, places = await self._in_thread(self._pairs, query, documents, limit)
         found: list[np.ndarray] = []
         if pairs:
             found = await self._run(Job(Scorer.name, caller, pairs, [pair.size for pair in pairs]))
         found.append(np.zeros(0, np.float32))  # where the place -1 of an empty query points to
         log_probs = [found[place] for place in places]
-        for number, values in enumerate(log_probs):
-            if not np.isfinite(values).all():
-                raise ApiError(
-                    500, f"the score of document {number} is not finite", code="not_finite", retry=False
-                )
-        return Scored(log_probs, sum(pair.size for pair in pairs))
+        raw = np.array([values.sum(dtype=np.float64) for values in log_probs])
+        _check_finite(raw)
+        # The probability that a token of the query has on the (geometric) average; 1 for an empty query.
+        shares = np.exp(raw / [max(1, len(values)) for values in log_probs])
+        return Scored(raw.tolist(), shares.tolist(), log_probs, sum(pair.size for pair in pairs))
 
     async def search(self, vector: np.ndarray, k: int, caller: str) -> Hits:
         """The k documents of the index with the highest scores for a query's vector, float32 [E]."""
@@ -235,14 +245,23 @@ class Service:
             self._frames[side] = full[: starts[-1]], full[starts[-1] + len(bare) :]
         return self._frames[side]
 
+    def _whole_pairs(self, query: str, documents: Sequence[str], limit: int | None) -> list[list[int]]:
+        """The pairs of a re-ranker as tokens."""
+        assert isinstance(self.scorer, PairReader)
+        text, own = self.scorer.model.text, self.scorer.own
+        documents = _first_tokens(text, documents, limit)
+        queries = [query] * len(documents)
+        return own.scoring.form.tokenise(
+            text, own.scoring.prompt, queries, documents, show_progress=False
+        ).ids
+
     def _pairs(
         self, query: str, documents: Sequence[str], limit: int | None
     ) -> tuple[list[TokenPair], list[int]]:
         """The different pairs as tokens, and the pair of each document, -1 for an empty query."""
         model = self.models.cross_encoder
         assert model is not None and model.prompt is not None
-        if limit is not None:
-            documents = [_first_tokens(model.text, document, limit) for document in documents]
+        documents = _first_tokens(model.text, documents, limit)
         tokens = tokenise_pairs(
             model.text, model.prompt, [query] * len(documents), documents, show_progress=False
         )
@@ -252,7 +271,19 @@ class Service:
         return pairs, tokens.indices.tolist()
 
 
-def _first_tokens(text: TextEncoder, document: str, limit: int) -> str:
-    """The beginning of a document, as long as so many tokens."""
-    spans = text.tokenizer.backend_tokenizer.encode(document, add_special_tokens=False).offsets
-    return document if len(spans) <= limit else document[: spans[limit - 1][1]]
+def _scorer(model: CrossEncoder) -> Scorer | PairReader:
+    return Scorer(model) if model.scoring is None else PairReader(model, model.scoring)
+
+
+def _check_finite(scores: np.ndarray) -> None:
+    for number in np.flatnonzero(~np.isfinite(scores))[:1]:
+        raise ApiError(500, f"the score of document {number} is not finite", code="not_finite", retry=False)
+
+
+def _first_tokens(text: TextEncoder, documents: Sequence[str], limit: int | None) -> Sequence[str]:
+    """The beginnings of documents, as long as so many tokens; None leaves them whole."""
+    if limit is None:
+        return documents
+    encodings = text.tokenizer.backend_tokenizer.encode_batch(list(documents), add_special_tokens=False)
+    ends = [found.offsets[limit - 1][1] if len(found.ids) > limit else None for found in encodings]
+    return [document[:end] for document, end in zip(documents, ends, strict=True)]

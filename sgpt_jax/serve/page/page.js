@@ -65,13 +65,19 @@ function fact(name, value, digits) {
   return part;
 }
 
-function hit(entry, query, explains) {
+// Whether the re-ranker's score is a log-probability, which has a part for each token of the query.
+let explains = false;
+
+function hit(entry, query) {
   const item = make("li");
   item.tabIndex = -1;
   item.append(make("h2", "", entry.title), make("p", "snippet", entry.snippet));
   const facts = make("div", "facts");
   facts.append(fact("similarity", entry.score, 3));
-  if (entry.rerank_score !== undefined) facts.append(fact("log-probability of the query", entry.rerank_score, 1));
+  if (entry.rerank_score !== undefined) {
+    facts.append(explains
+      ? fact("log-probability of the query", entry.rerank_score, 1) : fact("re-ranker", entry.rerank_score, 3));
+  }
   item.append(facts);
   if (entry.tokens) item.append(tokens(entry.tokens));
   else if (explains) {
@@ -107,12 +113,11 @@ async function search() {
   const begin = performance.now();
   try {
     const body = { query, k: COUNT, return_documents: true };
-    if (reranks) Object.assign(body, { rerank: COUNT, return_tokens: true });
+    if (reranks) Object.assign(body, { rerank: COUNT, return_tokens: explains });
     const found = await ask("search", body);
     if (number !== asked) return; // another search has begun meanwhile
-    const explains = !at("switch").hidden;
-    at("hits").replaceChildren(...found.hits.map((entry) => hit(entry, query, explains)));
-    at("legend").hidden = !reranks;
+    at("hits").replaceChildren(...found.hits.map((entry) => hit(entry, query)));
+    at("legend").hidden = !reranks || !explains;
     at("key-form").hidden = true;
     const seconds = (performance.now() - begin) / 1000;
     const parts = reranks
@@ -131,6 +136,7 @@ async function begin() {
     const info = await ask("info");
     at("key-form").hidden = true;
     at("switch").hidden = !info.cross_encoder;
+    explains = info.explains;
     at("about").textContent = [info.model_id, info.documents && `${info.documents.toLocaleString("en")} documents`]
       .filter(Boolean).join(", ");
     const where = new URLSearchParams(location.hash.slice(1));
