@@ -34,8 +34,8 @@ from sgpt_jax.text.tokenizer import load_tokenizer
 CASES = json.loads((decoders.FIXTURES / "cross_encoder/cases.json").read_text("ascii"))
 with np.load(decoders.FIXTURES / "cross_encoder/scores.npz") as stored:
     TORCH = dict(stored)
-# One of each way to have positions: learned, learned with windows, rotary, rotary with windows, ALiBi.
-POSITIONS = ("gpt2", "gpt_neo", "llama", "mistral", "bloom")
+# One of each way to have positions, with windows where there are any: learned, rotary, ALiBi.
+POSITIONS = ("gpt_neo", "mistral", "bloom")
 HERON = "A heron waits in the shallow water. It folds its neck and stands."
 
 
@@ -119,9 +119,9 @@ def test_token_ids_are_the_references(plan, tokenizer):
 
 @pytest.mark.parametrize("variant", decoders.VARIANTS)
 def test_scores_equal_torch(variant, tokenizer, decoder_of):
-    for plan in itertools.islice(PLANS, 2):  # the default prompt, with and without room for every text
-        model = encoder(decoder_of(variant), tokenizer, prompt_of(plan), plan[2])
-        assert_close(predict(model, pairs_of(PLANS[plan])), TORCH[variant][PLANS[plan]])
+    plan = list(PLANS)[1]  # the default prompt, without room for every text; with room for all of them: below
+    model = encoder(decoder_of(variant), tokenizer, prompt_of(plan), plan[2])
+    assert_close(predict(model, pairs_of(PLANS[plan])), TORCH[variant][PLANS[plan]])
 
 
 @pytest.mark.parametrize("variant", ["gpt_neo", "llama"])
@@ -207,7 +207,7 @@ def test_room_of_a_row_is_where_a_query_token_costs_least(prefix):
     assert row_room(3000, config) < 500  # attention scores would take too much memory
 
 
-@pytest.mark.parametrize("entries", [5, 100, 383, 384])
+@pytest.mark.parametrize("entries", [5, 383, 384])
 def test_vocabulary_blocks(entries, tokenizer, decoder_of, monkeypatch):
     monkeypatch.setattr(log_probs, "HEAD_ENTRIES", entries)
     log_probs.score_tokens.clear_cache()  # programs with other blocks

@@ -11,6 +11,7 @@ from typing import Any
 from sgpt_jax import __version__
 from sgpt_jax.cli.options import PROCESSES, add_options
 from sgpt_jax.runtime.command import run_command
+from sgpt_jax.runtime.malloc import keep_freed_memory
 from train.mine import add_mine_parser, mine
 from train.recipes import ONLY, RECIPES, TrainConfig
 
@@ -69,6 +70,7 @@ def _shown(field: dataclasses.Field, default: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code, see `run_command`."""
     options = make_parser().parse_args(arguments)
+    keep_freed_memory()
     if getattr(options, "distributed", False) or getattr(options, "coordinator", None):
         import jax
 

@@ -1,0 +1,40 @@
+"""The settings of malloc, by the pages that large blocks are mapped to."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, sys
+from sgpt_jax.runtime.malloc import keep_freed_memory
+
+print(keep_freed_memory())
+import numpy as np
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 27, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_what_was_freed_is_kept():
+    def run(**environment):
+        done = subprocess.run(
+            [sys.executable, "-c", CODE], env=os.environ | environment, capture_output=True, text=True, check=True
+        )
+        said, faults = done.stdout.split()
+        return said, int(faults)
+
+    said, kept = run()
+    assert said == "True"
+    said, given_back = run(MALLOC_ARENA_MAX="1", GLIBC_TUNABLES="glibc.malloc.arena_max=1")
+    assert said == "False"
+    assert kept < 100 < given_back
