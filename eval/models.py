@@ -106,6 +106,7 @@ class LazyModel:
         facts["max_seq_length"] = model.text.max_seq_length
         if isinstance(model, BiEncoder):
             facts |= {"pooling": model.pooling, "brackets": model.text.brackets}
+            facts["similarity"] = model.similarity_name
         return facts
 
 

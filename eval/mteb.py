@@ -35,6 +35,7 @@ from eval.models import (
 from eval.provenance import provenance
 from eval.results import write_result
 from eval.stages import Stages, first_stage
+from eval.sts import similarities
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError
@@ -80,16 +81,13 @@ class BiEncoderModel:
         return encode(_texts(inputs), show_progress=options.get("show_progress_bar"))
 
     def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
-        """Cosine, [n, E] x [m, E] -> [n, m]."""
+        """The model's own similarity, [n, E] x [m, E] -> [n, m]."""
         # torch warns of arrays that it may not write to, and JAX's are such
         return np.array(self.model.similarity(np.asarray(embeddings1), np.asarray(embeddings2)))
 
     def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
-        """Cosine of row with row, [n, E] x [n, E] -> [n]."""
-        a, b = np.asarray(embeddings1), np.asarray(embeddings2)
-        return np.einsum("ij,ij->i", a, b) / np.maximum(
-            np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12
-        )
+        """The same of row with row, [n, E] x [n, E] -> [n]."""
+        return similarities(np.asarray(embeddings1), np.asarray(embeddings2))[self.model.similarity_name]
 
 
 class CrossEncoderModel:
@@ -241,7 +239,7 @@ def _meta(model: Any, revision: str | None, dimension: int | None) -> ModelMeta:
         "revision": revision or "local",
         "max_tokens": model.text.max_seq_length,
         "embed_dim": dimension,
-        "similarity_fn_name": "cosine" if dimension else None,
+        "similarity_fn_name": model.similarity_name if dimension else None,
         "framework": ["JAX"],
     }
     return ModelMeta.create_empty(facts)

@@ -249,7 +249,9 @@ def average_precision(labels: Sequence[bool] | np.ndarray, scores: Sequence[floa
 
 
 class _Symmetric:
-    """A model whose queries and documents are encoded alike."""
+    """A model whose queries and documents are encoded alike, and compared by cosine as USEB does."""
+
+    similarity_name = "cosine"
 
     def __init__(self, encode: Encode) -> None:
         self.encode = encode

@@ -29,7 +29,7 @@ from sgpt_jax.folder.source import resolve
 from sgpt_jax.load import base_sha256, load_parts, open_model, token_limit
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch
 from sgpt_jax.packing.rows import plan_texts
-from sgpt_jax.packing.stream import Chunk, Embedder
+from sgpt_jax.packing.stream import Chunk, Embedder, warn_not_finite
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.prefetch import ahead
 from sgpt_jax.runtime.progress import progress
@@ -168,7 +168,8 @@ class BiEncoder:
         except ValueError as problem:
             raise InputError(str(problem)) from None
         parts = load_parts(opened, dtype, mesh, weights)
-        length = token_limit(parts.decoder.config, max_seq_length, settings.max_seq_length)
+        stated = _first(recorded.get("max_seq_length"), settings.max_seq_length)
+        length = token_limit(parts.decoder.config, max_seq_length, stated)
         decoder = parts.decoder
         if bias_set is not None:
             decoder = bias_sets.apply_bias_set(decoder, bias_set, base_sha256(opened.files, decoder))
@@ -287,7 +288,8 @@ class BiEncoder:
             show_progress: None shows a bar on a terminal after a second.
 
         Returns:
-            float32 [n, D] in the order of the texts; [D] for one str.
+            float32 [n, D] in the order of the texts; [D] for one str. A text whose vector is not finite is named in a
+            warning.
 
         Raises:
             TypeError: for anything that is not a str, naming its index.
@@ -301,6 +303,7 @@ class BiEncoder:
             (vectors,) = self._embedder().vectors(
                 [chunk], normalize, lambda plan: bar.update(len(plan.texts))
             )
+        warn_not_finite(vectors)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_query(self, texts: str | Sequence[str], **options: Unpack[EncodeOptions]) -> np.ndarray:
@@ -362,7 +365,11 @@ class BiEncoder:
                 yield self._plan(ids, prompt, side, None, batch_tokens)
 
         with contextlib.closing(ahead(planned(), 2, wait)) as ready:
-            yield from self._embedder().vectors(ready, normalize, count)
+            first = 0
+            for vectors in self._embedder().vectors(ready, normalize, count):
+                warn_not_finite(vectors, first)
+                first += len(vectors)
+                yield vectors
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """How near vectors are, by the model's own measure: the higher, the nearer.
@@ -475,5 +482,5 @@ class BiEncoder:
 
 
 def _first(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
+    """The first value that is not None, if there is one."""
+    return next((value for value in values if value is not None), None)

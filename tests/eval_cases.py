@@ -79,8 +79,8 @@ def hash_vector(text: str, dimension: int = 16) -> np.ndarray:
 class HashEncoder:
     """A bi-encoder without weights, with the methods that evaluations call."""
 
-    def __init__(self, dimension: int = 16) -> None:
-        self.dimension = dimension
+    def __init__(self, dimension: int = 16, similarity_name: str = "cosine") -> None:
+        self.dimension, self.similarity_name = dimension, similarity_name
         self.sizes: list[int] = []
 
     def encode(self, texts: list[str], **options: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,12 @@ from sgpt_jax.files.lines import atomic_write
 
 # The header is one string among safetensors' metadata.
 _HEADER = "sgpt_jax_biases"
+# What it may say of how vectors are made. A pooling's name is checked where it is used.
+_STATED: dict[str, Callable[[Any], bool]] = {
+    "pooling": lambda value: isinstance(value, str),
+    "brackets": lambda value: isinstance(value, bool),
+    "max_seq_length": lambda value: type(value) is int and value > 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +41,8 @@ class BiasSet:
 
     Attributes:
         values: leaf name -> float32 vector.
-        header: `base_model`, `base_sha256`, `weights` (only where they were int8), `pooling`, `brackets` and
-            `training` (the record of the run).
+        header: `base_model`, `base_sha256`, `weights` (only where they were int8), `pooling`, `brackets`,
+            `max_seq_length` and `training` (the record of the run).
     """
 
     values: Mapping[str, np.ndarray]
@@ -87,7 +93,7 @@ def load_bias_set(path: Any) -> BiasSet:
     """Reads what `save_bias_set` wrote.
 
     Raises:
-        InputError: no such file, or not a bias set.
+        InputError: no such file, not a bias set, or its header states what cannot be.
     """
     try:
         with safe_open(str(path), "numpy") as opened:
@@ -104,6 +110,9 @@ def load_bias_set(path: Any) -> BiasSet:
         known = False
     if not known or not values:
         raise InputError(f"{path}: not a bias set: a safetensors file, but without the header of one")
+    for key, fits in _STATED.items():
+        if header.get(key) is not None and not fits(header[key]):
+            raise InputError(f"{path}: the header's {key} is {header[key]!r:.60}")
     return BiasSet(values, header)
 
 

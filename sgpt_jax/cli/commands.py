@@ -53,6 +53,7 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
         "format": options.format,
         "errors": options.encoding_errors,
         "skip_bad_lines": options.skip_bad_lines,
+        "max_bytes": options.max_record_bytes,
         "report": ReadReport(),
     }
 

@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 from typing import Any
 
+from sgpt_jax.files.lines import MAX_LINE_BYTES
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:
@@ -140,7 +142,14 @@ ENCODING_ERRORS = option(
     help="invalid UTF-8: stop (default), or replace and count",
 )
 SKIP_BAD_LINES = option("--skip-bad-lines", action="store_true", help="skip and count lines of broken JSON")
-READING = (FORMAT, ENCODING_ERRORS, SKIP_BAD_LINES)
+MAX_RECORD_BYTES = option(
+    "--max-record-bytes",
+    type=positive,
+    default=MAX_LINE_BYTES,
+    metavar="N",
+    help="the longest line or CSV record that is read (default: %(default)s)",
+)
+READING = (FORMAT, ENCODING_ERRORS, SKIP_BAD_LINES, MAX_RECORD_BYTES)
 
 # What `sgpt_jax.runtime.processes.session` reads.
 PROCESSES = Group(

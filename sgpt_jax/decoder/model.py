@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sgpt_jax.decoder.block import Block, make_context
@@ -18,6 +19,7 @@ from sgpt_jax.decoder.layers import ACTIVATIONS, Dropout, Linear, Norm, TokenTab
 from sgpt_jax.decoder.matmul import matmul
 from sgpt_jax.decoder.positions import positions_from_mask
 from sgpt_jax.decoder.sharding import by_rows
+from sgpt_jax.errors import InputError
 
 
 class Embed(nnx.Module):
@@ -116,7 +118,8 @@ class Decoder(nnx.Module):
         """Hidden states after the final norm, of texts in a row each (`attention_mask`) or of packed rows (`segments`).
 
         Args:
-            input_ids: int [B, T]. Ids outside the vocabulary are the caller's to refuse (`text.check_ids`).
+            input_ids: int [B, T]. While a function is traced, ids outside the vocabulary are the caller's to refuse
+                (`text.check_ids`), as a look-up would be clamped.
             attention_mask: int or bool [B, T], non-zero at valid tokens; padding on any side.
             positions: int [B, T]; by default counted along the valid tokens.
             segments: int [B, T], in place of a mask, see `Batch`; needs positions.
@@ -128,8 +131,10 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: when there are both a mask and segments, or neither; when no positions are given and T exceeds
                 those that a decoder with learned positions has.
+            InputError: an id or a position, of arrays with values, is outside the model's.
         """
         config = self.config
+        _check_range(input_ids, config.vocab_size, "token id", "embeddings")
         if (attention_mask is None) == (segments is None):
             raise ValueError("the decoder takes either an attention mask or segments")
         if segments is None:
@@ -141,6 +146,8 @@ class Decoder(nnx.Module):
                     f"{input_ids.shape[1]} tokens, but the model has {config.max_positions} positions"
                 )
             positions = positions_from_mask(segments >= 0)
+        elif config.positions == "learned":
+            _check_range(positions, config.max_positions or 0, "position", "positions")
         dropout = None if dropout_keys is None else Dropout(dropout_keys)
         context = make_context(config, segments, positions, dropout)
         x = by_rows(self.embed(input_ids, positions, dropout))
@@ -201,6 +208,19 @@ class Decoder(nnx.Module):
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         return softcap(logits, self.config.logit_softcap)
+
+
+def _check_range(values: jax.Array, size: int, what: str, of_what: str) -> None:
+    """Refuses indices below 0 or from `size` on, where their values are at hand: not while a function is traced.
+
+    Raises:
+        InputError: naming the first.
+    """
+    if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
+        return
+    found = np.asarray(values)
+    if wrong := found[(found < 0) | (found >= size)].tolist():
+        raise InputError(f"{what} {wrong[0]} is outside the model's {size} {of_what}")
 
 
 def abstract_decoder(config: DecoderConfig, build: Build) -> tuple[Any, dict]:

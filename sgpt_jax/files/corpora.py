@@ -14,7 +14,14 @@ from typing import Any
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.columns import DOCUMENT, QUERY, TEXT, Columns, Named
-from sgpt_jax.files.lines import PathLike, ReadReport, display_name, fix_surrogates, line_error
+from sgpt_jax.files.lines import (
+    MAX_LINE_BYTES,
+    PathLike,
+    ReadReport,
+    display_name,
+    fix_surrogates,
+    line_error,
+)
 from sgpt_jax.files.tables import Format, read_table
 
 _LINE_BITS = 36
@@ -43,6 +50,7 @@ def read_corpus(
     format: Format | None = None,
     errors: str = "strict",
     skip_bad_lines: bool = False,
+    max_bytes: int = MAX_LINE_BYTES,
     report: ReadReport | None = None,
 ) -> Iterator[Document]:
     """Yields the documents of a corpus in file order; memory holds one line (of a JSON array all), and 40 bytes an id.
@@ -55,12 +63,13 @@ def read_corpus(
         format: the format; None takes it from the name or the first line (see the module's text).
         errors: "strict", or "replace" for invalid UTF-8.
         skip_bad_lines: skip and count JSONL lines that are no JSON object, instead of raising.
+        max_bytes: the longest line or CSV record that is read; a JSON array may have 16 times as many.
         report: counts are added here.
 
     Raises:
         InputError: the file or a line of it breaks a rule, or it holds no document.
     """
-    return _read_documents(path, DOCUMENT, "document", format, errors, skip_bad_lines, report)
+    return _read_documents(path, DOCUMENT, "document", format, errors, skip_bad_lines, max_bytes, report)
 
 
 def read_queries(
@@ -69,10 +78,11 @@ def read_queries(
     format: Format | None = None,
     errors: str = "strict",
     skip_bad_lines: bool = False,
+    max_bytes: int = MAX_LINE_BYTES,
     report: ReadReport | None = None,
 ) -> dict[str, str]:
     """Reads queries as {id: text}, in file order, with the arguments and errors of `read_corpus`."""
-    queries = _read_documents(path, QUERY, "query", format, errors, skip_bad_lines, report)
+    queries = _read_documents(path, QUERY, "query", format, errors, skip_bad_lines, max_bytes, report)
     return {query.id: query.text for query in queries}
 
 
@@ -82,6 +92,7 @@ def read_texts(
     format: Format | None = None,
     errors: str = "strict",
     skip_bad_lines: bool = False,
+    max_bytes: int = MAX_LINE_BYTES,
     report: ReadReport | None = None,
 ) -> Iterator[str]:
     """Yields texts to be embedded, one a record, in file order. No id is needed; repeated records stay.
@@ -90,7 +101,7 @@ def read_texts(
     is nothing special. Arguments and errors are those of `read_corpus`; a file without any text is no error here.
     """
     report = ReadReport() if report is None else report
-    for record in _read_records(path, TEXT, format, errors, skip_bad_lines, report):
+    for record in _read_records(path, TEXT, format, errors, skip_bad_lines, max_bytes, report):
         report.records += 1
         yield join_title(record.title, record.text)
 
@@ -102,11 +113,12 @@ def _read_documents(
     format: Format | None,
     errors: str,
     skip_bad_lines: bool,
+    max_bytes: int,
     report: ReadReport | None,
 ) -> Iterator[Document]:
     report = ReadReport() if report is None else report
     seen = _Seen()
-    for record in _read_records(path, columns, format, errors, skip_bad_lines, report):
+    for record in _read_records(path, columns, format, errors, skip_bad_lines, max_bytes, report):
         if record.id is None:
             raise line_error(path, record.line, "the record has neither `_id` nor `id`")
         if _is_new(path, record, record.id, seen):
@@ -185,6 +197,7 @@ def _read_records(
     format: Format | None,
     errors: str,
     skip_bad_lines: bool,
+    max_bytes: int,
     report: ReadReport,
 ) -> Iterator[_Record]:
     """The records of a file. In texts to be embedded, a tab says nothing of the format."""
@@ -195,6 +208,7 @@ def _read_records(
         tabs="text" if columns is TEXT else "tsv",
         errors=errors,
         skip_bad_lines=skip_bad_lines,
+        max_bytes=max_bytes,
         report=report,
     )
     count = 0

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from sgpt_jax.files.columns import Columns, Named
-from sgpt_jax.files.lines import PathLike, ReadReport, line_error, parse_json, read_lines
+from sgpt_jax.files.lines import MAX_LINE_BYTES, PathLike, ReadReport, line_error, parse_json, read_lines
 
 Format = Literal["jsonl", "tsv", "csv", "text"]
 # A line, and its fields by name; its cells, where no header names them; or a plain text.
@@ -49,6 +49,7 @@ def read_table(
     plain: Format = "text",
     errors: str = "strict",
     skip_bad_lines: bool = False,
+    max_bytes: int = MAX_LINE_BYTES,
     report: ReadReport | None = None,
 ) -> Iterator[Row]:
     """Yields the records of a file in its order.
@@ -63,13 +64,15 @@ def read_table(
         plain: what any other first line means; a name that ends in .txt says no more than that.
         errors: "strict", or "replace" for invalid UTF-8.
         skip_bad_lines: skip and count JSON lines that are no JSON object, instead of raising.
+        max_bytes: the longest line or CSV record that is read; a JSON array, which is read whole, may have 16 times as
+            many.
         report: counts of what was skipped and replaced are added here.
 
     Raises:
         InputError: the file or a line of it breaks a rule, naming both.
     """
     report = ReadReport() if report is None else report
-    lines = read_lines(path, errors=errors, report=report, keep_blank=True)
+    lines = read_lines(path, errors=errors, report=report, keep_blank=True, max_bytes=max_bytes)
     if format is None and by_name:
         stem = os.fspath(path).lower().removesuffix(".gz")
         named = _SUFFIXES.get(os.path.splitext(stem)[1])
@@ -83,11 +86,11 @@ def read_table(
         format = "jsonl" if is_json else tabs if "\t" in first[1] else plain
     lines = itertools.chain([first], lines)
     if format == "csv":
-        yield from _read_csv(path, columns, lines)
+        yield from _read_csv(path, columns, lines, max_bytes)
         return
     lines = (pair for pair in lines if pair[1].strip(_BLANKS))
     if format == "jsonl":
-        values = _array(path, lines) if _ARRAY.match(first[1]) else _json_lines(path, lines)
+        values = _array(path, lines, 16 * max_bytes) if _ARRAY.match(first[1]) else _json_lines(path, lines)
         yield from _objects(path, columns, values, skip_bad_lines, report)
     elif format == "tsv":
         yield from _read_cells(path, columns, ((line, text.split("\t")) for line, text in lines))
@@ -106,10 +109,18 @@ def _json_lines(path: PathLike, lines: Lines) -> Iterator[tuple[int, Any]]:
         yield line, problem
 
 
-def _array(path: PathLike, lines: Lines) -> Iterator[tuple[int, Any]]:
+def _array(path: PathLike, lines: Lines, max_bytes: int) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON array as `_json_lines` gives lines; the line of each is where it begins."""
     parts: list[str] = []
+    left = max_bytes
     for line, text in lines:
+        left -= len(text.encode())
+        if left < 0:
+            raise line_error(
+                path,
+                line,
+                f"the JSON array is longer than {max_bytes:,} bytes, the most that is read; use JSON lines",
+            )
         parts.extend([""] * (line - 1 - len(parts)))  # blank lines again, so that lines are the file's
         parts.append(text)
     text = "\n".join(parts)
@@ -180,8 +191,8 @@ def _read_cells(path: PathLike, columns: Columns, rows: Iterator[tuple[int, list
         yield line, columns.of_cells(header, cells)
 
 
-def _read_csv(path: PathLike, columns: Columns, lines: Lines) -> Iterator[Row]:
-    rows = _read_cells(path, columns, _csv_rows(path, lines))
+def _read_csv(path: PathLike, columns: Columns, lines: Lines, max_bytes: int) -> Iterator[Row]:
+    rows = _read_cells(path, columns, _csv_rows(path, lines, max_bytes))
     for line, row in rows:
         if columns.header and isinstance(row, list):
             names = " and ".join(f"`{columns.spellings[field][0]}`" for field in columns.needed)
@@ -189,20 +200,23 @@ def _read_csv(path: PathLike, columns: Columns, lines: Lines) -> Iterator[Row]:
         yield line, row
 
 
-def _csv_rows(path: PathLike, lines: Lines) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: PathLike, lines: Lines, max_bytes: int) -> Iterator[tuple[int, list[str]]]:
     """Rows and the lines where they begin; a quoted cell may go over several lines."""
-    start = 0
+    start = left = 0
 
     def texts() -> Iterator[str]:
-        nonlocal start
+        nonlocal start, left
         for line, text in lines:
             start = start or line
+            left -= len(text.encode())
+            if left < 0:
+                raise line_error(path, start, f"longer than {max_bytes:,} bytes, the most that is read")
             yield text + "\n"
 
     csv.field_size_limit(_CELL)
     reader = csv.reader(texts(), strict=True)
     while True:
-        start = 0
+        start, left = 0, max_bytes
         try:
             cells = next(reader, None)
         except csv.Error as error:

@@ -22,6 +22,9 @@ CHUNK = 16_384  # documents that are encoded and scored at a time
 class Encoder(Protocol):
     """What is asked of a bi-encoder: `sgpt_jax.BiEncoder` has it."""
 
+    @property
+    def similarity_name(self) -> str: ...
+
     def encode_query(
         self, texts: Sequence[str], *, batch_tokens: int | None = ..., show_progress: bool | None = ...
     ) -> np.ndarray: ...
@@ -41,7 +44,8 @@ def search_corpus(
     batch_tokens: int | None = None,
     show_progress: bool | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The k documents of highest cosine for every query, as a run, best first.
+    """The k documents of highest similarity (cosine or dot product, as the model has it) for every query, as a run,
+    best first.
 
     Only one chunk of the corpus is held at a time, and its ids. In a `processes.session` every process passes over the
     corpus and takes its turn of the chunks; all of them return the run that one process would. Ties rank as in
@@ -57,14 +61,17 @@ def search_corpus(
         show_progress: None shows a bar on a terminal after a second.
 
     Raises:
-        InputError: a vector that is not finite, with the query's or document's id.
+        InputError: a vector that is not finite, with the query's or document's id; the model compares vectors by a
+            distance.
     """
-    size = chunk or CHUNK
-    vectors = _checked(
-        model.encode_query(list(queries.values()), batch_tokens=batch_tokens, show_progress=False),
-        "query",
-        list(queries),
-    )
+    if model.similarity_name not in ("cosine", "dot"):
+        raise InputError(
+            f"the model compares vectors by {model.similarity_name} distance; a corpus is searched by cosine or dot "
+            "product"
+        )
+    size, cosine = chunk or CHUNK, model.similarity_name == "cosine"
+    encoded = model.encode_query(list(queries.values()), batch_tokens=batch_tokens, show_progress=False)
+    vectors = _checked(encoded, "query", list(queries), cosine)
     ids = _ChunkIds(size)
 
     def blocks() -> Iterator[Block]:
@@ -80,7 +87,7 @@ def search_corpus(
                 names = [document.id for document in part]
                 texts = [document.text for document in part]
                 encoded = model.encode_document(texts, batch_tokens=batch_tokens, show_progress=False)
-                encoded = _checked(encoded, "document", names)
+                encoded = _checked(encoded, "document", names, cosine)
                 if number:  # a block like those before it
                     encoded = np.pad(encoded, ((0, size - len(part)), (0, 0)))
                 ids.add(number, names)
@@ -123,10 +130,10 @@ class _ChunkIds:
         return ids
 
 
-def _checked(vectors: np.ndarray, kind: str, ids: list[str]) -> np.ndarray:
-    """The vectors as float32 of length 1 (a zero vector stays)."""
+def _checked(vectors: np.ndarray, kind: str, ids: list[str], cosine: bool) -> np.ndarray:
+    """The vectors as float32, for cosines of length 1 (a zero vector stays)."""
     vectors = np.asarray(vectors, np.float32)
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise InputError(f"the vector of {kind} {ids[int(np.argmin(finite))]!r} is not finite")
-    return normalized(vectors)
+    return normalized(vectors) if cosine else vectors

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -162,6 +162,22 @@ def vector_indices(plan: PlannedBatch, room: int) -> np.ndarray:
         number * room + column for number, row in enumerate(plan.rows) for column in range(len(row.texts))
     ]
     return np.array(indices, np.int32)
+
+
+def rows_apart(plan: PlannedBatch, vectors: np.ndarray) -> Iterator[PlannedBatch]:
+    """Batches of the same shape in which the texts of a batch whose vectors are not finite have a row each.
+
+    A text whose hidden states are NaN makes those of its row NaN, as 0 times NaN is NaN.
+
+    Args:
+        plan: of the batch.
+        vectors: float [n, E], in the order of `plan.texts`.
+    """
+    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    texts = plan.texts
+    apart = [Row((texts[number],), plan.length) for number in broken] if len(texts) > len(plan.rows) else []
+    for start in range(0, len(apart), plan.num_rows):
+        yield PlannedBatch(tuple(apart[start : start + plan.num_rows]), plan.num_rows, plan.length)
 
 
 def encode_rows(

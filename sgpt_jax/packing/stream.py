@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +16,7 @@ from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.modules import Modules
 from sgpt_jax.decoder.sharding import batch_sharding
 from sgpt_jax.packing.layout import PlannedBatch, lay_out
-from sgpt_jax.packing.rows import embed, texts_per_row, vector_indices
+from sgpt_jax.packing.rows import embed, rows_apart, texts_per_row, vector_indices
 from sgpt_jax.runtime.one_behind import one_behind
 
 
@@ -43,6 +46,12 @@ class _Started:
     room: int = 0
     result: jax.Array | None = None
 
+    def keep(self) -> None:
+        """Waits for the vectors and puts them into those of the chunk."""
+        assert self.plan is not None
+        vectors = np.asarray(self.result).reshape(-1, self.chunk.vectors.shape[1])
+        self.chunk.vectors[self.plan.texts] = vectors[vector_indices(self.plan, self.room)]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
@@ -64,12 +73,17 @@ class Embedder:
     def vectors(
         self, chunks: Iterable[Chunk], normalize: bool, on_batch: Callable[[PlannedBatch], object]
     ) -> Iterator[np.ndarray]:
-        """The vectors of each chunk, float32 [n, D]; `on_batch` is called for every batch that is done."""
+        """The vectors of each chunk, float32 [n, D]; `on_batch` is called for every batch that is done.
+
+        Texts whose vectors are not finite are computed again in rows of their own: what stays so is theirs.
+        """
 
         def fetch(started: _Started) -> _Started:
             if (plan := started.plan) is not None:
-                vectors = np.asarray(started.result).reshape(-1, started.chunk.vectors.shape[1])
-                started.chunk.vectors[plan.texts] = vectors[vector_indices(plan, started.room)]
+                started.keep()
+                for apart in rows_apart(plan, started.chunk.vectors[plan.texts]):
+                    result = self._embed(started.chunk, apart, started.room, normalize)
+                    _Started(started.chunk, apart, started.room, result).keep()
                 on_batch(plan)
             return started
 
@@ -79,24 +93,40 @@ class Embedder:
 
     def _start(self, chunks: Iterable[Chunk], normalize: bool) -> Iterator[_Started]:
         """Starts one batch after the other."""
-        graphdef, params = split(self.decoder)
-        sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         for chunk in chunks:
             for plan in chunk.plans:
                 room = texts_per_row(plan)
-                batch = jax.device_put(lay_out(plan, chunk.ids, self.pad_id), sharding)
-                result = embed(
-                    graphdef,
-                    params,
-                    self.modules,
-                    batch,
-                    chunk.skip,
-                    pooling=self.pooling,
-                    room=room,
-                    dimension=chunk.vectors.shape[1],
-                    normalize=normalize,
-                    mesh=self.mesh,
-                )
-                yield _Started(chunk, plan, room, result)
+                yield _Started(chunk, plan, room, self._embed(chunk, plan, room, normalize))
             if not chunk.plans:
                 yield _Started(chunk)
+
+    def _embed(self, chunk: Chunk, plan: PlannedBatch, room: int, normalize: bool) -> jax.Array:
+        """Starts a batch: float32 [R, room, D]."""
+        graphdef, params = self._parts
+        sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
+        return embed(
+            graphdef,
+            params,
+            self.modules,
+            jax.device_put(lay_out(plan, chunk.ids, self.pad_id), sharding),
+            chunk.skip,
+            pooling=self.pooling,
+            room=room,
+            dimension=chunk.vectors.shape[1],
+            normalize=normalize,
+            mesh=self.mesh,
+        )
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Any, Any]:
+        return split(self.decoder)
+
+
+def warn_not_finite(vectors: np.ndarray, first: int = 0) -> None:
+    """Warns of texts, counted from `first`, whose vectors are NaN or infinite; no other vector depends on them."""
+    if len(broken := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+        named = ", ".join(map(str, (first + broken[:5]).tolist())) + (", ..." if len(broken) > 5 else "")
+        warnings.warn(
+            f"{len(broken)} of {len(vectors)} texts have vectors that are not finite: number {named}, counted from 0",
+            stacklevel=3,
+        )

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 
 from sgpt_jax.errors import InputError
+from sgpt_jax.runtime.aborts import aborts_caught
 
 _PIECE = 1 << 24  # bytes a message
 _FAILED = "sgpt/failed/"
@@ -65,13 +67,37 @@ def session(options: argparse.Namespace) -> Iterator[None]:
             "Outside of TPU pods, Slurm and Open MPI give --coordinator, --processes and --process"
         ) from error
     try:
-        with _watch():
-            yield
+        with aborts_caught(_service_failed), _watch():
+            try:
+                yield
+            except jax.errors.JaxRuntimeError:
+                _await_the_cause()
+                raise
     except BaseException as error:
         if not isinstance(error, OtherFailed):
             text = str(error) if isinstance(error, InputError) else repr(error)
-            _client().key_value_set(f"{_FAILED}{index()}", text, allow_overwrite=True)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _client().key_value_set(f"{_FAILED}{index()}", text, allow_overwrite=True)
         raise
+
+
+def _service_failed(said: str) -> None:
+    """Ends this process where the coordination client is about to abort it as process 0 cannot be reached."""
+    if not first() and "Failed to send RPC to coordination service" in said:
+        _end(0)
+
+
+def _await_the_cause() -> None:
+    """Waits until it is known whether another process failed or was lost: then computing together fails here too.
+
+    Raises:
+        OtherFailed: another process ended with an error.
+    """
+    end = time.monotonic() + _LOST_SECONDS + 3 * _BEAT_SECONDS
+    while time.monotonic() < end:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            check()
+        time.sleep(_BEAT_SECONDS / 5)
 
 
 @contextlib.contextmanager
@@ -118,7 +144,8 @@ def _end(process: int) -> None:
         f"error: process {process} was lost: it ended without a word, or its machine did. What is finished is kept: "
         "start all processes again with the same command (training: with --resume)\n"
     )
-    os.write(2, line.encode())
+    sys.stderr.write(line)
+    sys.stderr.flush()
     os._exit(1)
 
 

@@ -23,7 +23,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.index.search import Index
 from sgpt_jax.own_scoring import OwnScoring
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, Row, lay_out
-from sgpt_jax.packing.rows import embed, fill_rows, most_texts, vector_indices
+from sgpt_jax.packing.rows import embed, fill_rows, most_texts, rows_apart, vector_indices
 from sgpt_jax.packing.shared import lay_out_targets
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.serve.shapes import Shape, choose, row_lengths, shapes
@@ -86,11 +86,24 @@ class Embedder:
         return choose(sizes, self.shapes, self.budget, fill)
 
     def start(self, items: Sequence[list[int]], plan: PlannedBatch) -> Fetch:
-        """Starts a batch of some of the items."""
-        batch = jax.device_put(lay_out(plan, items, self.model.text.pad_id), _sharding(self.model.mesh))
-        result = self._programs[Shape.of(plan)](self._params, self.model.modules, batch, np.int32(0))
-        indices = vector_indices(plan, most_texts(plan.length))
-        return lambda: np.asarray(result).reshape(-1, self.model.dimension)[indices]
+        """Starts a batch of some of the items. One whose vector is not finite leaves the others theirs."""
+
+        def run(plan: PlannedBatch) -> Callable[[], np.ndarray]:
+            batch = jax.device_put(lay_out(plan, items, self.model.text.pad_id), _sharding(self.model.mesh))
+            result = self._programs[Shape.of(plan)](self._params, self.model.modules, batch, np.int32(0))
+            indices = vector_indices(plan, most_texts(plan.length))
+            return lambda: np.asarray(result).reshape(-1, self.model.dimension)[indices]
+
+        first = run(plan)
+
+        def fetch() -> Sequence[Any]:
+            vectors = first()
+            found = dict(zip(plan.texts, vectors, strict=True))
+            for apart in rows_apart(plan, vectors):
+                found |= zip(apart.texts, run(apart)(), strict=True)
+            return list(found.values())
+
+        return fetch
 
 
 @dataclass(frozen=True)

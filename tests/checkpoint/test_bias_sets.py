@@ -8,6 +8,7 @@ from decoders import hidden_states, load
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
+from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import (
     BiasSet,
     add_zero_biases,
@@ -75,6 +76,21 @@ def test_round_trip(variant, added, tmp_path):
     # a second set replaces the first
     twice = apply_bias_set(applied, again)
     np.testing.assert_array_equal(hidden_states(twice, IDS, MASK), hidden_states(applied, IDS, MASK))
+
+
+def test_the_limit_goes_with_the_set(tmp_path):
+    """Base and set read as many tokens of a text as the run did, unless the user asks for others."""
+    decoders.write_tokenizer(decoders.write_checkpoint("gpt_neo", tmp_path))
+    biases = random_set(load(tmp_path), max_seq_length=12)
+    save_bias_set(tmp_path / "set.safetensors", biases)
+    for asked, found in ((None, 12), (20, 20)):
+        model = BiEncoder.from_pretrained(tmp_path, biases=tmp_path / "set.safetensors", max_seq_length=asked)
+        assert model.text.max_seq_length == found
+    save_bias_set(
+        tmp_path / "bad.safetensors", BiasSet(biases.values, biases.header | {"max_seq_length": "x"})
+    )
+    with pytest.raises(InputError, match="max_seq_length is 'x'"):
+        load_bias_set(tmp_path / "bad.safetensors")
 
 
 def test_wrong_base(tmp_path):

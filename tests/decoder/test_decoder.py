@@ -1,10 +1,13 @@
 """The decoder and the weight tables against torch, on tiny random decoders of every family."""
 
 import decoders
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import hidden_states, load, relative_error
+
+from sgpt_jax.errors import InputError
 
 
 def left_padded(ids, mask):
@@ -43,3 +46,15 @@ def test_bfloat16_stays_close(variant, tmp_path):
     theirs = expected["hidden"][valid]
     cosines = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
     assert np.mean(cosines) > 0.999
+
+
+def test_indices_outside_the_model_are_refused(tmp_path):
+    """A look-up would clamp them. While a function is traced there is nothing to look at."""
+    decoder = load(decoders.write_checkpoint("gpt_neo", tmp_path))
+    mask = np.ones((1, 2), np.int32)
+    for wrong in (384, -1):
+        with pytest.raises(InputError, match=f"token id {wrong} is outside the model's 384 embeddings"):
+            decoder(np.array([[3, wrong]]), mask)
+    with pytest.raises(InputError, match="position 192 is outside the model's 192 positions"):
+        decoder(jnp.array([[3, 4]]), segments=jnp.zeros((1, 2), int), positions=jnp.array([[191, 192]]))
+    assert jax.eval_shape(decoder, jnp.array([[3, 4]]), mask).shape == (1, 2, 32)

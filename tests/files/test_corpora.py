@@ -359,6 +359,20 @@ def test_a_line_without_end_is_refused_where_it_becomes_too_long(tmp_path):
         next(lines)
 
 
+def test_records_of_more_than_the_allowed_bytes(tmp_path):
+    """Also where they go over several lines: quoted cells of CSV, JSON arrays."""
+    quoted = tmp_path / "x.csv"
+    quoted.write_text('id,text\n1,ab\n2,"' + "long\n" * 9 + '"\n')
+    assert len(list(read_corpus(quoted, max_bytes=50))) == 2
+    with pytest.raises(InputError, match=r"x.csv, line 3: longer than 20 bytes"):
+        list(read_corpus(quoted, max_bytes=20))
+    array = tmp_path / "x.json"
+    array.write_text("[" + ",\n".join(f'{{"id": {number}, "text": "a"}}' for number in range(40)) + "]")
+    assert len(list(read_corpus(array))) == 40
+    with pytest.raises(InputError, match=r"x.json, line 28: the JSON array is longer than 640 bytes"):
+        list(read_corpus(array, max_bytes=40))
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 def test_a_gzip_bomb_and_an_endless_line_take_no_memory(tmp_path):
     """400 MB of one line, in 400 kB and as it is, with room for half of that."""

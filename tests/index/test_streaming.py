@@ -88,3 +88,16 @@ def test_vectors_that_are_not_finite_are_named():
         search_corpus(Vectors(), {"q": "1 0"}, [Document("a", "1 0"), Document("bad", "nan 0")], 2)
     with pytest.raises(InputError, match="query 'q' is not finite"):
         search_corpus(Vectors(), {"q": "inf 0"}, [Document("a", "1 0")], 2)
+
+
+def test_the_similarity_is_the_models():
+    """By dot product the longer document wins, by cosine the nearer one; distances are refused by name."""
+    documents = [Document("long", "9 3"), Document("near", "1 0")]
+    runs = {
+        name: search_corpus(Vectors(similarity_name=name), {"q": "2 0"}, documents, 2)["q"]
+        for name in ("cosine", "dot")
+    }
+    assert list(runs["cosine"]) == ["near", "long"]
+    assert runs["dot"] == {"long": 18.0, "near": 2.0}
+    with pytest.raises(InputError, match="by manhattan distance"):
+        search_corpus(Vectors(similarity_name="manhattan"), {"q": "2 0"}, documents, 2)

@@ -5,6 +5,7 @@ import random
 import decoders
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import sgpt_jax as sgpt
 from sgpt_jax.errors import InputError
@@ -17,6 +18,8 @@ from sgpt_jax.packing.rows import (
     texts_per_row,
     vector_indices,
 )
+from sgpt_jax.serve.programs import Embedder
+from sgpt_jax.text.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("unit", [1, 6, 16])
@@ -154,3 +157,44 @@ def test_a_text_has_the_vector_that_it_has_alone(variant, pooling, tmp_path):
     together = model.encode(texts, show_progress=False)
     alone = np.stack([model.encode(text, show_progress=False) for text in texts])
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max())
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A model for which the token ~ is not a number."""
+    folder = decoders.write_tokenizer(decoders.write_checkpoint("gptj", tmp_path_factory.mktemp("damaged")))
+    weights = load_file(folder / "model.safetensors")
+    (token,) = load_tokenizer(folder).encode("~", add_special_tokens=False)
+    weights["transformer.wte.weight"][token] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return sgpt.BiEncoder.from_pretrained(folder)
+
+
+TEXTS = [f"{number} people stay at night and the ferry crosses the bay" for number in range(50)]
+
+
+def test_a_text_that_is_not_finite_leaves_the_others_theirs(damaged):
+    """It is named, in a list and in a stream; its neighbours in the row have their vectors."""
+    wanted = damaged.encode(TEXTS, show_progress=False)
+    assert np.isfinite(wanted).all()
+    texts = [*TEXTS[:7], "~", *TEXTS[7:40], "a ~", *TEXTS[40:]]
+    sound = [number for number, text in enumerate(texts) if "~" not in text]
+    with pytest.warns(UserWarning, match="2 of 52 texts have vectors that are not finite: number 7, 41,"):
+        found = damaged.encode(texts, show_progress=False)
+    with pytest.warns(UserWarning, match="1 of 12 texts .*: number 41,"):
+        streamed = np.concatenate(list(damaged.encode_chunks([texts[:40], texts[40:]])))
+    for vectors in (found, streamed):
+        np.testing.assert_allclose(vectors[sound], wanted, rtol=1e-4, atol=1e-5)
+        assert np.isnan(vectors[[7, 41]]).any(axis=1).all()
+
+
+def test_a_text_that_is_not_finite_leaves_other_requests_theirs(damaged):
+    lane = Embedder(damaged)
+    lane.shapes = lane.shapes[-1:]
+    assert len(list(lane.compile())) == 1
+    ids = damaged.text.ids([*TEXTS[:3], "~", TEXTS[3]])
+    plan = lane.plan([len(row) for row in ids])
+    found = dict(zip(plan.texts, lane.start(ids, plan)(), strict=True))
+    assert len(plan.rows) < len(found) == 5 and np.isnan(found[3]).any()
+    wanted = damaged.encode(TEXTS[:4], show_progress=False)
+    np.testing.assert_allclose([found[n] for n in (0, 1, 2, 4)], wanted, rtol=1e-4, atol=1e-5)

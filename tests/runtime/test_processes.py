@@ -163,8 +163,9 @@ def test_two_processes_write_the_index_of_one(model, corpus, one, tmp_path):
     assert outputs[2] == ""  # the second process has nothing to say
 
 
-def test_a_killed_process_is_named_by_the_other(model, corpus, tmp_path):
-    """Within seconds, in one line, and without a stack."""
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_is_named_by_the_other(killed, model, corpus, tmp_path):
+    """Within seconds, in one line, and without a stack, also where it is the one that all are connected to."""
     slower = SLOW.replace("0.1", "3") + INDEX
     job = Job(2, tmp_path, slower, options(model, corpus, tmp_path / "index", "float32"))
     deadline = time.monotonic() + 300
@@ -172,13 +173,14 @@ def test_a_killed_process_is_named_by_the_other(model, corpus, tmp_path):
         assert time.monotonic() < deadline and job.processes[1].poll() is None, job.outputs
         time.sleep(0.05)
     time.sleep(2)
-    job.processes[1].kill()
-    killed = time.monotonic()
+    job.processes[killed].kill()
+    begin = time.monotonic()
     codes, outputs = job.wait()
-    assert codes == [1, -signal.SIGKILL], outputs
-    assert time.monotonic() - killed < 40
-    assert outputs[1].count("\n") == 1, outputs[1]
-    assert outputs[1].startswith("error: process 1 was lost") and "start all processes again" in outputs[1]
+    assert codes == ([-signal.SIGKILL, 1] if killed == 0 else [1, -signal.SIGKILL]), outputs
+    assert time.monotonic() - begin < 40
+    said = outputs[2 * (1 - killed) + 1]
+    assert said.count("\n") == 1, said
+    assert said.startswith(f"error: process {killed} was lost") and "start all processes again" in said
 
 
 def test_a_killed_process_and_four_that_go_on(model, corpus, one, tmp_path):

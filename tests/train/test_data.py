@@ -184,9 +184,10 @@ NLI = [
 
 def test_triplets_have_both_orders():
     """a entails b and contradicts c, d; b is entailed by a, e and contradicts f, in the other order of the pairs."""
-    seen = Counter()
+    seen, unlike = Counter(), 0
     for seed in range(50):
         triplets = nli_triplets(NLI, seed)
+        unlike += triplets[0].negatives != triplets[1].negatives
         assert triplets == nli_triplets(NLI, seed)
         assert len(triplets) == 4  # two for each of the anchors a and b
         for number, (query, positive, negatives, _) in enumerate(triplets):
@@ -197,6 +198,7 @@ def test_triplets_have_both_orders():
             assert negatives[0] in {"a": "cd", "b": "f"}[anchor]
             seen[number, entailed, negatives] += 1
     assert len(seen) == 2 + 2 + 2 + 2  # every draw occurs, of each triplet by itself
+    assert 10 < unlike < 40  # the two of an anchor are drawn apart
     with pytest.raises(InputError, match="no triplets"):
         nli_triplets(NLI[:1], 0)
 
