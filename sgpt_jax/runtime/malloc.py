@@ -8,7 +8,12 @@ import sys
 
 # Of glibc's malloc.h: memory is never mapped apart, never handed back, taken 256 MB at a time, by all threads from one
 # arena. With fewer of these the pages of every step are mapped anew.
-_PARAMETERS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 1 << 28), "M_ARENA_MAX": (-8, 1)}
+_PARAMETERS = {
+    "M_MMAP_MAX": (-4, 0),
+    "M_TRIM_THRESHOLD": (-1, -1),
+    "M_TOP_PAD": (-2, 1 << 28),
+    "M_ARENA_MAX": (-8, 1),
+}
 
 
 def keep_freed_memory() -> bool:
@@ -29,4 +34,5 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    return all([library.mallopt(number, value) for number, value in _PARAMETERS.values()])
+    taken = [library.mallopt(number, value) for number, value in _PARAMETERS.values()]
+    return all(taken)

@@ -28,7 +28,11 @@ print(faults())
 def test_what_was_freed_is_kept():
     def run(**environment):
         done = subprocess.run(
-            [sys.executable, "-c", CODE], env=os.environ | environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", CODE],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         said, faults = done.stdout.split()
         return said, int(faults)
