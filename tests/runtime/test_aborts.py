@@ -7,7 +7,7 @@ import sys
 import pytest
 
 CODE = """
-import os, sys, time
+import ctypes, os, sys
 from sgpt_jax.runtime.aborts import aborts_caught
 
 def fatal(said):
@@ -24,7 +24,7 @@ with aborts_caught(fatal):
     if sys.argv[1] == "fatal":
         os.write(2, FATAL)
     if sys.argv[1] != "end":
-        os.abort()
+        ctypes.CDLL(None).abort()  # without the interpreter lock, as from C++
 print("afterwards", file=sys.stderr)
 os.write(2, b"directly\\n")
 """
@@ -45,4 +45,7 @@ def test_aborts_are_caught(what, code, lines):
         [sys.executable, "-c", CODE, what], capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == code, done.stderr
-    assert set(done.stderr.splitlines()) == lines
+    said = set(done.stderr.splitlines())
+    if what == "fatal":  # held back for a second, which on a busy machine may not be enough
+        said.discard("E1 coordination_service_agent.cc:289] Polled an error")
+    assert said == lines
