@@ -80,10 +80,11 @@ def _pass_on(reading: int, direct: int, fatal: Callable[[str], object]) -> None:
         if not data:
             break
         held += data
+        found = _SERVICE.search(held)
+        begin = held.rfind(b"\n", 0, found.start()) + 1 if found else len(held)
+        os.write(direct, held[:begin])
+        held = held[begin:]
         if _FATAL in held:
             fatal(held.decode(errors="replace"))
-        if not _SERVICE.search(held):
-            os.write(direct, held)
-            held = b""
     os.write(direct, held)
     os.close(reading)
