@@ -1,1 +1,1 @@
-"""Evaluation programs, run from a checkout: ``python -m eval <task>``."""
+"""Evaluation programs: ``python -m eval <task>``; of what pip installed, ``python -m sgpt_jax.eval <task>``."""

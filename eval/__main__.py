@@ -1,4 +1,4 @@
-"""Evaluation programs: ``python -m eval TASK ...``, run from a checkout of the project."""
+"""Evaluation programs: ``python -m eval TASK ...``; where pip installed the project, ``python -m sgpt_jax.eval``."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from sgpt_jax.runtime.command import run_command
 
 # task -> (its module, with add_arguments(parser) and main(args); what it does)
 TASKS = {
-    "beir": ("eval.beir", "retrieval and re-ranking on BEIR data sets"),
-    "prompts": ("eval.prompt_study", "several cross-encoder prompts on one first stage, in one table"),
-    "sts": ("eval.sts", "semantic textual similarity on STS-Benchmark files"),
-    "useb": ("eval.useb", "the Unsupervised Sentence Embedding Benchmark"),
-    "mteb": ("eval.mteb", "mteb's own evaluator on a local BEIR data set"),
-    "plan": ("eval.plan.command", "what a run would need, before a machine is rented"),
-    "large-index": ("eval.large_index", "memory and time of a large index of generated documents"),
-    "speed": ("eval.speed.command", "this project beside torch, sentence-transformers and FAISS"),
-    "report": ("eval.report", "one Markdown table and one plot of many results"),
-    "significance": ("eval.significance", "paired t-test and bootstrap between two runs"),
+    "beir": (".beir", "retrieval and re-ranking on BEIR data sets"),
+    "prompts": (".prompt_study", "several cross-encoder prompts on one first stage, in one table"),
+    "sts": (".sts", "semantic textual similarity on STS-Benchmark files"),
+    "useb": (".useb", "the Unsupervised Sentence Embedding Benchmark"),
+    "mteb": (".mteb", "mteb's own evaluator, on a BEIR folder or mteb's tasks by name"),
+    "plan": (".plan.command", "what a run would need, before a machine is rented"),
+    "large-index": (".large_index", "memory and time of a large index of generated documents"),
+    "speed": (".speed.command", "this project beside torch, sentence-transformers and FAISS"),
+    "curves": (".curves", "the losses and dev metrics of training runs in one figure"),
+    "report": (".report", "one Markdown table and one plot of many results"),
+    "significance": (".significance", "paired t-test and bootstrap between two runs"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one task; returns its exit code, see `run_command`. argparse exits with 2 on wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
     parser.add_argument("--version", action="version", version=f"sgpt-jax {__version__}")
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     module = None
@@ -37,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = tasks.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if arguments[:1] == [name]:  # the others' dependencies are not needed
             try:
-                module = importlib.import_module(path)
+                module = importlib.import_module(path, __package__)
             except ModuleNotFoundError as error:
                 if str(error.name).split(".")[0] in ("eval", "sgpt_jax"):
                     raise
                 extra = "mteb" if name == "mteb" else "eval"
-                print(f"error: {name} needs {error.name}: pip install -e '.[{extra}]'", file=sys.stderr)
+                print(f"error: {name} needs {error.name}: pip install 'sgpt-jax[{extra}]'", file=sys.stderr)
                 return 1
             task.description = module.__doc__
             module.add_arguments(task)

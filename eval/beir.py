@@ -18,26 +18,71 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 
-from eval.datasets import AVERAGES, default_split, forums_of, obtain
-from eval.models import (
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cli.options import PROCESSES, add_options
+from sgpt_jax.cross_encoder import CrossEncoder
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
+from sgpt_jax.files.runs import write_json_run, write_run
+from sgpt_jax.runtime import processes
+
+from .datasets import AVERAGES, default_split, forums_of, obtain
+from .models import (
+    LazyModel,
     add_bi_encoder_arguments,
     add_common_arguments,
     add_cross_encoder_arguments,
     bi_encoder,
     cross_encoder,
 )
-from eval.results import Result, make_folder, mean_metrics, read_result, write_result
-from eval.stages import Stages, measure
-from sgpt_jax.cli.options import PROCESSES, add_options
-from sgpt_jax.errors import InputError
-from sgpt_jax.files.beir import DataSet
-from sgpt_jax.files.runs import write_json_run, write_run
-from sgpt_jax.runtime import processes
+from .results import Result, make_folder, mean_metrics, read_result, write_result
+from .stages import Stages, measure
+
+CACHE = Path("~/.cache/sgpt-jax/beir").expanduser()
+
+
+def evaluate(
+    data: str | os.PathLike[str],
+    model: BiEncoder | None = None,
+    *,
+    cross_encoder: CrossEncoder | None = None,
+    rerank_depth: int = 100,
+    split: str | None = None,
+) -> Result:
+    """Measures models on one BEIR data set, as the command does, and writes nothing.
+
+    Args:
+        data: a folder, or the name of a set that BEIR publishes, which is downloaded once.
+        model: the first stage; None for BM25.
+        cross_encoder: re-ranks the `rerank_depth` best documents of the first stage.
+        split: judgements; None for test (dev for msmarco).
+
+    Returns:
+        What the command writes as NAME.json: "metrics" ({"ndcg@10": ..., "recall@100": ..., ...}), "queries" and
+        "per_query" with their values, "counts", "seconds".
+
+    Raises:
+        InputError: the data cannot be had or break a rule, or are CQADupStack's forums, each a folder of its own.
+    """
+    folder = obtain(os.fspath(data), CACHE)
+    name = folder.resolve().name
+    if forums := forums_of(folder):
+        raise InputError(f"{folder}: holds {len(forums)} data sets, such as {forums[0]}: give one of them")
+    found = DataSet(name, folder, split or default_split(name)).load()
+    result, _ = measure(
+        found, Stages(_loaded(model), _loaded(cross_encoder), rerank_depth, None), found.ignores_identical_ids
+    )
+    return result
+
+
+def _loaded(model: BiEncoder | CrossEncoder | None) -> LazyModel | None:
+    return None if model is None else LazyModel(model.name, {}, lambda: model)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, PROCESSES)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Data sets, where results go, and how files are read."""
     parser.add_argument(
-        "data", nargs="+", metavar="DATA", help="a BEIR folder, or the name of a set that BEIR publishes"
+        "data",
+        nargs="+" if required else "*",
+        metavar="DATA",
+        help="a BEIR folder, the name of a set that BEIR publishes, or a data set of the Hugging Face hub in BEIR's or "
+        "mteb's layout (hf:BeIR/scifact)",
     )
     parser.add_argument(
         "--output", required=True, type=epath.Path, metavar="OUT", help="folder for the results"
@@ -75,7 +124,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
         type=Path,
-        default=Path("~/.cache/sgpt-jax/beir").expanduser(),
+        default=CACHE,
         metavar="FOLDER",
         help="where published sets are downloaded to (default: %(default)s)",
     )

@@ -13,6 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.hub_tables import is_hub
 
 URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
 
@@ -90,13 +91,13 @@ def obtain(source: str, cache: Path) -> epath.Path:
     """The folder of a data set: ``source`` itself, or BEIR's archive of that name, downloaded once.
 
     Args:
-        source: a folder, or one of the names in `MD5`.
+        source: a folder, a data set of the hub (which `DataSet` reads, too), or one of the names in `MD5`.
         cache: where downloads go; a folder of that name there is used as it is.
 
     Raises:
         InputError: neither a folder nor a published name, no network, a wrong MD5, or an unsafe archive.
     """
-    if epath.Path(source).is_dir():
+    if is_hub(source) or epath.Path(source).is_dir():
         return epath.Path(source)
     if source not in MD5:
         known = ", ".join(sorted(MD5))

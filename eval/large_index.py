@@ -21,13 +21,8 @@ import numpy as np
 from etils import epath
 from tokenizers import pre_tokenizers, trainers
 from tokenizers.models import BPE
-from tqdm import tqdm
 
-from eval.models import positive
-from eval.provenance import provenance
-from eval.results import make_folder, write_result
-from eval.speed.models import END, byte_level, write_random_model
-from sgpt_jax.bi_encoder import BiEncoder, EncodeReport
+from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import read_corpus
@@ -35,7 +30,14 @@ from sgpt_jax.files.lines import write_jsonl
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.columns import normalized
 from sgpt_jax.index.search import Index
+from sgpt_jax.reports import EncodeReport
 from sgpt_jax.runtime.memory import peak_memory, resident_memory
+from sgpt_jax.runtime.progress import progress
+
+from .models import positive
+from .provenance import provenance
+from .results import make_folder, write_result
+from .speed.models import END, byte_level, write_random_model
 
 WORDS = 20_000
 QUERIES = 64
@@ -145,9 +147,9 @@ def build(
     report, begin = EncodeReport(), time.perf_counter()
     curve: list[dict[str, float]] = []
     every = max(1, result["documents"] // POINTS)
-    with tqdm(desc="indexing", unit="doc", total=result["documents"], delay=1, disable=None) as bar:
+    with progress("indexing", "doc", result["documents"]) as bar:
 
-        def progress(rows: int) -> None:
+        def show(rows: int) -> None:
             bar.update(rows - bar.n)
             if not curve or rows - curve[-1]["documents"] >= every or rows == result["documents"]:
                 anonymous, mapped = resident_memory() or (peak_memory(), 0)
@@ -160,7 +162,7 @@ def build(
             read_corpus(corpus),
             lambda chunks: model.encode_chunks(chunks, side="document", report=report),
             dtype=store,
-            on_progress=progress,
+            on_progress=show,
         )
     seconds = time.perf_counter() - begin
     # Before the end, when the reader's table of ids is still there: the one thing that grows with the corpus.

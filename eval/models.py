@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from eval.provenance import revision
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.options import BATCH_TOKENS, BI_ENCODER, MESH, WEIGHTS, Group, positive
 from sgpt_jax.cli.options import dtype as dtype_option
@@ -24,6 +23,8 @@ from sgpt_jax.folder.scoring import read_scoring
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.load import open_model
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt
+
+from .provenance import revision
 
 # The zero-shot prompts of the SGPT paper's ablation, by the names of its repository's cross-encoder notebook. "G" is
 # the one that the paper's results were made with; the ones for Quora are for pairs of questions.

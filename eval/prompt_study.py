@@ -27,8 +27,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from eval.beir import add_data_arguments, data_sets, run_data_set
-from eval.models import (
+from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import DataSet
+from sgpt_jax.files.corpora import Document
+from sgpt_jax.files.lines import atomic_write
+from sgpt_jax.text.pairs import Prompt
+
+from .beir import add_data_arguments, data_sets, run_data_set
+from .models import (
     PROMPTS,
     LazyModel,
     add_bi_encoder_arguments,
@@ -37,14 +44,8 @@ from eval.models import (
     bi_encoder,
     cross_encoder,
 )
-from eval.results import Result
-from eval.stages import Stages
-from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError
-from sgpt_jax.errors import InputError
-from sgpt_jax.files.beir import DataSet
-from sgpt_jax.files.corpora import Document
-from sgpt_jax.files.lines import atomic_write
-from sgpt_jax.text.pairs import Prompt
+from .results import Result
+from .stages import Stages
 
 _BOT = (
     'An intelligent, helpful bot is given. The bot responds "Yes" if the document is a fit to the query and "No" '

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from eval.results import files_under
+from .results import files_under
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
 _MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".txt", ".model")
@@ -49,7 +49,7 @@ def command(arguments: list[str]) -> str:
             parts.append("$SGPT_DATA" + shlex.quote(argument[len(data.rstrip("/")) :] or "/").strip("'"))
         else:
             parts.append(shlex.quote(argument))
-    return " ".join(["python", "-m", "eval", *parts])
+    return " ".join(["python", "-m", str(__package__), *parts])
 
 
 def versions(*packages: str) -> dict[str, str | None]:

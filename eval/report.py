@@ -1,29 +1,35 @@
 """One Markdown table, and a plot, of many results: systems by data sets.
 
-RESULTS are result files of ``python -m eval``, or folders of them. A system is a model with its options; its results
-on BEIR, STS and USEB share one row. Rows that are marked "published" are other people's numbers, from
+RESULTS are result files of ``python -m eval`` or of mteb, or folders of them. A system is a model with its options; its
+results on BEIR, STS and USEB share one row. Rows that are marked "published" are other people's numbers, from
 eval/published.json, for the data sets at hand. Under the table stands every row's command.
 
-  python -m eval report OUT1 OUT2 --output report.md --plot report.png --x depth
+  python -m eval report OUT1 OUT2 --output report.md --plot report.pdf --x depth
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from eval.datasets import AVERAGES
-from eval.provenance import command
-from eval.results import Result, find_results, mean_metrics
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import atomic_write
 
+from .datasets import AVERAGES
+from .pictures import MARKERS, check_path, legend, panels, save
+from .provenance import command
+from .results import Result, find_results, mean_metrics
+
 _PUBLISHED = epath.Path(__file__).parent / "published.json"
+_SIZE = re.compile(r"-?[0-9.]+[MB]\b.*")  # of a model's name: the size and what follows
+_GGUF = re.compile(r"(?:\.([IQFB][A-Z0-9_]*))?\.gguf$")  # the end of a file's name: how it is quantised
 _ORDER = ("msmarco", *AVERAGES["average_18"])
 
 
@@ -37,6 +43,10 @@ class Row:
     parameters: int | None = None
     depth: int | None = None
     kind: str = "bi-encoder"
+    seconds: dict[str, float] = field(default_factory=dict)  # by column
+    intervals: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # of values with some for every query
     published: str | None = None  # where the numbers are from, if they are not ours
 
 
@@ -54,18 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=epath.Path, metavar="FILE", help="Markdown file (default: print)")
     parser.add_argument(
-        "--plot", type=epath.Path, metavar="FILE", help="PNG of the metric, one line for each data set"
+        "--plot",
+        type=epath.Path,
+        metavar="FILE",
+        help="figure of the metric, a panel for each data set: .png, .pdf or .svg",
     )
     parser.add_argument(
         "--x",
-        choices=("parameters", "depth"),
+        choices=("parameters", "depth", "seconds"),
         default="parameters",
-        help="the plot's x axis (default: %(default)s)",
+        help="the plot's x axis: model size, documents re-ranked, or the time of the whole evaluation, for results of "
+        "one machine (default: %(default)s)",
     )
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes the table and the plot."""
+    if args.plot:
+        check_path(args.plot)
     rows = collect([result for _, result in find_results(args.results)], args.metric)
     if args.published and args.metric == "ndcg@10":
         rows += published({column for row in rows for column in row.values})
@@ -98,6 +114,10 @@ def collect(results: list[Result], metric: str = "ndcg@10") -> list[Row]:
             row = Row(name)
             rows.append(row)
         row.values[column] = value
+        if metric in (per_query := result.get("per_query", {})) and len(per_query[metric]) > 1:
+            row.intervals[column] = interval(per_query[metric])
+        if seconds := result.get("seconds", {}).get("total"):
+            row.seconds[column] = seconds
         if result.get("command") not in (None, *row.commands):
             row.commands.append(result["command"])
         system = result.get("cross_encoder") or result.get("model") or {}
@@ -123,7 +143,7 @@ def label(result: Result) -> str:
         start = _model_label(first["model"])
     encoder = result.get("cross_encoder")
     if not encoder:
-        return start
+        return f"{start}, by mteb" if result["kind"] == "mteb" else start
     depth = (result.get("settings", {}).get("cross_encoder") or {}).get("rerank_depth")
     return f"{_model_label(encoder)} on {start}, top {depth}, {_meaning(encoder)}"
 
@@ -140,7 +160,7 @@ def _meaning(encoder: dict[str, Any]) -> str:
 
 
 def _prompts() -> dict[str, str]:
-    from eval.models import PROMPTS  # imports JAX, which a report does not need otherwise
+    from .models import PROMPTS  # imports JAX, which a report does not need otherwise
 
     return PROMPTS
 
@@ -148,7 +168,9 @@ def _prompts() -> dict[str, str]:
 def _model_label(model: dict[str, Any]) -> str:
     source = str(model["source"])
     name = epath.Path(source).name if epath.Path(source).exists() or source.count("/") != 1 else source
-    options = [str(model["pooling"])] if model.get("pooling") else []
+    name, quantised = _GGUF.sub("", name), _GGUF.search(name)
+    options = [quantised[1]] if quantised and quantised[1] else []
+    options += [str(model["pooling"])] if model.get("pooling") else []
     options += ["brackets"] * bool(model.get("brackets"))
     options += [f"biases {model['biases'][-8:]}"] if model.get("biases") else []
     options += [model["dtype"]] if model.get("dtype", "float32") != "float32" else []
@@ -162,6 +184,10 @@ def _cell(result: Result, metric: str) -> tuple[str | None, float | None]:
         return name, metrics.get(metric)
     if kind == "sts":
         return f"{name} (Spearman)", metrics.get("spearman_cosine")
+    if kind == "mteb" and metric in metrics:  # a retrieval task, measured as BEIR's are
+        return name, metrics[metric]
+    if kind == "mteb" and result.get("main_score") is not None:
+        return f"{name} (main score)", result["main_score"]
     if kind == "useb":
         return "useb (average precision)", metrics.get("avg")
     return None, None
@@ -218,47 +244,79 @@ def as_table(rows: list[Row], metric: str, made_by: str) -> str:
 
 
 def plot(rows: list[Row], metric: str, x: str, path: epath.Path) -> None:
-    """A PNG: the metric over model size or re-rank depth, a colour for each data set; published points are hollow.
+    """A figure of the metric over model size, time or re-rank depth, a panel for each data set.
+
+    A system has one colour and marker in all panels and one entry in the legend; published points are hollow, bars are
+    the 95 % interval of the bootstrap over queries. A system without a value for the x axis, such as BM25, is a line.
 
     Raises:
         InputError: no row has a value for the x axis.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, NullFormatter
 
-    placed = [row for row in rows if getattr(row, x) is not None]
-    if not placed:
+    if not any(_x(row, x, column) for row in rows for column in row.values):
         raise InputError(f"no result has {x} for the x axis of a plot")
-    lines: dict[tuple[str, str], list[tuple[int, float, bool]]] = {}
-    for row in placed:
-        # What differs in x alone is one line: one model at several depths, or models of one kind of several sizes.
-        system = row.name.replace(f", top {row.depth}", "") if x == "depth" else row.kind
-        for name in (name for name in row.values if name not in AVERAGES and not name.endswith(")")):
-            point = (getattr(row, x), row.values[name], row.published is not None)
-            series = f"{row.kind}, published" if row.published else system
-            lines.setdefault((name, series), []).append(point)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    names = sorted({name for name, _ in lines})
-    for (name, series), points in sorted(
-        lines.items(), key=lambda line: (names.index(line[0][0]), line[0][1])
-    ):
-        hollow = points[0][2]
-        axes.plot(
-            [point[0] for point in sorted(points)],
-            [point[1] for point in sorted(points)],
-            linestyle="" if hollow else "-",
-            marker="s" if "cross-encoder" in series or x == "depth" else "o",
-            markerfacecolor="none" if hollow else None,
-            color=f"C{names.index(name)}",
-            label=f"{name}, {series}",
-        )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel({"parameters": "parameters", "depth": "documents re-ranked"}[x])
-    axes.set_ylabel(metric)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=1, fontsize="x-small", frameon=False)
-    with atomic_write(path) as stream:
-        figure.savefig(stream, format="png", dpi=150)
+    columns = dict.fromkeys(name for row in rows for name in row.values)
+    ours = dict.fromkeys(name for row in rows if not row.published for name in row.values)
+    shown = [name for name in ours or columns if not name.endswith(")")] or list(columns)
+    systems = list(dict.fromkeys(_series(row, x) for row in rows))
+    figure, grid = panels(len(shown))
+    for axes, column in zip(grid, shown, strict=True):
+        for number, system in enumerate(systems):
+            members = [row for row in rows if _series(row, x) == system and column in row.values]
+            style = {"color": f"C{number % 10}", "label": system}
+            placed = sorted((_x(row, x, column), row) for row in members if _x(row, x, column))
+            for row in members:
+                if not _x(row, x, column):
+                    axes.axhline(row.values[column], linestyle=":" if row.published else "--", **style)
+            if not placed:
+                continue
+            values = [row.values[column] for _, row in placed]
+            bounds = [
+                row.intervals.get(column, (value,) * 2)
+                for (_, row), value in zip(placed, values, strict=True)
+            ]
+            hollow = placed[0][1].published is not None
+            axes.errorbar(
+                [place for place, _ in placed],
+                values,
+                yerr=[
+                    [value - low for value, (low, _) in zip(values, bounds, strict=True)],
+                    [high - value for value, (_, high) in zip(values, bounds, strict=True)],
+                ],
+                marker=MARKERS[number % len(MARKERS)],
+                markerfacecolor="white" if hollow else None,
+                linestyle=":" if hollow else "-",
+                capsize=1.5,
+                elinewidth=0.6,
+                **style,
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel({"parameters": "parameters", "depth": "documents re-ranked", "seconds": "seconds"}[x])
+        axes.set_ylabel(metric)
+        axes.set_title(column, fontsize=7)
+        axes.grid(alpha=0.3)
+    legend(figure, grid)
+    save(figure, path)
+
+
+def _x(row: Row, x: str, column: str) -> float | None:
+    return row.seconds.get(column) if x == "seconds" else getattr(row, x)
+
+
+def _series(row: Row, x: str) -> str:
+    """What a row is one point of: a model at several depths, or the published models of one kind in several sizes."""
+    if row.published and row.parameters:
+        return f"{_SIZE.sub('', row.name)}, published"
+    if row.published:
+        return f"{row.name}, published"
+    return row.name.replace(f", top {row.depth}", "") if x == "depth" else row.name
+
+
+def interval(values: list[float], samples: int = 1000) -> tuple[float, float]:
+    """The bootstrap's 95 % interval of the mean over queries."""
+    draws = np.random.default_rng(0).choice(np.array(values), (samples, len(values)))
+    low, high = np.percentile(draws.mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)

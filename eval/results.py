@@ -13,6 +13,16 @@ from sgpt_jax.files.lines import atomic_write
 
 Result = dict[str, Any]
 
+# mteb's names of tasks -> those of BEIR's data sets; others are the same in lower case.
+MTEB_NAMES = {
+    "CQADupstackRetrieval": "cqadupstack",
+    "ClimateFEVER": "climate-fever",
+    "DBPedia": "dbpedia-entity",
+    "FiQA2018": "fiqa",
+    "QuoraRetrieval": "quora",
+    "TRECCOVID": "trec-covid",
+    "Touche2020": "webis-touche2020",
+}
 _ON_ONE_LINE = ("queries", "per_query")  # long lists of numbers
 
 
@@ -46,7 +56,7 @@ def make_folder(folder: epath.Path) -> None:
 
 
 def read_result(path: epath.Path) -> Result:
-    """Reads a result of this package.
+    """Reads a result of this package, or one that mteb has written.
 
     Raises:
         InputError: the file cannot be read, or is something else.
@@ -55,9 +65,39 @@ def read_result(path: epath.Path) -> Result:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a result: {error}") from error
+    if isinstance(result, dict) and "task_name" in result and "scores" in result:
+        return of_mteb(path, result)
     if not isinstance(result, dict) or "kind" not in result or not isinstance(result.get("metrics"), dict):
         raise InputError(f"{path}: is no result of python -m eval")
     return result
+
+
+def of_mteb(path: epath.Path, result: Result) -> Result:
+    """What mteb wrote for a task, in the form of this package: means over subsets, of the split test if it is there.
+
+    Raises:
+        InputError: there are no scores.
+    """
+    splits = result["scores"]
+    split = "test" if "test" in splits or not splits else next(iter(splits))
+    subsets = splits.get(split) or []
+    if not subsets:
+        raise InputError(f"{path}: a result of mteb without scores")
+    shared = set.intersection(
+        *({key for key, value in subset.items() if isinstance(value, int | float)} for subset in subsets)
+    )
+    means = {key: sum(subset[key] for subset in subsets) / len(subsets) for key in sorted(shared)}
+    meta_file = path.parent / "model_meta.json"
+    meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.exists() else {}
+    return {
+        "kind": "mteb",
+        "name": MTEB_NAMES.get(result["task_name"], result["task_name"].lower()),
+        "metrics": {key.replace("_at_", "@"): value for key, value in means.items() if "_at_" in key},
+        "main_score": means.get("main_score"),
+        "model": {"source": meta.get("name") or path.parent.name, "parameters": meta.get("n_parameters")},
+        "seconds": {"total": result.get("evaluation_time")},
+        "command": f"mteb {result.get('mteb_version', '')}".strip(),
+    }
 
 
 def find_results(sources: Iterable[epath.Path]) -> list[tuple[epath.Path, Result]]:

@@ -5,21 +5,26 @@ the bootstrap's percentiles (scipy.stats.bootstrap); the bootstrap's p-value is 
 moved to a mean of 0, that are at least as far from 0 as the one observed. Both tests are two-sided.
 
   python -m eval significance OUT_A OUT_B --metric ndcg@10
+  python -m eval significance OUT_A OUT_B --queries 10 --data DATA/scifact        and where the difference is
 """
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
 from etils import epath
 from scipy import stats
 
-from eval.models import positive
-from eval.results import Result, find_results
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.beir import RECORDS, find
+from sgpt_jax.files.corpora import read_queries
 from sgpt_jax.files.lines import atomic_write
+
+from .models import positive
+from .results import Result, find_results
 
 _BLOCK = 2**22  # resampled values that are held at a time
 
@@ -51,6 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", default="ndcg@10", help="default: %(default)s")
     parser.add_argument("--samples", type=positive, default=10_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--queries",
+        type=positive,
+        metavar="N",
+        help="also list the N queries that differ most, with both values",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        type=epath.Path,
+        metavar="FOLDER",
+        help="BEIR folder that has the texts of these queries; may be repeated",
+    )
     parser.add_argument("--output", type=epath.Path, metavar="FILE", help="Markdown file (default: print)")
 
 
@@ -73,12 +92,35 @@ def main(args: argparse.Namespace) -> None:
             f"| {found.low:+.4f} to {found.high:+.4f} | {found.p_t:.4f} | {found.p_bootstrap:.4f} "
             f"| {found.wins} / {found.losses} |"
         )
+    if args.queries:
+        texts = {folder.name: read_queries(find(folder, "queries", RECORDS)) for folder in args.data}
+        for name in shared:
+            lines += _apart(name, a[name], b[name], args.metric, args.queries, texts.get(name, {}))
     text = "\n".join(lines) + "\n"
     if args.output:
         with atomic_write(args.output) as stream:
             stream.write(text.encode())
     else:
         print(text, end="")
+
+
+def _apart(name: str, a: Result, b: Result, metric: str, count: int, texts: dict[str, str]) -> list[str]:
+    """A table of the queries on which two systems differ most, either way."""
+    first, second = _paired(name, a, b, metric)
+    order = np.argsort(-np.abs(second - first), kind="stable")[:count]
+    lines = [
+        "",
+        f"{name}: the queries that differ most",
+        "",
+        "| query | text | A | B | B - A |",
+        "|--|--|--:|--:|--:|",
+    ]
+    for index in order:
+        query = a["queries"][index]
+        text = textwrap.shorten(texts.get(query, ""), 90, placeholder=" ...").replace("|", "\\|")
+        values = f"{first[index]:.4f} | {second[index]:.4f} | {second[index] - first[index]:+.4f}"
+        lines.append(f"| {query} | {text} | {values} |")
+    return lines
 
 
 def compare(a: np.ndarray, b: np.ndarray, *, samples: int = 10_000, seed: int = 0) -> Comparison:

@@ -10,19 +10,20 @@ from typing import Any
 import pytrec_eval  # noqa: F401  that it is missing shows before any work, not after the ranking
 from etils import epath
 
-from eval.models import LazyModel
-from eval.provenance import provenance, revision
-from eval.results import Result, read_result
 from sgpt_jax import bm25
-from sgpt_jax.cross_encoder import ScoreReport
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.runs import read_run
 from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import CUTS, Evaluation, cut, evaluate
+from sgpt_jax.reports import ScoreReport
 from sgpt_jax.rerank import rerank, texts_of
 from sgpt_jax.runtime import processes
+
+from .models import LazyModel
+from .provenance import provenance, revision
+from .results import Result, read_result
 
 # Values per query are kept for the metrics that papers test: `python -m eval significance` reads them.
 PER_QUERY = ("ndcg@10", "map@100", "recall@100", "precision@10", "mrr@10")

@@ -1,6 +1,7 @@
 """Semantic textual similarity: correlation of gold scores with vector similarities (STS-Benchmark files).
 
-Files are STS-Benchmark's, or others with two sentences and a score (see `sgpt_jax.files.sts`). Both sentences are
+Files are STS-Benchmark's, or others with two sentences and a score (see `sgpt_jax.files.sts`), Parquet and data sets of
+the Hugging Face hub (hf:sentence-transformers/stsb:validation) among them. Both sentences are
 encoded without brackets. The measures are those of sentence-transformers' EmbeddingSimilarityEvaluator, by which the
 SGPT paper chose its NLI checkpoints: Spearman and Pearson for cosine, Manhattan, Euclidean and dot product.
 
@@ -17,11 +18,12 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
-from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
-from eval.provenance import provenance
-from eval.results import write_result
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.sts import Pair, read_sts
+
+from .models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
+from .provenance import provenance
+from .results import write_result
 
 
 class Encoder(Protocol):
@@ -33,7 +35,11 @@ class Encoder(Protocol):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument(
-        "files", nargs="+", type=epath.Path, metavar="FILE", help="STS-Benchmark file, gzip or not"
+        "files",
+        nargs="+",
+        type=epath.Path,
+        metavar="FILE",
+        help="STS-Benchmark file, gzip or not; Parquet; hf:PATH:SPLIT",
     )
     parser.add_argument(
         "--output", type=epath.Path, metavar="OUT", help="folder for NAME.json (default: print only)"
@@ -70,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
 
 def name_of(path: epath.Path) -> str:
     """A result's name: the file's, without its endings."""
-    return epath.Path(path.name.removesuffix(".gz")).stem
+    return epath.Path(path.name.removesuffix(".gz")).stem.replace(":", "-")
 
 
 def evaluate(model: Encoder, pairs: list[Pair], **options: Any) -> dict[str, float]:

@@ -26,15 +26,16 @@ import pytrec_eval  # noqa: F401  that it is missing shows before any work, not 
 from etils import epath
 from scipy import stats
 
-from eval.models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
-from eval.provenance import provenance
-from eval.results import write_result
-from eval.sts import Encoder, similarities
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.lines import line_error, parse_json, read_lines
 from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import rank, trec_eval
+
+from .models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
+from .provenance import provenance
+from .results import write_result
+from .sts import Encoder, similarities
 
 _URL_LABEL = re.compile(r"\s*\(\s*(\d+)\s*,\s*\d+\s*\)\s*")  # how many of how many raters said paraphrase
 SCIDOCS = ("cite", "cocite", "coview", "coread")

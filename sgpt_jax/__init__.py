@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgpt_jax.bi_encoder import BiEncoder
+    from sgpt_jax.corpus_index import index_corpus
     from sgpt_jax.cross_encoder import CrossEncoder
     from sgpt_jax.decoder.config import DecoderConfig
     from sgpt_jax.decoder.pooling import pool
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from sgpt_jax.errors import InputError
     from sgpt_jax.index.search import Index
     from sgpt_jax.load import load_decoder
-    from sgpt_jax.text.pairs import DEFAULT_PROMPT
+    from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,8 @@ __all__ = [
     "DecoderConfig",
     "Index",
     "InputError",
+    "Prompt",
+    "index_corpus",
     "load_decoder",
     "make_mesh",
     "pool",
@@ -40,6 +43,8 @@ _MODULES = {
     "DecoderConfig": "decoder.config",
     "Index": "index.search",
     "InputError": "errors",
+    "Prompt": "text.pairs",
+    "index_corpus": "corpus_index",
     "load_decoder": "load",
     "make_mesh": "decoder.sharding",
     "pool": "decoder.pooling",

@@ -6,12 +6,11 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from sgpt_jax.checkpoint import bias_sets
@@ -20,21 +19,25 @@ from sgpt_jax.checkpoint.fingerprint import model_fingerprint, module_facts
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.decoder.modules import Modules, output_dimension
 from sgpt_jax.decoder.pooling import pooling_modes, similarities
-from sgpt_jax.decoder.sharding import num_shards
+from sgpt_jax.decoder.sharding import describe_devices, num_shards
 from sgpt_jax.errors import InputError
-from sgpt_jax.folder.card import read_license, write_model_card
+from sgpt_jax.folder.card import read_license
+from sgpt_jax.folder.hub import PushOptions, push_folder
 from sgpt_jax.folder.modules import describe_modules
-from sgpt_jax.folder.settings import ModelSettings, read_settings, write_settings
+from sgpt_jax.folder.settings import read_settings
 from sgpt_jax.folder.source import resolve
+from sgpt_jax.habits import EncodeOptions, Precision, refuse, refuse_attribute, refuse_source, translate
 from sgpt_jax.load import base_sha256, load_parts, open_model, token_limit
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch
 from sgpt_jax.packing.rows import plan_texts
 from sgpt_jax.packing.stream import Chunk, Embedder, warn_not_finite
+from sgpt_jax.precision import check_precision, quantize_embeddings
+from sgpt_jax.reports import EncodeReport
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.prefetch import ahead
-from sgpt_jax.runtime.progress import progress
+from sgpt_jax.runtime.progress import Progress, progress
+from sgpt_jax.saving import save_settings
 from sgpt_jax.text.encoder import Side, TextEncoder, check_ids
-from sgpt_jax.text.tokenizer import save_tokenizer
 
 # CPU: tokens of a batch; more make no matmul faster.
 CPU_BATCH_TOKENS = 4096
@@ -47,44 +50,11 @@ DEQUANTISED = (
 )
 
 
+_ARGUMENTS = (
+    "pooling", "brackets", "max_seq_length", "truncate_dim", "dtype", "biases", "weights", "adapter",
+)  # fmt: skip
 # The names of what `BiEncoder.from_settings` takes.
-BI_ENCODER_SETTINGS = (
-    *("model", "pooling", "brackets", "max_seq_length", "query_prompt", "document_prompt", "truncate_dim"),
-    *("biases", "adapter", "dtype", "weights"),
-)
-
-
-class EncodeOptions(TypedDict, total=False):
-    """The options of `BiEncoder.encode`."""
-
-    prompt: str | None
-    prompt_name: str | None
-    truncate_dim: int | None
-    normalize: bool
-    batch_tokens: int | None
-    show_progress: bool | None
-
-
-@dataclasses.dataclass
-class EncodeReport:
-    """What `BiEncoder.encode_chunks` did.
-
-    Attributes:
-        texts: texts that became vectors.
-        cut: those of them that were too long, for which there is no warning.
-        tokens: their tokens, padding not counted.
-        tokens_padded: tokens that went through the decoder, padding included.
-        seconds: how long it took, with what the caller did meanwhile.
-        waited: how much of that was spent waiting for texts to be read, tokenised and joined into rows. The device may
-            have been busy with one more batch during a part of it.
-    """
-
-    texts: int = 0
-    cut: int = 0
-    tokens: int = 0
-    tokens_padded: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
+BI_ENCODER_SETTINGS = ("model", *_ARGUMENTS, "query_prompt", "document_prompt")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -103,6 +73,7 @@ class BiEncoder:
         name: the source's name, for model cards and reports.
         license: what the source states, for model cards; None where it states nothing.
         mesh: the devices it runs on, or None for the first one.
+        source: what it was loaded from, as `from_settings` takes it, for indexes; empty where that is not known.
     """
 
     decoder: Decoder
@@ -116,6 +87,14 @@ class BiEncoder:
     name: str = ""
     license: str | None = None
     mesh: Mesh | None = None
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __new__(cls, *arguments: Any, **_: Any) -> BiEncoder:
+        refuse_source(cls, arguments)
+        return super().__new__(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        refuse_attribute(self, name)
 
     @classmethod
     def from_pretrained(
@@ -131,6 +110,7 @@ class BiEncoder:
         biases: Any = None,
         weights: str | None = None,
         adapter: Any = None,
+        **others: Any,
     ) -> BiEncoder:
         """Loads a model.
 
@@ -155,7 +135,9 @@ class BiEncoder:
 
         Raises:
             InputError: the source is missing, damaged or not supported, or the options do not fit it.
+            TypeError: for an argument of sentence-transformers that means nothing here, with what to use.
         """
+        refuse("from_pretrained", others)
         resolved = resolve(source)
         opened = open_model(resolved, adapter)
         settings = read_settings(opened.settings, resolved.name)
@@ -186,6 +168,13 @@ class BiEncoder:
             name=resolved.name,
             license=read_license(resolved.path),
             mesh=mesh,
+            source={
+                "model": source,
+                "biases": biases,
+                "weights": weights,
+                "adapter": adapter,
+                "truncate_dim": truncate_dim,
+            },
         )
         size = _first(truncate_dim, settings.truncate_dim, model.dimension)
         return (
@@ -204,17 +193,7 @@ class BiEncoder:
         Raises:
             InputError: see `from_pretrained`.
         """
-        names = (
-            "pooling",
-            "brackets",
-            "max_seq_length",
-            "truncate_dim",
-            "dtype",
-            "biases",
-            "weights",
-            "adapter",
-        )
-        given = {name: settings[name] for name in names if settings.get(name) is not None}
+        given = {name: settings[name] for name in _ARGUMENTS if settings.get(name) is not None}
         model = cls.from_pretrained(settings["model"], mesh=mesh, **given)
         return model.with_prompts(settings.get("query_prompt"), settings.get("document_prompt"))
 
@@ -228,7 +207,8 @@ class BiEncoder:
         found = {side: self.text.prompts.get(text, text) for side, text in asked.items() if text is not None}
         text = copy.copy(self.text)
         text.prompts = self.text.prompts | found
-        return dataclasses.replace(self, text=text)
+        given = {f"{side}_prompt": prompt for side, prompt in asked.items() if prompt is not None}
+        return dataclasses.replace(self, text=text, source={**self.source, **given})
 
     def __repr__(self) -> str:
         config = self.decoder.config
@@ -236,7 +216,7 @@ class BiEncoder:
         return (
             f"BiEncoder({self.name or 'model'}: {self.hf_config['model_type']}, {config.num_layers} layers{mask}, "
             f"dimension {self.dimension}, {describe_modules(self.pooling, self.include_prompt, self.modules)}, "
-            f"{self.text.max_seq_length} tokens, {self.decoder.dtype.name})"
+            f"{self.text.max_seq_length} tokens, {self.decoder.dtype.name} on {describe_devices(self.mesh)})"
         )
 
     @property
@@ -271,8 +251,11 @@ class BiEncoder:
         prompt_name: str | None = None,
         truncate_dim: int | None = None,
         normalize: bool = False,
+        precision: Precision = "float32",
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
-        show_progress: bool | None = None,
+        show_progress: bool | Progress | None = None,
+        **others: Any,
     ) -> np.ndarray:
         """Vectors of texts.
 
@@ -284,26 +267,36 @@ class BiEncoder:
             prompt_name: the name of the model's prompt to use instead of the one of the side.
             truncate_dim: keep so many dimensions; None keeps what the model does.
             normalize: scale vectors, after they are cut, to length 1.
+            precision: "int8", "uint8", "binary" or "ubinary" for vectors of fewer bits, see `quantize_embeddings`.
+            batch_size: texts computed at a time at the most; None sets no bound of texts.
             batch_tokens: padded tokens computed at a time; None picks by device.
-            show_progress: None shows a bar on a terminal after a second.
+            show_progress: None shows a bar on a terminal after a second, and elsewhere a line now and then; a caller's
+                `Progress` is moved on.
+            others: normalize_embeddings and show_progress_bar, sentence-transformers' names for two of these, and what
+                is the case anyway, such as convert_to_numpy=True.
 
         Returns:
-            float32 [n, D] in the order of the texts; [D] for one str. A text whose vector is not finite is named in a
-            warning.
+            float32 [n, D] in the order of the texts, or what `precision` says; [D] for one str. A text whose vector is
+            not finite is named in a warning.
 
         Raises:
-            TypeError: for anything that is not a str, naming its index.
-            InputError: there is no prompt of that name, or there are fewer dimensions.
+            TypeError: for anything that is not a str, naming its index, and for other arguments, with what to use.
+            InputError: there is no prompt of that name, there are fewer dimensions, or the precision is not possible.
         """
+        ours = translate("encode", others)
+        normalize, show_progress = ours.get("normalize", normalize), ours.get("show_progress", show_progress)
+        check_precision(precision)
         asked = [texts] if isinstance(texts, str) else texts
         prompt = self.text.prompt(side, prompt_name) if prompt is None else prompt
-        ids = self.text.ids(asked, side, prompt=prompt, show_progress=show_progress)
-        chunk = self._plan(ids, prompt, side, truncate_dim, batch_tokens)
-        with progress("embedding", "text", len(ids), show=show_progress) as bar:
+        shown = False if isinstance(show_progress, Progress) else show_progress
+        ids = self.text.ids(asked, side, prompt=prompt, show_progress=shown)
+        chunk = self._plan(ids, prompt, side, truncate_dim, batch_tokens, batch_size)
+        with _bar(len(ids), show_progress) as bar:
             (vectors,) = self._embedder().vectors(
                 [chunk], normalize, lambda plan: bar.update(len(plan.texts))
             )
         warn_not_finite(vectors)
+        vectors = quantize_embeddings(vectors, precision)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_query(self, texts: str | Sequence[str], **options: Unpack[EncodeOptions]) -> np.ndarray:
@@ -328,6 +321,7 @@ class BiEncoder:
         normalize: bool = False,
         batch_tokens: int | None = None,
         report: EncodeReport | None = None,
+        on_batch: Callable[[int], object] = lambda texts: None,
     ) -> Iterator[np.ndarray]:
         """Vectors of a stream of texts, in memory that does not grow with it.
 
@@ -338,6 +332,7 @@ class BiEncoder:
             chunks: lists of texts, read in another thread.
             side, normalize, batch_tokens: see `encode`.
             report: counts are added here.
+            on_batch: called with the number of texts of every batch that is done.
 
         Yields:
             float32 [n, D] for each chunk.
@@ -353,6 +348,7 @@ class BiEncoder:
             report.texts += len(plan.texts)
             report.tokens_padded += plan.padded_tokens
             report.seconds = time.perf_counter() - begin
+            on_batch(len(plan.texts))
 
         def cut(texts: int) -> None:
             report.cut += texts
@@ -406,47 +402,22 @@ class BiEncoder:
         """
         export_folder(self.decoder, self.hf_config, folder)
         note = DEQUANTISED if self.decoder.build.int8 else ""
-        self.save_settings(folder, training=training, results=results, note=note)
+        save_settings(self, folder, training=training, results=results, note=note)
 
-    def save_settings(
-        self,
-        folder: Any,
-        *,
-        training: Mapping[str, object] | None = None,
-        results: Mapping[str, object] | None = None,
-        note: str = "",
-    ) -> None:
-        """Writes what a model folder has beside the weights: tokenizer, how vectors are made, model card.
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Uploads what `save_pretrained` writes to the Hugging Face hub, model card included, as one commit.
 
         Args:
-            folder: see `save_pretrained`.
-            training, results: see there.
-            note: for the model card, a paragraph on the weights.
+            repo_id: "org/name" or "name".
+            options: token, private, exist_ok, commit_message, revision and create_pr, see `PushOptions`.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            InputError: as `save_pretrained`, or the hub refuses.
         """
-        folder = epath.Path(folder)
-        save_tokenizer(self.text.tokenizer, folder)
-        settings = ModelSettings(
-            pooling=self.pooling,
-            brackets=self.text.brackets,
-            max_seq_length=self.text.max_seq_length,
-            modules=self.modules,
-            prompts=self.text.prompts,
-            default_prompt_name=self.text.default_prompt_name,
-            include_prompt=self.include_prompt,
-            truncate_dim=self.truncate_dim,
-            similarity=self.similarity_name,
-        )
-        write_settings(folder, settings, self.decoder.config.hidden_dim)
-        write_model_card(
-            folder,
-            settings,
-            self.dimension,
-            base_model=self.name,
-            license=self.license,
-            training=training,
-            results=results,
-            note=note,
-        )
+        return push_folder(self.save_pretrained, repo_id, **options)
 
     def _kept(self, truncate_dim: int | None) -> int:
         """How many dimensions are kept.
@@ -469,6 +440,7 @@ class BiEncoder:
         side: Side | None,
         truncate_dim: int | None,
         batch_tokens: int | None,
+        batch_size: int | None = None,
     ) -> Chunk:
         check_ids(ids, self.decoder.config.vocab_size)
         skip = 0 if self.include_prompt else self.text.prompt_length(prompt, side)
@@ -477,8 +449,16 @@ class BiEncoder:
             batch_tokens=batch_tokens or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS),
             max_length=self.text.max_seq_length,
             row_multiple=num_shards(self.mesh),
+            batch_texts=batch_size,
         )
         return Chunk(ids, plans, skip, np.zeros((len(ids), self._kept(truncate_dim)), np.float32))
+
+
+def _bar(total: int, show: bool | Progress | None) -> contextlib.AbstractContextManager[Progress]:
+    """A bar of its own, or the caller's, which the caller closes."""
+    if isinstance(show, Progress):
+        return contextlib.nullcontext(show)
+    return progress("embedding", "text", total, show=show)
 
 
 def _first(*values: Any) -> Any:

@@ -15,15 +15,16 @@ from jax.sharding import Mesh
 
 from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import Decoder, split
-from sgpt_jax.decoder.sharding import batch_sharding, num_shards
+from sgpt_jax.decoder.sharding import batch_sharding, describe_devices, num_shards
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.lines import fix_surrogates
 from sgpt_jax.folder.scoring import Scoring, is_classifier, read_scoring
 from sgpt_jax.folder.source import resolve
+from sgpt_jax.habits import refuse, refuse_attribute, refuse_source, translate
 from sgpt_jax.load import Parts, load_parts, open_model, token_limit
 from sgpt_jax.own_scoring import OwnScoring, score_pairs
 from sgpt_jax.packing.layout import BATCH_TOKENS, lay_out, plan_batches
 from sgpt_jax.packing.shared import lay_out_targets, shared_rows
+from sgpt_jax.reports import ScoreReport
 from sgpt_jax.runtime.one_behind import one_behind
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.progress import progress
@@ -32,6 +33,7 @@ from sgpt_jax.text.pairs import (
     DEFAULT_PROMPT,
     Prompt,
     TokenPairs,
+    check_pairs,
     query_room,
     query_tokens,
     tokenise_pairs,
@@ -55,49 +57,7 @@ class NaNScoreError(InputError):
         self.index = index
 
 
-@dataclasses.dataclass
-class ScoreReport:
-    """What scoring did. Passed to several calls it adds up."""
-
-    pairs: int = 0
-    tokens: int = 0
-    """Tokens that went through the decoder, padding not counted."""
-    tokens_alone: int = 0
-    """Tokens that one pass for each pair would have taken."""
-    tokens_padded: int = 0
-    """Tokens that went through the decoder, padding included."""
-    documents_cut: int = 0
-    """Pairs whose document was too long."""
-    queries_cut: int = 0
-    """Pairs whose query was too long for the room that the prompt leaves."""
-    queries_empty: int = 0
-    """Pairs without a query; their score is 0."""
-
-    @property
-    def tokens_saved(self) -> int:
-        """Tokens that sharing documents between queries made unnecessary."""
-        return self.tokens_alone - self.tokens
-
-    def add(self, other: ScoreReport) -> None:
-        """Adds another report's counts."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-    def warning(self) -> str | None:
-        """What the user should know: how many pairs were not scored as they are; None if all were."""
-        notes = [
-            f"{number} {what}"
-            for number, what in (
-                (self.documents_cut, "with a document that is too long and was cut"),
-                (self.queries_cut, "with a query that is too long and was cut"),
-                (self.queries_empty, "with an empty query, whose score is 0"),
-            )
-            if number
-        ]
-        return f"of {self.pairs} pairs: {', '.join(notes)}" if notes else None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CrossEncoder:
     """Scores (query, document) pairs by the query's log-probability after a prompt with the document (SGPT paper), or
     as a re-ranker's folder itself says.
@@ -125,6 +85,13 @@ class CrossEncoder:
     mesh: Mesh | None = None
     scoring: OwnScoring | None = None
 
+    def __new__(cls, *arguments: Any, **_: Any) -> CrossEncoder:
+        refuse_source(cls, arguments)
+        return super().__new__(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        refuse_attribute(self, name)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -137,6 +104,7 @@ class CrossEncoder:
         mesh: Mesh | None = None,
         weights: str | None = None,
         adapter: Any = None,
+        **others: Any,
     ) -> CrossEncoder:
         """Loads a model: a decoder of any supported family, as it was pre-trained, or a re-ranker.
 
@@ -157,7 +125,9 @@ class CrossEncoder:
         Raises:
             InputError: the source is missing, damaged, not supported or has no language-model head, or the options do
                 not fit it.
+            TypeError: for an argument of sentence-transformers that means nothing here, with what to use.
         """
+        refuse("from_pretrained", others)
         resolved = resolve(source)
         opened = open_model(resolved, adapter)
         if is_template(prompt):
@@ -207,6 +177,14 @@ class CrossEncoder:
             )
         query_room(self.text, self.prompt)
 
+    def __repr__(self) -> str:
+        config = self.decoder.config
+        scored = self.scoring.scoring.describe() if self.scoring else f"log-probability, {self.reduction}"
+        return (
+            f"CrossEncoder({self.name or 'model'}: {config.num_layers} layers, {scored}, "
+            f"{self.text.max_seq_length} tokens, {self.decoder.dtype.name} on {describe_devices(self.mesh)})"
+        )
+
     def facts(self) -> dict[str, Any]:
         """What scores mean, as JSON values: with the same model, limit, dtype and facts they are the same."""
         if self.scoring is not None:
@@ -218,9 +196,11 @@ class CrossEncoder:
         self,
         pairs: Sequence[tuple[str, str]],
         *,
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
         report: ScoreReport | None = None,
+        **others: Any,
     ) -> np.ndarray:
         """Scores of (query, document) pairs.
 
@@ -229,19 +209,23 @@ class CrossEncoder:
 
         Args:
             pairs: (query, document), any number, in any order.
+            batch_size: pairs computed at a time at the most, unless one document alone has more queries; None sets no
+                bound of pairs.
             batch_tokens: padded tokens computed at a time; None picks by device.
             show_progress: None shows a bar on a terminal after a second.
             report: counts are added here.
+            others: show_progress_bar, sentence-transformers' name, and what is the case anyway.
 
         Returns:
             float32 [n]: the sum of the query's log-probabilities (or what `reduction` says), 0 for an empty query; of a
             re-ranker what its folder says.
 
         Raises:
-            TypeError: for what is no pair of two str, naming its index.
-            InputError: for a score that is NaN, naming its index.
+            TypeError: for what is no pair of two str, naming its index, and for other arguments, with what to use.
+            InputError: for a score that is NaN, naming its index, and for a batch_size that is not positive.
         """
-        queries, documents = _check_pairs(pairs)
+        show_progress = translate("predict", others).get("show_progress", show_progress)
+        queries, documents = check_pairs(pairs)
         if self.scoring is not None:
             scores, counts = score_pairs(
                 self.scoring,
@@ -251,6 +235,7 @@ class CrossEncoder:
                 documents,
                 mesh=self.mesh,
                 batch_tokens=_batch_tokens(batch_tokens),
+                batch_size=batch_size,
                 show_progress=show_progress,
             )
             _tell(ScoreReport(**counts), report)
@@ -265,7 +250,14 @@ class CrossEncoder:
         done = _count(tokens, count)
         # The 0 at the end is for those without query tokens, whose index is -1.
         sums = np.append(
-            self.sums(tokens, batch_tokens=batch_tokens, show_progress=show_progress, report=done), 0
+            self.sums(
+                tokens,
+                batch_size=batch_size,
+                batch_tokens=batch_tokens,
+                show_progress=show_progress,
+                report=done,
+            ),
+            0,
         )
         _tell(done, report)
         scores = sums[tokens.indices]
@@ -281,9 +273,12 @@ class CrossEncoder:
         documents: Sequence[str],
         *,
         top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
         report: ScoreReport | None = None,
+        **others: Any,
     ) -> list[dict[str, Any]]:
         """Documents by their score for a query, best first; equal scores in the order given, as sentence-transformers.
 
@@ -291,7 +286,8 @@ class CrossEncoder:
             query: the query.
             documents: the documents.
             top_k: how many to return; None for all.
-            batch_tokens, show_progress, report: see `predict`.
+            return_documents: give the texts, too, as "text".
+            batch_size, batch_tokens, show_progress, report, others: see `predict`.
 
         Returns:
             [{"corpus_id": index into documents, "score": float}].
@@ -305,12 +301,18 @@ class CrossEncoder:
             raise InputError(f"top_k must be positive, not {top_k}")
         scores = self.predict(
             [(query, document) for document in documents],
+            batch_size=batch_size,
             batch_tokens=batch_tokens,
-            show_progress=show_progress,
+            show_progress=translate("rank", others).get("show_progress", show_progress),
             report=report,
         )
         order = np.argsort(-scores, kind="stable")[:top_k]
-        return [{"corpus_id": int(index), "score": float(scores[index])} for index in order]
+        found: list[dict[str, Any]] = [
+            {"corpus_id": int(index), "score": float(scores[index])} for index in order
+        ]
+        if return_documents:
+            found = [hit | {"text": documents[hit["corpus_id"]]} for hit in found]
+        return found
 
     def token_log_probs(self, query: str, document: str) -> tuple[list[str], np.ndarray]:
         """How probable each token of a query is after the prompt with the document: why `predict` scores it so.
@@ -325,7 +327,7 @@ class CrossEncoder:
         """
         if self.prompt is None:
             raise InputError(f"{self.name}: a re-ranker's scores are no log-probabilities of tokens")
-        queries, documents = _check_pairs([(query, document)])
+        queries, documents = check_pairs([(query, document)])
         tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=False)
         for ids in (tokens.contexts, tokens.queries):
             check_ids(ids, self.decoder.config.vocab_size)
@@ -337,6 +339,7 @@ class CrossEncoder:
         self,
         tokens: TokenPairs,
         *,
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
         report: ScoreReport | None = None,
@@ -347,13 +350,19 @@ class CrossEncoder:
         report = ScoreReport() if report is None else report
         sums = np.zeros(len(tokens.pairs))
         with progress("scoring", "pair", len(sums), show=show_progress) as bar:
-            for owners, log_probs in one_behind(self._start(tokens, batch_tokens, report), _fetch):
+            for owners, log_probs in one_behind(
+                self._start(tokens, batch_tokens, report, batch_size), _fetch
+            ):
                 np.add.at(sums, owners, log_probs)
                 bar.update(len(np.unique(owners)))
         return sums
 
     def _start(
-        self, tokens: TokenPairs, batch_tokens: int | None, report: ScoreReport
+        self,
+        tokens: TokenPairs,
+        batch_tokens: int | None,
+        report: ScoreReport,
+        batch_size: int | None = None,
     ) -> Iterator[tuple[np.ndarray, jax.Array]]:
         """Starts one batch after the other: of which pair each target is, and the targets' log-probabilities."""
         pairs, contexts, queries = tokens.pairs, tokens.contexts, tokens.queries
@@ -364,6 +373,7 @@ class CrossEncoder:
             shared_rows(pairs, list(map(len, contexts)), list(map(len, queries)), self.decoder.config),
             batch_tokens=_batch_tokens(batch_tokens),
             row_multiple=shards,
+            batch_texts=batch_size,
         )
         read = [queries[query][:-1] for _, query in pairs]  # the last token is predicted, but not read
         for plan in plans:
@@ -417,21 +427,6 @@ def _fetch(started: tuple[np.ndarray, jax.Array]) -> tuple[np.ndarray, np.ndarra
     owners, log_probs = started
     used = owners >= 0
     return owners[used], np.asarray(log_probs, np.float64)[used]
-
-
-def _check_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Queries and documents, with lone surrogates replaced."""
-    queries, documents = [], []
-    for index, pair in enumerate(pairs):
-        if (
-            not isinstance(pair, tuple | list)
-            or len(pair) != 2
-            or not all(isinstance(text, str) for text in pair)
-        ):
-            raise TypeError(f"pair {index} must be (query, document), two str, not {pair!r:.80}")
-        queries.append(fix_surrogates(pair[0]))
-        documents.append(fix_surrogates(pair[1]))
-    return queries, documents
 
 
 def _count(tokens: TokenPairs, count: int) -> ScoreReport:

@@ -106,6 +106,7 @@ def score_pairs(
     *,
     mesh: Mesh | None,
     batch_tokens: int,
+    batch_size: int | None,
     show_progress: bool | None,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The scores of pairs, equal ones computed once.
@@ -115,6 +116,7 @@ def score_pairs(
         decoder, text, mesh: of the cross-encoder.
         queries, documents: [n] each.
         batch_tokens: padded tokens computed at a time.
+        batch_size: pairs computed at a time at the most; None sets no bound of pairs.
         show_progress: None shows a bar on a terminal after a second.
 
     Returns:
@@ -131,7 +133,7 @@ def score_pairs(
         [document for _, document in numbers],
         show_progress=show_progress,
     )
-    scores, padded = _score_ids(own, decoder, text, tokens.ids, mesh, batch_tokens, show_progress)
+    scores, padded = _score_ids(own, decoder, text, tokens.ids, mesh, batch_tokens, batch_size, show_progress)
     lengths = np.array([len(ids) for ids in tokens.ids], np.int64)
     counts = {
         "pairs": len(indices),
@@ -151,6 +153,7 @@ def _score_ids(
     ids: Sequence[Sequence[int]],
     mesh: Mesh | None,
     batch_tokens: int,
+    batch_size: int | None,
     show_progress: bool | None,
 ) -> tuple[np.ndarray, int]:
     """The scores of token ids, float32 [n], which share rows as the texts of a bi-encoder do; and padded tokens."""
@@ -160,6 +163,7 @@ def _score_ids(
         batch_tokens=batch_tokens,
         max_length=text.max_seq_length,
         row_multiple=num_shards(mesh),
+        batch_texts=batch_size,
     )
     graphdef, params = split(decoder)
     sharding = jax.local_devices()[0] if mesh is None else batch_sharding(mesh)

@@ -8,10 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from sgpt_jax.cross_encoder import NaNScoreError, ScoreReport
+from sgpt_jax.cross_encoder import NaNScoreError
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.metrics import Run
+from sgpt_jax.reports import ScoreReport
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.progress import progress

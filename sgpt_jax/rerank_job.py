@@ -20,12 +20,13 @@ import numpy as np
 from etils import epath
 
 from sgpt_jax.checkpoint.fingerprint import model_fingerprint
-from sgpt_jax.cross_encoder import CrossEncoder, ScoreReport
+from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.lines import PathLike, atomic_write, write_json
 from sgpt_jax.files.runs import check_trec_id, write_json_run, write_run
 from sgpt_jax.metrics import Run, cut
+from sgpt_jax.reports import ScoreReport
 from sgpt_jax.rerank import Pair, ordered_pairs, part_pairs, rerank, some, split_pairs, texts_of
 from sgpt_jax.runtime.progress import progress
 

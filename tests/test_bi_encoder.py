@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import sgpt_jax as sgpt
-from sgpt_jax import bi_encoder
 from sgpt_jax.checkpoint import bias_sets as biases
 from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.decoder.config import RotaryConfig
@@ -18,6 +17,7 @@ from sgpt_jax.decoder.model import split
 from sgpt_jax.decoder.positions import rotary_frequencies
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing import rows
+from sgpt_jax.reports import EncodeReport
 
 RECIPE = json.loads((decoders.FIXTURES / "sgpt/texts.json").read_text("utf-8"))
 VECTORS = np.load(decoders.FIXTURES / "sgpt/vectors.npz")
@@ -215,7 +215,7 @@ def test_a_bias_set_brings_its_settings(folder, tmp_path):
 def test_a_stream_of_texts(model):
     """Each chunk gets the vectors that it gets alone, empty ones too; the counts add up, and nothing is warned of."""
     chunks = [TEXTS[:3], [], TEXTS[3:9], ["a"], TEXTS]
-    report = bi_encoder.EncodeReport()
+    report = EncodeReport()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         results = list(

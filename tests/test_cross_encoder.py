@@ -18,7 +18,7 @@ from flax import nnx
 
 from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.checkpoint.weights import load_checkpoint
-from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError, ScoreReport
+from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError
 from sgpt_jax.decoder import log_probs
 from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.build import Build
@@ -27,6 +27,7 @@ from sgpt_jax.decoder.model import Decoder, merge, split
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import lay_out, plan_batches
 from sgpt_jax.packing.shared import lay_out_targets, row_room, shared_rows
+from sgpt_jax.reports import ScoreReport
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, SEARCH_ENDPOINT_PROMPT, Prompt, tokenise_pairs
 from sgpt_jax.text.tokenizer import load_tokenizer

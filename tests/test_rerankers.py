@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 import sgpt_jax.own_scoring
 from sgpt_jax.cli.parser import main
-from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError, ScoreReport
+from sgpt_jax.cross_encoder import CrossEncoder, NaNScoreError
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.scoring import read_scoring
+from sgpt_jax.reports import ScoreReport
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.templates import TwoTexts
 

@@ -12,13 +12,14 @@ from sgpt_jax import __version__
 from sgpt_jax.cli.options import PROCESSES, add_options
 from sgpt_jax.runtime.command import run_command
 from sgpt_jax.runtime.malloc import keep_freed_memory
-from train.mine import add_mine_parser, mine
-from train.recipes import ONLY, RECIPES, TrainConfig
+
+from .mine import add_mine_parser, mine
+from .recipes import ONLY, RECIPES, TrainConfig
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser: one subcommand a recipe, with an option for each field of `TrainConfig`; `mine`."""
-    parser = argparse.ArgumentParser(prog="python -m train", description="Trains SGPT bi-encoders.")
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="Trains SGPT bi-encoders.")
     parser.add_argument("--version", action="version", version=f"sgpt-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="nli|msmarco|pairs|mine")
     types = typing.get_type_hints(TrainConfig)
@@ -84,11 +85,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "mine":
         mine(**{name: value for name, value in vars(options).items() if name != "command"})
         return
-    from train.loop import train
+    from .loop import run
 
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(options).items() if name in fields}
-    train(dataclasses.replace(RECIPES[options.command][0], **given))
+    run(dataclasses.replace(RECIPES[options.command][0], **given))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import PlannedBatch, lay_out, round_up
 from sgpt_jax.packing.rows import fill_rows, most_texts, round_length, vector_indices
 from sgpt_jax.text.encoder import TextEncoder, check_ids
-from train.data import Example, ExampleSource, text_key
+
+from .data import Example, ExampleSource, text_key
 
 # Rows are this long at least, unless the model's limit is lower: shorter ones are not worth compiling a program for.
 _SHORTEST_ROW = 512

@@ -27,7 +27,8 @@ from jax import Array
 
 from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
-from train.step import TrainState, agree
+
+from .step import TrainState, agree
 
 # What a background thread could not do is raised by the next call as well: nobody needs its stack.
 for _logger in ("absl", "asyncio"):

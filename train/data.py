@@ -16,6 +16,7 @@ from etils import epath
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.columns import DOCUMENT, EXAMPLE, Named
 from sgpt_jax.files.corpora import join_title, read_text
+from sgpt_jax.files.hub_tables import is_table, label_names, read_rows
 from sgpt_jax.files.lines import display_name, fix_surrogates, line_error, read_lines
 from sgpt_jax.files.tables import read_table
 
@@ -35,6 +36,13 @@ class Example(NamedTuple):
     positive: str
     negatives: tuple[str, ...] = ()
     scores: tuple[float, ...] | None = None
+
+    def with_negatives(self, most: int | None) -> Example:
+        """The example with its first negatives, and their scores; None keeps all."""
+        if most is None or len(self.negatives) <= most:
+            return self
+        scores = None if self.scores is None else self.scores[: 1 + most]
+        return self._replace(negatives=self.negatives[:most], scores=scores)
 
 
 class ExampleSource(Protocol):
@@ -68,15 +76,7 @@ class ListExamples:
     """
 
     def __init__(self, examples: Iterable[Example], negatives: int | None = None):
-        self.examples = [
-            example._replace(
-                negatives=example.negatives[:negatives],
-                scores=None if example.scores is None else example.scores[: 1 + negatives],
-            )
-            if negatives is not None and len(example.negatives) > negatives
-            else example
-            for example in examples
-        ]
+        self.examples = [example.with_negatives(negatives) for example in examples]
         self.negatives = max((len(example.negatives) for example in self.examples), default=0)
         self._keys: dict[int, tuple[int, ...]] = {}
 
@@ -102,8 +102,9 @@ def read_pairs(source: str, split: str | None = None) -> list[Example]:
     each negative; `pos_scores` and `neg_scores` are the same for several positives.
 
     Args:
-        source: JSON lines, a JSON array, CSV, or TSV (quotes are plain characters; without a header the columns are
-            query, positive and any number of negatives); or a TFDS source (see `open_tfds`) with such features.
+        source: JSON lines, a JSON array, CSV, Parquet, or TSV (quotes are plain characters; without a header the
+            columns are query, positive and any number of negatives); or a TFDS source (see `open_tfds`) with such
+            features.
         split: of a TFDS source; "train" by default.
 
     Raises:
@@ -114,7 +115,7 @@ def read_pairs(source: str, split: str | None = None) -> list[Example]:
         for features in open_tfds(source, split):
             values = {name: _decoded(value) for name, value in features.items()}
             try:
-                examples += _examples(EXAMPLE.of_object(values))
+                examples += examples_of(EXAMPLE.of_object(values))
             except ValueError as error:
                 raise InputError(f"{source}: {error} (features: {', '.join(values)})") from None
         return examples
@@ -125,7 +126,7 @@ def read_pairs(source: str, split: str | None = None) -> list[Example]:
     for line, row in read_table(source, EXAMPLE, plain="tsv"):
         if isinstance(row, dict):
             try:
-                examples += _examples(row)
+                examples += examples_of(row)
             except ValueError as error:
                 raise line_error(source, line, str(error)) from None
         elif len(row) < 2:
@@ -137,7 +138,7 @@ def read_pairs(source: str, split: str | None = None) -> list[Example]:
     return examples
 
 
-def _examples(row: Named) -> list[Example]:
+def examples_of(row: Named) -> list[Example]:
     """The examples of a record.
 
     Raises:
@@ -249,7 +250,8 @@ def read_nli(source: str, split: str | None = None) -> Iterator[tuple[str, str, 
     Args:
         source: the file AllNLI.tsv.gz of sbert.net (columns split, sentence1, sentence2, label); a folder
             with `s1.NAME`, `s2.NAME` and `labels.NAME` (one text a line, gzip or not; SentEval's form); or a
-            TFDS source with the features premise, hypothesis and label, such as "tfds:snli".
+            TFDS source, a Parquet file or a data set of the hub with the features premise, hypothesis and label,
+            such as "tfds:snli" or "hf:sentence-transformers/all-nli:pair-class:train".
         split: which split; by default train, and of a SentEval folder every one that is there.
 
     Raises:
@@ -261,10 +263,28 @@ def read_nli(source: str, split: str | None = None) -> Iterator[tuple[str, str, 
             label = int(row["label"])  # -1: the annotators did not agree
             if 0 <= label < len(NLI_LABELS):
                 yield _decoded(row["premise"]), _decoded(row["hypothesis"]), NLI_LABELS[label]
+    elif is_table(source):
+        yield from _read_nli_table(source, split)
     elif folder.is_dir():
         yield from _read_senteval(folder, split)
     else:
         yield from _read_allnli(source, split or "train")
+
+
+def _read_nli_table(source: str, split: str | None) -> Iterator[tuple[str, str, str]]:
+    names = label_names(source, "label", split) or list(NLI_LABELS)
+    if not set(NLI_LABELS) <= set(names):
+        raise InputError(f"{source}: the labels are {', '.join(names)}, not {', '.join(NLI_LABELS)}")
+    for number, row in read_rows(source, split):
+        first, second, label = (row.get(name) for name in ("premise", "hypothesis", "label"))
+        if not (isinstance(first, str) and isinstance(second, str) and isinstance(label, int | str)):
+            raise InputError(
+                f"{source}, row {number}: premise, hypothesis and label are needed ({', '.join(row)})"
+            )
+        if isinstance(label, str):
+            yield first, second, label
+        elif 0 <= label < len(names):  # -1: the annotators did not agree
+            yield first, second, names[label]
 
 
 def _read_senteval(folder: epath.Path, split: str | None) -> Iterator[tuple[str, str, str]]:

@@ -19,7 +19,9 @@ from sgpt_jax.decoder.build import Lora
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
-from train.recipes import TrainConfig
+from sgpt_jax.saving import save_settings
+
+from .recipes import TrainConfig
 
 BIASES = "biases.safetensors"
 
@@ -85,7 +87,7 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
         header = bias_header(model, record)
         save_adapter(folder, model.decoder, model.hf_config, trained, base=base, header=header)
         note = OVER_INT8 if model.decoder.build.int8 else ""
-        model.save_settings(folder, training=training, results=results, note=note)
+        save_settings(model, folder, training=training, results=results, note=note)
         return [f"adapters: {folder / ADAPTERS}"]
     graphdef, params = split(model.decoder)
     # Merged in float32, whatever dtype the adapters were trained in.

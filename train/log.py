@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,13 +13,27 @@ from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
-from tqdm import tqdm
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import parse_json, write_jsonl
-from train.recipes import TrainConfig
+from sgpt_jax.runtime.progress import progress
+
+from .recipes import TrainConfig
 
 METRICS, DEV, PLOT = "metrics.jsonl", "dev.jsonl", "curve.png"
+
+
+class Callback:
+    """What is told of a run; a subclass has the methods that it wants.
+
+    An error in one ends the run, and `resume` goes on from its last checkpoint.
+    """
+
+    def on_step(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
+        """After a step, counted from 0, whose loss has been read."""
+
+    def on_dev(self, step: int, name: str, value: float) -> None:
+        """After an evaluation on the dev data: the last step done, the metric, and its value."""
 
 
 class RunLog:
@@ -32,10 +46,14 @@ class RunLog:
         config: of the run.
         total: steps of the whole run.
         start: the first step to come; later lines of an interrupted run are dropped.
+        callbacks: told of steps and evaluations.
         active: False on other processes.
     """
 
-    def __init__(self, config: TrainConfig, total: int, start: int, active: bool):
+    def __init__(
+        self, config: TrainConfig, total: int, start: int, callbacks: Sequence[Callback], active: bool
+    ):
+        self.callbacks = callbacks
         self.active, self.folder = active, epath.Path(config.output)
         if not active:
             return
@@ -53,11 +71,8 @@ class RunLog:
                 raise InputError("--wandb needs the package wandb: pip install wandb") from None
             self.wandb = wandb
             wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=str(self.folder))
-        hidden = not sys.stderr.isatty()
         self._clock = time.perf_counter()
-        self.bar = tqdm(
-            total=total, initial=start, unit="step", desc=config.recipe, disable=hidden, smoothing=0.1
-        )
+        self.bar = progress(config.recipe, "step", total, initial=start)
 
     def start_clock(self) -> None:
         """Begins to measure the time of the next step: at the start, and after what is no step."""
@@ -79,8 +94,10 @@ class RunLog:
         self._clock = now
         self._write(METRICS, self.losses, {"step": step, "loss": loss, "lr": rate})
         self._scalars(step, {"loss": loss, "lr": rate, "tokens_per_second": speed})
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.note = f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s"
         self.bar.update()
+        for callback in self.callbacks:
+            callback.on_step(step, loss, rate, speed)
 
     def dev(self, step: int, name: str, value: float) -> None:
         """Writes down the dev metric after a step."""
@@ -88,12 +105,13 @@ class RunLog:
             self._write(DEV, self.devs, {"step": step, "dev": value})
             self._scalars(step, {"dev": value})
             self.say(f"step {step + 1}: dev {name} {value:.4f}")
+            for callback in self.callbacks:
+                callback.on_dev(step, name, value)
 
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""
         if self.active:
-            self.bar.write(message, file=sys.stdout)
-            sys.stdout.flush()
+            self.bar.say(message)
 
     def plot(self) -> None:
         """Draws loss and dev metric over the steps into `curve.png`."""

@@ -9,31 +9,36 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from etils import epath
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.runtime.platform import by_platform
-from train.export import Record, export
-from train.log import RunLog
-from train.prepare import Run, prepare, write_config
-from train.recipes import TrainConfig
-from train.step import agree, place_batch
+
+from .export import Record, export
+from .log import Callback, RunLog
+from .prepare import Run, prepare, write_config
+from .recipes import TrainConfig
+from .step import agree, place_batch
 
 
 class Diverged(InputError):
     """Loss or gradient became NaN or infinite: the options do not fit the data."""
 
 
-def train(config: TrainConfig) -> bool:
-    """Trains as `config` says, and writes everything to `config.output`.
+def run(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> bool:
+    """Trains as `config` says, and writes everything to `config.output`. `python -m train` is this function.
 
     That is: the trained model as a folder of sentence-transformers, `biases.safetensors` if biases are all that was
     trained, `metrics.jsonl`, `dev.jsonl`, `curve.png`, `tensorboard/`, `checkpoints/`, `best/`, and the run's whole
     configuration under "run" in config.json, which is the model's too. Of adapters: the folder that PEFT loads, with
     the configuration in run.json.
+
+    Args:
+        config: the run, such as `dataclasses.replace(PAIRS, model=..., data=..., output=...)`.
+        callbacks: told of every step and every evaluation, on the first of several processes.
 
     Returns:
         True when the run is complete; False when SIGTERM ended it early, with its state saved for `--resume`.
@@ -42,15 +47,17 @@ def train(config: TrainConfig) -> bool:
         InputError: an option or a file does not fit.
         Diverged: NaN or infinite loss; the checkpoints before it are kept.
     """
-    run = prepare(config)
+    prepared = prepare(config)
     with contextlib.ExitStack() as stack:
-        stack.callback(run.checkpoints.close)
-        log = stack.enter_context(RunLog(config, run.total, run.start, active=jax.process_index() == 0))
-        for note in run.notes:
+        stack.callback(prepared.checkpoints.close)
+        log = stack.enter_context(
+            RunLog(config, prepared.total, prepared.start, callbacks, active=jax.process_index() == 0)
+        )
+        for note in prepared.notes:
             log.say(note)
-        complete = fit(run, log)
+        complete = fit(prepared, log)
         if complete:
-            finish(run, log)
+            finish(prepared, log)
     return complete
 
 

@@ -18,7 +18,8 @@ from etils import epath
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import line_error, parse_json, read_lines
-from train.data import Example
+
+from .data import Example
 
 COLLECTION = "collection.tsv"
 QUERIES = "queries.train.tsv"

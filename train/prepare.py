@@ -22,16 +22,19 @@ from sgpt_jax.decoder.modules import Dense
 from sgpt_jax.decoder.sharding import device_mesh, make_mesh, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
+from sgpt_jax.files.hub_tables import is_hub
 from sgpt_jax.files.lines import write_json
 from sgpt_jax.folder.source import resolve
-from train.batches import BatchPlan, PackedBatches, iterate
-from train.checkpoints import Checkpoints
-from train.data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
-from train.dev import DevEvaluator, make_evaluator
-from train.export import BIASES
-from train.losses import LossConfig
-from train.msmarco import open_msmarco
-from train.optimizer import (
+
+from .batches import BatchPlan, PackedBatches, iterate
+from .checkpoints import Checkpoints
+from .data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
+from .dev import DevEvaluator, make_evaluator
+from .export import BIASES
+from .hub import HubExamples
+from .losses import LossConfig
+from .msmarco import open_msmarco
+from .optimizer import (
     describe_split,
     join_params,
     linear_schedule,
@@ -41,8 +44,8 @@ from train.optimizer import (
     trainable_mask,
     trained_kinds,
 )
-from train.recipes import FREE, TrainConfig
-from train.step import TrainState, init_state, jit_step, make_step
+from .recipes import FREE, TrainConfig
+from .step import TrainState, init_state, jit_step, make_step
 
 RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what transformers has there
 ADAPTER_RUN = "run.json"  # where that is of a run that leaves adapters
@@ -253,6 +256,8 @@ def open_examples(config: TrainConfig) -> ExampleSource:
             seed=config.seed,
             keep_scores=config.distill is not None,
         )
+    if config.recipe == "pairs" and is_hub(config.data):
+        return HubExamples(config.data, config.split, config.negatives)
     if config.recipe == "nli":
         examples = nli_triplets(read_nli(config.data, config.split), config.seed)
     else:

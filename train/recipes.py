@@ -85,8 +85,8 @@ class TrainConfig:
 
     dev: str | None = _option(
         None,
-        "what chooses the checkpoint: an STS file (tab-separated, as the STS benchmark; cosine Spearman) or a "
-        "folder in BEIR's format (nDCG@10)",
+        "what chooses the checkpoint: an STS file (tab-separated, as the STS benchmark, or another that eval sts "
+        "reads; cosine Spearman) or a folder in BEIR's format (nDCG@10)",
         "the last step is taken",
     )
     dev_split: str = _option("dev", "judgements of a BEIR folder: qrels/NAME.tsv")
@@ -157,7 +157,8 @@ RECIPES: dict[str, tuple[TrainConfig, str]] = {
     "nli": (
         NLI,
         "Symmetric models from natural language inference. --data: AllNLI.tsv.gz of sbert.net, a folder with s1.*, "
-        "s2.* and labels.* files, a prepared TFDS folder, or tfds:NAME. Defaults: SGPT-*-weightedmean-nli-bitfit.",
+        "s2.* and labels.* files, a Parquet file, a prepared TFDS folder, tfds:NAME, or a data set of the Hugging Face "
+        "hub, such as hf:sentence-transformers/all-nli:pair-class:train. Defaults: SGPT-*-weightedmean-nli-bitfit.",
     ),
     "msmarco": (
         MSMARCO,
@@ -167,7 +168,8 @@ RECIPES: dict[str, tuple[TrainConfig, str]] = {
     ),
     "pairs": (
         PAIRS,
-        "Your own pairs. --data: JSONL with query, positive and perhaps negatives and scores, TSV with these "
-        "columns, a prepared TFDS folder with these features, or tfds:NAME.",
+        "Your own pairs. --data: JSONL with query, positive and perhaps negatives and scores, TSV, CSV or Parquet with "
+        "these columns, a prepared TFDS folder with these features, tfds:NAME, or a data set of the Hugging Face hub, "
+        "such as hf:sentence-transformers/all-nli:triplet:train.",
     ),
 }

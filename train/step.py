@@ -19,9 +19,10 @@ from sgpt_jax.decoder.sharding import batch_sharding, leaf_path, num_shards, on_
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import round_up
 from sgpt_jax.packing.rows import encode_rows, most_texts
-from train.grad_cache import encode_in_chunks
-from train.losses import LossConfig, total_loss
-from train.optimizer import join_params
+
+from .grad_cache import encode_in_chunks
+from .losses import LossConfig, total_loss
+from .optimizer import join_params
 
 
 class TrainState(NamedTuple):

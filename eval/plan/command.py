@@ -19,13 +19,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from eval.plan import compile as compiler
-from eval.plan.devices import CHIPS, GIB, Target, parse_target
-from eval.plan.estimate import Memory, Sizes, Times, chunks_of, device_bytes, flops, memory, times
-from eval.plan.models import MODELS, find_model, with_biases
-from eval.plan.programs import Work, at_depth
-from eval.plan.table import describe, write_table
-from eval.provenance import provenance
 from sgpt_jax.cli.options import WEIGHTS, add_options, dtype, option, positive
 from sgpt_jax.decoder.build import Build, Lora
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
@@ -34,8 +27,15 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
 from sgpt_jax.load import UNLIMITED_DEFAULT
 from sgpt_jax.packing.layout import BATCH_TOKENS
-from train.optimizer import lora_of, trained_kinds
-from train.recipes import RECIPES
+
+from ..provenance import provenance
+from ..training import RECIPES, lora_of, trained_kinds
+from . import compile as compiler
+from .devices import CHIPS, GIB, Target, parse_target
+from .estimate import Memory, Sizes, Times, chunks_of, device_bytes, flops, memory, times
+from .models import MODELS, find_model, with_biases
+from .programs import Work, at_depth
+from .table import describe, write_table
 
 # Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
 TEXTS = 3

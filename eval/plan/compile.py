@@ -14,10 +14,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from eval.plan.devices import GIB, Target
-from eval.plan.programs import Work, at_depth, lower
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.sharding import make_mesh
+
+from .devices import GIB, Target
+from .programs import Work, at_depth, lower
 
 logger = logging.getLogger(__name__)
 

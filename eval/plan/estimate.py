@@ -11,8 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from eval.plan.devices import Chip
-from eval.plan.programs import Work, abstract_params, abstract_state, at_depth
 from sgpt_jax.decoder.attention import QUERY_BLOCK
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
@@ -20,6 +18,9 @@ from sgpt_jax.decoder.flops import forward_flops, layer_weights
 from sgpt_jax.decoder.log_probs import HEAD_ENTRIES, HEAD_TARGETS, head_targets
 from sgpt_jax.decoder.sharding import AXES
 from sgpt_jax.packing.rows import most_texts
+
+from .devices import Chip
+from .programs import Work, abstract_params, abstract_state, at_depth
 
 Sizes = tuple[int, int, int]
 """Sizes of the mesh axes data, fsdp and tensor."""

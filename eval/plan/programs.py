@@ -17,9 +17,17 @@ from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder
 from sgpt_jax.decoder.sharding import batch_sharding, num_shards, param_shardings
 from sgpt_jax.packing.rows import embed
-from train.losses import LossConfig
-from train.optimizer import make_optimizer, trainable_mask
-from train.step import TrainState, jit_step, make_step, new_state, state_shardings
+
+from ..training import (
+    LossConfig,
+    TrainState,
+    jit_step,
+    make_optimizer,
+    make_step,
+    new_state,
+    state_shardings,
+    trainable_mask,
+)
 
 Task = Literal["train", "encode", "score"]
 

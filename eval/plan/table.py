@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from eval.plan.devices import GIB, MARGIN
+from .devices import GIB, MARGIN
 
 _HEAD = (
     "| model | task | devices | mesh | rows at a time | parameters | optimizer | all, by arithmetic | all, compiled | "

@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 
-from eval.plan.devices import CHIPS
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.matmul import project
 from sgpt_jax.runtime.memory import resident_memory
 from sgpt_jax.runtime.platform import by_platform
+
+from ..plan.devices import CHIPS
 
 Run = Callable[[], Any]
 

@@ -23,16 +23,17 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from eval.plan.models import MODELS
-from eval.provenance import provenance
-from eval.speed.benchmark import Benchmark, measure, print_table, threads
-from eval.speed.encode import encode_benchmark
-from eval.speed.models import mixed_texts, open_data, write_shape
-from eval.speed.search import search_benchmark
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.options import SOURCE, add_options, dtype, option, positive
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
+
+from ..plan.models import MODELS
+from ..provenance import provenance
+from .benchmark import Benchmark, measure, print_table, threads
+from .encode import encode_benchmark
+from .models import mixed_texts, open_data, write_shape
+from .search import search_benchmark
 
 PARTS = ("encode", "score", "train", "search")
 TRAIN_LENGTH = 75  # of the SGPT paper's NLI models
@@ -119,14 +120,14 @@ def _benchmark(part: str, args: argparse.Namespace, source: str, folder: str) ->
         return search_benchmark(args.vectors, folder)
     if part == "score":
         with _extra("eval"):
-            from eval.speed.score import score_benchmark
+            from .score import score_benchmark
         return score_benchmark(source, open_data(args.data), args.pairs, args.dtype, args.max_seq_length)
     length = args.max_seq_length or (TRAIN_LENGTH if part == "train" else None)
     model = BiEncoder.from_pretrained(source, dtype=args.dtype, max_seq_length=length)
     if part == "encode":
         return encode_benchmark(model, mixed_texts(open_data(args.data), args.texts))
     with _extra("train"):
-        from eval.speed.train import train_benchmark
+        from .train import train_benchmark
     return train_benchmark(model, open_data(args.data), args.batch_size)
 
 

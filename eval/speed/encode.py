@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from eval.speed.benchmark import Benchmark
-from eval.speed.models import Torch, exported, pooled
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.decoder.flops import forward_flops
 from sgpt_jax.decoder.modules import Normalize
 from sgpt_jax.errors import InputError
+
+from .benchmark import Benchmark
+from .models import Torch, exported, pooled
 
 # The default of sentence-transformers' `encode`.
 BATCH_ROWS = 32

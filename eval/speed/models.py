@@ -14,8 +14,6 @@ from flax import nnx
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from eval.plan.models import MODELS
-from eval.speed.benchmark import threads
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.decoder.build import Build
@@ -26,6 +24,9 @@ from sgpt_jax.families import read_config
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.lines import parse_json, read_lines
 from sgpt_jax.text.tokenizer import save_tokenizer
+
+from ..plan.models import MODELS
+from .benchmark import threads
 
 END = "<|endoftext|>"
 

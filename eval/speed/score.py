@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.speed.benchmark import Benchmark, Run
-from eval.speed.models import Torch
 from sgpt_jax.bm25 import Bm25
 from sgpt_jax.checkpoint.export import export_folder
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.cross_encoder import CrossEncoder, ScoreReport
+from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig
@@ -30,7 +28,11 @@ from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.folder.source import resolve
+from sgpt_jax.reports import ScoreReport
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, TokenPairs, tokenise_pairs
+
+from .benchmark import Benchmark, Run
+from .models import Torch
 
 Pairs = list[tuple[str, str]]
 

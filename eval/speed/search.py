@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.speed.benchmark import Benchmark, threads
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.search import Index
+
+from .benchmark import Benchmark, threads
 
 DIMENSION = 768
 QUERIES = 100

@@ -248,7 +248,9 @@ def _encode_rate(model: BiEncoder, texts: list[str]) -> float:
 
 def main() -> None:
     """Runs one after the other: `encode`, `sgpt serve`, `encode` again, the plain server."""
-    parser = argparse.ArgumentParser(prog="python -m eval.speed.serve", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.serve", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--max-seq-length", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -276,7 +278,7 @@ def main() -> None:
     runs = []
     for name, command in (
         ("sgpt serve", ["sgpt_jax.cli", "serve", *same, "--port", "0"]),
-        ("plain server", ["eval.speed.serve", "--plain", "--texts", str(options.texts), *same]),
+        ("plain server", [f"{__package__}.serve", "--plain", "--texts", str(options.texts), *same]),
     ):
         with running(command) as (address, process):
             for callers, seconds in ((1, 5.0), (options.callers, options.seconds)):

@@ -9,19 +9,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eval.speed.benchmark import Benchmark
-from eval.speed.models import Torch, exported, pooled
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import add_zero_biases, bias_leaves
 from sgpt_jax.decoder.flops import training_flops
 from sgpt_jax.decoder.model import split
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
-from train.batches import BatchPlan, PackedBatches
-from train.data import Example, ListExamples
-from train.losses import LossConfig
-from train.optimizer import make_optimizer, split_params, trainable_mask
-from train.step import init_state, jit_step, make_step, place_batch
+
+from ..training import (
+    BatchPlan,
+    Example,
+    ListExamples,
+    LossConfig,
+    PackedBatches,
+    init_state,
+    jit_step,
+    make_optimizer,
+    make_step,
+    place_batch,
+    split_params,
+    trainable_mask,
+)
+from .benchmark import Benchmark
+from .models import Torch, exported, pooled
 
 RATE = 1e-4
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from sgpt_jax import demo as demonstration
 from sgpt_jax import rerank as reranking
-from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder, EncodeReport
+from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
 from sgpt_jax.checkpoint.export import count_parameters
+from sgpt_jax.corpus_index import index_corpus
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
@@ -30,12 +31,12 @@ from sgpt_jax.folder.modules import describe_modules
 from sgpt_jax.folder.scoring import read_scoring
 from sgpt_jax.folder.settings import read_settings
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.index.build import build_index
 from sgpt_jax.index.export import export_index
 from sgpt_jax.index.files import MANIFEST
 from sgpt_jax.index.search import Index
 from sgpt_jax.load import Opened, open_model, token_limit
 from sgpt_jax.metrics import cut
+from sgpt_jax.reports import EncodeReport
 from sgpt_jax.rerank_job import rerank_job
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.command import printable
@@ -70,20 +71,21 @@ def embed(options: argparse.Namespace) -> None:
             raise InputError(f"{options.output}: must be a file: its header is written last")
         model = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
         reading = _reading(options)
-        encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[
-            options.side
-        ]
         count = 0
         _write_npy_header(stream, (count, model.dimension))
         texts = read_texts(options.input, **reading)
+        report = EncodeReport()
+        chunks = iter(lambda: list(itertools.islice(texts, EMBED_CHUNK)), [])
         with progress("embedding", "text") as bar:
-            while chunk := list(itertools.islice(texts, EMBED_CHUNK)):
-                stream.write(encode(chunk, normalize=options.normalize, show_progress=False).tobytes())
-                count += len(chunk)
-                bar.update(len(chunk))
+            for vectors in model.encode_chunks(
+                chunks, side=options.side, normalize=options.normalize, report=report, on_batch=bar.update
+            ):
+                stream.write(vectors.tobytes())
+                count += len(vectors)
         stream.seek(0)
         _write_npy_header(stream, (count, model.dimension))
-    print(f"{count} vectors of dimension {model.dimension}: {options.output} ({reading['report']})")
+    cut = f", {report.cut} of them cut as they were too long" if report.cut else ""
+    print(f"{count} vectors of dimension {model.dimension}: {options.output} ({reading['report']}{cut})")
 
 
 def _write_npy_header(stream: BinaryIO, shape: tuple[int, int]) -> None:
@@ -94,46 +96,17 @@ def _write_npy_header(stream: BinaryIO, shape: tuple[int, int]) -> None:
 def index(options: argparse.Namespace) -> None:
     """Builds an index, or goes on with it."""
     model = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
-    # What the vectors depend on; a build that goes on must have the same.
-    metadata = {
-        "model": _absolute(options.model),
-        "pooling": model.pooling,
-        "brackets": model.text.brackets,
-        "max_seq_length": model.text.max_seq_length,
-        "dtype": options.dtype,
-        "biases": options.biases and _absolute(options.biases),
-    }
-    if model.similarity_name not in ("cosine", "dot"):
-        raise InputError(
-            f"{options.model} compares vectors by {model.similarity_name} distance; an index is searched by cosine or "
-            "dot product"
-        )
-    metadata |= {
-        name: value
-        for name in ("weights", "query_prompt", "document_prompt", "truncate_dim")
-        if (value := vars(options)[name]) is not None
-    }
-    if options.adapter:
-        metadata["adapter"] = [_absolute(adapter) for adapter in options.adapter]
     reading = _reading(options)
     report = EncodeReport()
-    with progress("indexing", "doc") as bar:
-
-        def show(rows: int) -> None:
-            bar.update(rows - bar.n)
-
-        index = build_index(
-            options.output,
-            read_corpus(options.corpus, **reading),
-            lambda chunks: model.encode_chunks(chunks, side="document", report=report),
-            dtype=options.store,
-            chunk_size=options.chunk_size,
-            store_texts=not options.no_texts,
-            metadata=metadata,
-            similarity="dot" if model.similarity_name == "dot" else "cosine",
-            fingerprint=model.fingerprint(),
-            on_progress=show,
-        )
+    index = index_corpus(
+        options.output,
+        read_corpus(options.corpus, **reading),
+        model,
+        store=options.store,
+        texts=not options.no_texts,
+        chunk_size=options.chunk_size,
+        report=report,
+    )
     work = _describe_work(report)
     if processes.first():
         size = index.info()["bytes"] / 1e6
@@ -158,10 +131,6 @@ def _describe_work(report: EncodeReport) -> str:
         f"{sum(waited) / sum(seconds):.1%} of the time spent waiting for the tokenizer; "
         f"peak memory {max(peak) / 1e6:,.0f} MB"
     )
-
-
-def _absolute(source: str) -> str:
-    return os.path.abspath(source) if os.path.exists(source) else source
 
 
 def search(options: argparse.Namespace) -> None:

@@ -61,7 +61,11 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
     "index": (
         "Embed a corpus into an index; run it again after an interruption to go on.",
         (
-            option("corpus", help="BEIR's corpus.jsonl, TSV (id, text or id, title, text) or plain text"),
+            option(
+                "corpus",
+                help="BEIR's corpus.jsonl, CSV, TSV (id, text or id, title, text), plain text, Parquet, or a data set "
+                "of the Hugging Face hub (hf:PATH, hf:PATH:SPLIT, hf:PATH:CONFIG:SPLIT)",
+            ),
             option("-o", "--output", required=True, help="the index, a folder"),
             option(
                 "--store",

@@ -176,6 +176,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def describe_devices(mesh: Mesh | None) -> str:
+    """What computes, for people: such as "cpu" or "4 x TPU v5 lite"."""
+    devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
+    count = f"{len(devices)} x " if len(devices) > 1 else ""
+    return count + devices[0].device_kind
+
+
 def num_shards(mesh: Mesh | None) -> int:
     """Into how many shards the rows of a batch are split; their number must divide by it."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,7 +10,8 @@ from etils import epath
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document, read_corpus, read_queries
-from sgpt_jax.files.lines import ReadReport
+from sgpt_jax.files.hub_tables import configs, is_hub
+from sgpt_jax.files.lines import PathLike, ReadReport
 from sgpt_jax.files.runs import read_qrels
 
 RECORDS = ("jsonl", "tsv", "csv", "json")  # endings of corpus and queries, each also before .gz
@@ -22,7 +24,8 @@ class DataSet:
 
     Attributes:
         name: of the data set; results are filed under it.
-        folder: with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (or the other endings that `find` is given).
+        folder: with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv (or the other endings that `find` is given); or a
+            data set of the hub, such as hf:BeIR/scifact.
         split: which judgements.
         encoding_errors, skip_bad_lines: how files are read, see `read_corpus`.
         queries: {id: text} of the judged queries, in the file's order.
@@ -45,9 +48,9 @@ class DataSet:
         Raises:
             InputError: a file is missing or breaks a rule, or no query of the queries file is judged.
         """
-        qrels_file = find(self.folder / "qrels", self.split, JUDGEMENTS)
+        qrels_file = self._file("qrels")
         self.qrels = read_qrels(qrels_file, errors=self.encoding_errors, report=self._report("qrels"))
-        queries_file = find(self.folder, "queries", RECORDS)
+        queries_file = self._file("queries")
         queries = read_queries(
             queries_file,
             errors=self.encoding_errors,
@@ -66,7 +69,7 @@ class DataSet:
             InputError: as `sgpt_jax.files.corpora.read_corpus`.
         """
         return read_corpus(
-            find(self.folder, "corpus", RECORDS),
+            self._file("corpus"),
             errors=self.encoding_errors,
             skip_bad_lines=self.skip_bad_lines,
             report=self._report("corpus"),
@@ -76,6 +79,25 @@ class DataSet:
     def ignores_identical_ids(self) -> bool:
         """BEIR's rule: in ArguAna and Quora the queries are themselves in the corpus."""
         return self.name in ("arguana", "quora")
+
+    def _file(self, part: str) -> PathLike:
+        """Where "corpus", "queries" or "qrels" are read from.
+
+        Of the hub's data sets, as BEIR and mteb publish them, corpus and queries are configurations, and judgements the
+        configuration "default" or "qrels", or the data set of that name with "-qrels" behind it.
+        """
+        if not is_hub(self.folder):
+            if part == "qrels":
+                return find(self.folder / "qrels", self.split, JUDGEMENTS)
+            return find(self.folder, part, RECORDS)
+        source = os.fspath(self.folder)
+        names = configs(source)
+        if part != "qrels":
+            if part not in names:
+                raise InputError(f"{source}: has no configuration {part!r} (there are: {', '.join(names)})")
+            return f"{source}:{part}:"
+        own = next((name for name in ("qrels", "default") if name in names), None)
+        return f"{source}:{own}:{self.split}" if own else f"{source}-qrels:{self.split}"
 
     def _report(self, part: str) -> ReadReport:
         self.reports[part] = ReadReport()

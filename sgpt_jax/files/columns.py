@@ -12,6 +12,7 @@ from typing import Any
 
 Named = dict[str, tuple[str, Any]]  # field -> the key as it is spelled, and the value
 
+_NUMBER = re.compile("_?[0-9]+$")
 _WORDS = re.compile("[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
 
@@ -22,7 +23,8 @@ class Columns:
         spellings: field -> its keys, the usual one first.
         needed: fields without which a first line is no header.
         header: whether a CSV file has to begin with a header.
-        repeated: a field that several columns of a table may have; its values come as a list.
+        repeated: a field that several columns of a table may have; its values come as a list. So may several keys with
+            a number behind them (`negative_1`, `negative_2`, ...).
         words: an unknown key with one of these words in it looks like a field, unless it is about ids.
     """
 
@@ -50,6 +52,13 @@ class Columns:
         found: Named = {}
         for key, value in record.items():
             field = self._fields.get(key)
+            if field is None and (field := self._numbered(key)) is not None:
+                values = found.setdefault(field, (key, []))[1]
+                if not isinstance(values, list) or found[field][0] in self._fields:
+                    raise ValueError(f"`{found[field][0]}` and `{key}` mean the same thing")
+                if value not in (None, ""):
+                    values.append(value)
+                continue
             if field is None:
                 self._refuse_alike(key)
                 continue
@@ -69,7 +78,7 @@ class Columns:
             ValueError: they are nothing but names, but not the ones that are needed, or two mean the same thing.
         """
         keys = [cell.strip().lower() for cell in cells]
-        fields = [self._fields.get(key) for key in keys]
+        fields = [self.field(key) for key in keys]
         if not set(self.needed) <= set(fields):
             if all(field or self._looks_like(key) for field, key in zip(fields, keys, strict=True)):
                 missing = next(self.spellings[field][0] for field in self.needed if field not in fields)
@@ -94,6 +103,16 @@ class Columns:
             elif field is not None:
                 found[field] = field, cell
         return found
+
+    def field(self, key: str) -> str | None:
+        """The field that a key names."""
+        return self._fields.get(key) or self._numbered(key)
+
+    def _numbered(self, key: str) -> str | None:
+        """The repeated field, if the key is one of its spellings with a number behind it."""
+        stem = _NUMBER.sub("", key)
+        field = self._fields.get(stem) if stem != key else None
+        return field if field == self.repeated else None
 
     def _refuse_alike(self, key: str) -> None:
         if key not in self._alike:

@@ -25,6 +25,7 @@ from sgpt_jax.files.lines import (
 from sgpt_jax.files.tables import Format, read_table
 
 _LINE_BITS = 36
+NO_ID = "the record has neither `_id` nor `id`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def _read_documents(
     seen = _Seen()
     for record in _read_records(path, columns, format, errors, skip_bad_lines, max_bytes, report):
         if record.id is None:
-            raise line_error(path, record.line, "the record has neither `_id` nor `id`")
+            raise line_error(path, record.line, NO_ID)
         if _is_new(path, record, record.id, seen):
             report.records += 1
             yield Document(record.id, join_title(record.title, record.text), record.title)
@@ -229,6 +230,19 @@ def _named_record(path: PathLike, line: int, row: Named) -> _Record:
     except ValueError as error:
         raise line_error(path, line, str(error)) from None
     return _Record(line, id, title, text)
+
+
+def document(row: Named) -> Document:
+    """The document of a record.
+
+    Raises:
+        ValueError: a field is missing or not what it should be.
+    """
+    id = _id(row["id"][1]) if "id" in row else None
+    if id is None:
+        raise ValueError(NO_ID)
+    title, text = read_text(row)
+    return Document(id, join_title(title, text), title)
 
 
 def _id(value: Any) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.hub_tables import is_table, read_rows
 from sgpt_jax.files.lines import (
     PathLike,
     ReadReport,
@@ -19,6 +20,7 @@ from sgpt_jax.files.lines import (
 )
 from sgpt_jax.metrics import rank
 
+_TABLE = ("query-id", "corpus-id", "score")  # columns of judgements, as BEIR publishes them
 _GRADE = re.compile(r"([+-]?[0-9]{1,18})(?:\.0+)?", re.ASCII)
 _QUERY_HEADERS = {"queryid", "qid", "query", "topic", "topicid"}
 _GRADE_HEADERS = {"score", "rel", "relevance", "label", "grade", "judgment", "judgement", "gain", "qrel"}
@@ -31,7 +33,8 @@ def read_qrels(
 
     Lines have three columns (query, document, grade; a header is recognised by its names) or the four of TREC (query,
     anything, document, grade), the same number in the whole file, separated by tabs or spaces. Ids may hold spaces
-    where tabs separate. The same judgement twice is kept once and counted.
+    where tabs separate. A Parquet file or a data set of the hub (see `hub_tables`) has the columns query-id, corpus-id
+    and score. The same judgement twice is kept once and counted.
 
     Raises:
         InputError: mixed column counts, a grade that is no integer (``1.0`` is one), one document judged differently
@@ -41,8 +44,7 @@ def read_qrels(
     qrels: dict[str, dict[str, int]] = {}
     seen_lines: dict[tuple[str, str], int] = {}
     columns = 0
-    for line, text in read_lines(path, errors=errors, report=report):
-        cells = _split(text, (3, 4))
+    for line, cells in _judgements(path, errors, report):
         if not columns:
             columns = len(cells)
             if columns not in (3, 4):
@@ -69,6 +71,19 @@ def read_qrels(
     if not qrels:
         raise InputError(f"{display_name(path)}: holds no judgement")
     return qrels
+
+
+def _judgements(path: PathLike, errors: str, report: ReadReport) -> Iterator[tuple[int, list[str]]]:
+    """Lines of judgements, cut into their cells."""
+    if not is_table(path):
+        for line, text in read_lines(path, errors=errors, report=report):
+            yield line, _split(text, (3, 4))
+        return
+    for line, row in read_rows(path):
+        missing = [name for name in _TABLE if name not in row]
+        if missing:
+            raise line_error(path, line, f"the judgements have no column {missing[0]!r}: {', '.join(row)}")
+        yield line, [str(row[name]) for name in _TABLE]
 
 
 def read_run(

@@ -24,7 +24,8 @@ def read_sts(path: PathLike) -> list[Pair]:
     * with tabs, as STS-Benchmark is published: genre, file, year, id, score, sentence 1, sentence 2, and perhaps two
       licence columns, under names that end in .csv; or three columns, the score first or last. Quotes are plain
       characters;
-    * JSON lines or a JSON array, with sentence1, sentence2 and score;
+    * JSON lines or a JSON array, with sentence1, sentence2 and score; Parquet or a data set of the hub, these two by
+      name;
     * else CSV: three columns, the score first or last.
 
     A header may give the order of any columns.

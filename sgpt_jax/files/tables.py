@@ -1,4 +1,5 @@
-"""Records from JSON lines, JSON arrays, TSV, CSV and plain text, with their fields under the names of `columns`.
+"""Records from JSON lines, JSON arrays, TSV, CSV, plain text, Parquet and data sets of the hub, with their fields under
+the names of `columns`.
 
 * ``jsonl``: one object a line. A file that begins with ``[`` and an object is one JSON array of such objects.
 * ``tsv``: cells between tabs; quotes are plain characters. The first line may be a header.
@@ -13,10 +14,11 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from sgpt_jax.files.columns import Columns, Named
+from sgpt_jax.files.hub_tables import is_table, read_rows
 from sgpt_jax.files.lines import MAX_LINE_BYTES, PathLike, ReadReport, line_error, parse_json, read_lines
 
 Format = Literal["jsonl", "tsv", "csv", "text"]
@@ -55,7 +57,8 @@ def read_table(
     """Yields the records of a file in its order.
 
     Args:
-        path: the file, gzip or not, or "-" for standard input.
+        path: the file, gzip or not, or "-" for standard input; a Parquet file, or a data set of the hub (see
+            `hub_tables`), whose records are objects as those of JSON.
         columns: the fields to read.
         format: None takes it from the name or, where that says nothing, from the first line: `{` begins JSON lines,
             `[{` a JSON array.
@@ -72,6 +75,9 @@ def read_table(
         InputError: the file or a line of it breaks a rule, naming both.
     """
     report = ReadReport() if report is None else report
+    if format is None and is_table(path):
+        yield from _objects(path, columns, read_rows(path), skip_bad_lines, report)
+        return
     lines = read_lines(path, errors=errors, report=report, keep_blank=True, max_bytes=max_bytes)
     if format is None and by_name:
         stem = os.fspath(path).lower().removesuffix(".gz")
@@ -157,7 +163,7 @@ def _array(path: PathLike, lines: Lines, max_bytes: int) -> Iterator[tuple[int, 
 def _objects(
     path: PathLike,
     columns: Columns,
-    values: Iterator[tuple[int, Any]],
+    values: Iterable[tuple[int, Any]],
     skip_bad_lines: bool,
     report: ReadReport,
 ) -> Iterator[Row]:

@@ -108,6 +108,13 @@ class Index:
         if damages:
             raise InputError("; ".join(dict.fromkeys(damages)))
 
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        return (
+            f"Index({self.folder}: {len(self):,} documents, dimension {self.dimension}, {manifest.dtype}, "
+            f"{manifest.similarity}, model {manifest.metadata.get('model', 'unknown')})"
+        )
+
     def __len__(self) -> int:
         return self.manifest.rows
 

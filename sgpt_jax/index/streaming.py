@@ -14,7 +14,7 @@ from sgpt_jax.index.columns import normalized, pack_strings, unpack_strings
 from sgpt_jax.index.topk import Block, exact_top_k
 from sgpt_jax.metrics import rank
 from sgpt_jax.runtime import processes
-from sgpt_jax.runtime.progress import progress
+from sgpt_jax.runtime.progress import Progress, progress
 
 CHUNK = 16_384  # documents that are encoded and scored at a time
 
@@ -30,7 +30,11 @@ class Encoder(Protocol):
     ) -> np.ndarray: ...
 
     def encode_document(
-        self, texts: Sequence[str], *, batch_tokens: int | None = ..., show_progress: bool | None = ...
+        self,
+        texts: Sequence[str],
+        *,
+        batch_tokens: int | None = ...,
+        show_progress: bool | Progress | None = ...,
     ) -> np.ndarray: ...
 
 
@@ -86,13 +90,12 @@ def search_corpus(
                 processes.check()
                 names = [document.id for document in part]
                 texts = [document.text for document in part]
-                encoded = model.encode_document(texts, batch_tokens=batch_tokens, show_progress=False)
+                encoded = model.encode_document(texts, batch_tokens=batch_tokens, show_progress=bar)
                 encoded = _checked(encoded, "document", names, cosine)
                 if number:  # a block like those before it
                     encoded = np.pad(encoded, ((0, size - len(part)), (0, 0)))
                 ids.add(number, names)
                 yield Block(encoded, None, number * size, 0, len(part))
-                bar.update(len(part))
 
     scores, rows = exact_top_k(vectors, np.zeros(len(vectors), np.float32), blocks(), k, ids)
     found = [

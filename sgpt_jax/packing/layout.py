@@ -6,12 +6,14 @@ same everywhere: -1 is padding, 0 a prefix that all texts of its row continue, a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sgpt_jax.decoder.batch import Batch
+from sgpt_jax.errors import InputError
 
 # Tokens of a batch on an accelerator: enough to keep matmuls large, and to hide the launch of each program. CPU: each
 # encoder has a number of its own.
@@ -77,7 +79,12 @@ def round_up(size: int, unit: int, steps: int = 1) -> int:
 
 
 def plan_batches(
-    rows: Sequence[Row], *, batch_tokens: int, row_multiple: int = 1, same_length: bool = False
+    rows: Sequence[Row],
+    *,
+    batch_tokens: int,
+    row_multiple: int = 1,
+    same_length: bool = False,
+    batch_texts: int | None = None,
 ) -> list[PlannedBatch]:
     """Groups rows into batches, longest first, so that what does not fit in memory shows at once.
 
@@ -87,11 +94,17 @@ def plan_batches(
         row_multiple: the number of rows of every batch is a multiple of this.
         same_length: a shorter row begins the next batch, for rows of very few lengths. Otherwise it is padded, as each
             length would need one more program, for its last batch.
+        batch_texts: texts of a batch at most, unless one row alone has more.
 
     Returns:
         batches as long as their longest row, with as many rows as fit. Where fewer rows are left, their number is
         rounded up to a power of two times `row_multiple`.
+
+    Raises:
+        InputError: `batch_texts` is not positive.
     """
+    if batch_texts is not None and batch_texts < 1:
+        raise InputError(f"batch_size must be positive, not {batch_texts}")
     ordered = sorted(rows, key=lambda row: -row.length)
     plans = []
     start = 0
@@ -101,6 +114,9 @@ def plan_batches(
         taken = tuple(ordered[start : start + num_rows])
         if same_length:
             taken = tuple(row for row in taken if row.length == length)
+        if batch_texts is not None:
+            texts = itertools.accumulate(len(row.texts) for row in taken)
+            taken = taken[: max(1, sum(count <= batch_texts for count in texts))]
         num_rows = min(num_rows, round_up(len(taken), row_multiple))
         plans.append(PlannedBatch(taken, num_rows, length))
         start += len(taken)

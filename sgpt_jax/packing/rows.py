@@ -72,12 +72,15 @@ def length_buckets(max_length: int) -> list[int]:
     return buckets[1:]
 
 
-def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[Row]:
+def fill_rows(
+    lengths: Sequence[int], row_length: Callable[[int], int], row_texts: int = _MOST_TEXTS
+) -> list[Row]:
     """Joins texts into rows: the longest text that is left opens a row, and the longest that still fit fill it.
 
     Args:
         lengths: tokens of every text.
         row_length: length of the row that a text of so many tokens opens, not falling with it.
+        row_texts: texts of a row at the most.
 
     Returns:
         the rows, longest first, of at most `most_texts` texts each.
@@ -94,7 +97,7 @@ def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[
         length = row_length(sizes[-1])
         if length < sizes[-1]:
             raise ValueError(f"a text of {sizes[-1]} tokens does not fit in a row of {length}")
-        left, most = length, most_texts(length)
+        left, most = length, min(row_texts, most_texts(length))
         texts: list[int] = []
         while len(texts) < most and (fitting := bisect.bisect_right(sizes, left)):
             size = sizes[fitting - 1]
@@ -107,7 +110,12 @@ def fill_rows(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[
 
 
 def plan_texts(
-    lengths: Sequence[int], *, batch_tokens: int, max_length: int, row_multiple: int = 1
+    lengths: Sequence[int],
+    *,
+    batch_tokens: int,
+    max_length: int,
+    row_multiple: int = 1,
+    batch_texts: int | None = None,
 ) -> list[PlannedBatch]:
     """Joins texts into rows, and rows into batches, see `plan_batches`.
 
@@ -118,9 +126,10 @@ def plan_texts(
         lengths: tokens of every text.
         batch_tokens, row_multiple: see `plan_batches`.
         max_length: tokens of a text at the most.
+        batch_texts: texts of a batch at the most; None sets no bound.
 
     Raises:
-        InputError: when a length exceeds `max_length`.
+        InputError: a length exceeds `max_length`, or see `plan_batches`.
     """
     longest = max(lengths, default=1)
     if longest > max_length:
@@ -132,10 +141,18 @@ def plan_texts(
         return buckets[bisect.bisect_left(buckets, size)]
 
     def plan(rows: list[Row]) -> list[PlannedBatch]:
-        return plan_batches(rows, batch_tokens=batch_tokens, row_multiple=row_multiple, same_length=True)
+        return plan_batches(
+            rows,
+            batch_tokens=batch_tokens,
+            row_multiple=row_multiple,
+            same_length=True,
+            batch_texts=batch_texts,
+        )
 
     def joined(least: int) -> list[PlannedBatch]:
-        return plan(fill_rows(lengths, lambda size: max(least, bucket(size))))
+        return plan(
+            fill_rows(lengths, lambda size: max(least, bucket(size)), max(1, batch_texts or _MOST_TEXTS))
+        )
 
     def cost(plans: list[PlannedBatch]) -> float:
         return sum(batch.padded_tokens * (1 + batch.length / _DOUBLE_COST) for batch in plans)

@@ -185,3 +185,22 @@ def tokenise_pairs(
         documents_cut=np.array(documents_cut, bool),
         queries_cut=np.array(queries_cut, bool),
     )
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Queries and documents, with lone surrogates replaced.
+
+    Raises:
+        TypeError: for what is no pair of two str, naming its index.
+    """
+    queries, documents = [], []
+    for index, pair in enumerate(pairs):
+        if (
+            not isinstance(pair, tuple | list)
+            or len(pair) != 2
+            or not all(isinstance(text, str) for text in pair)
+        ):
+            raise TypeError(f"pair {index} must be (query, document), two str, not {pair!r:.80}")
+        queries.append(fix_surrogates(pair[0]))
+        documents.append(fix_surrogates(pair[1]))
+    return queries, documents

@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
 pytest.importorskip("bm25s", reason="the eval extra is not installed")
 
+from scipy import stats
+
 from eval import prompt_study
 from eval.__main__ import main
 from eval.models import PROMPTS
@@ -284,7 +286,50 @@ def test_adapters_satisfy_mtebs_protocols(tiny):
     )
     assert a.shape == b.shape == (3, encoder.model.dimension)
     assert encoder.similarity_pairwise(a, b) == pytest.approx(np.diag(encoder.similarity(a, b)), abs=1e-6)
-    assert encoder.mteb_model_meta.embed_dim == encoder.model.dimension
+    meta = encoder.mteb_model_meta
+    assert meta.embed_dim == encoder.model.dimension and meta.n_parameters > meta.n_embedding_parameters > 0
+    assert meta.memory_usage_mb == pytest.approx(4 * meta.n_parameters / 2**20) and not meta.use_instructions
+
+
+def test_prompts_and_instructions_of_mtebs_tasks(tiny, tmp_path, monkeypatch):
+    """Which prompt a task's texts get; an STS task by name, whose data are here, as mteb runs it."""
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    ours = pytest.importorskip("eval.mteb", reason="mteb is not installed")
+    import mteb
+    from datasets import Dataset, DatasetDict
+    from mteb.types import PromptType
+
+    query, document = PromptType.query, PromptType.document
+    sts, retrieval = (mteb.get_task(name).metadata for name in ("STSBenchmark", "NFCorpus"))
+    named = ours.BiEncoderModel(
+        tiny, prompts={"NFCorpus-query": "find: ", "STS": "same: "}, instruction="I: {instruction} Q: "
+    )
+    assert (named.prompt(retrieval, query), named.prompt(retrieval, document)) == ("find: ", None)
+    assert named.prompt(sts, None) == "same: " and named.prompt(None, query) is None
+    plain = ours.BiEncoderModel(named.model, instruction="I: {instruction} Q: ")
+    assert plain.prompt(retrieval, query).startswith("I: Given a question, retrieve")
+    assert plain.prompt(retrieval, document) is None and plain.prompt(sts, None).startswith(
+        "I: Retrieve seman"
+    )
+    assert plain.mteb_model_meta.use_instructions
+
+    def load(self, **options):
+        rows = [
+            {"sentence1": a, "sentence2": b, "score": s}
+            for a, b, s in (("a b", "a", 4), ("c", "d", 1), ("e f", "e", 3))
+        ]
+        self.dataset = DatasetDict({"test": Dataset.from_list(rows)})
+        self.data_loaded = True
+
+    monkeypatch.setattr(type(mteb.get_task("STSBenchmark")), "load_data", load)
+    (tmp_path / "p.json").write_text('{"STS": "same: "}')
+    options = ["--prompts", str(tmp_path / "p.json"), "--output", str(tmp_path / "out")]
+    assert main(["mteb", "--tasks", "STSBenchmark", "--model", tiny, *options]) == 0
+    result = read(tmp_path / "out/STSBenchmark.json")
+    vectors = named.model.encode(["a b", "c", "e f", "a", "d", "e"], prompt="same: ", normalize=True)
+    cosines = (vectors[:3] * vectors[3:]).sum(axis=1)
+    assert result["main_score"] == pytest.approx(stats.spearmanr(cosines, [4, 1, 3]).statistic, abs=1e-5)
+    assert main(["mteb", "--tasks", "NoSuchTask", "--model", tiny, *options]) == 1
 
 
 def test_revision_is_the_hubs_commit_or_a_digest_of_the_files(tmp_path):

@@ -14,7 +14,7 @@ from scipy import stats
 
 from eval.__main__ import main
 from eval.datasets import AVERAGES
-from eval.report import collect, published
+from eval.report import _series, collect, published
 from eval.significance import compare
 
 
@@ -126,26 +126,84 @@ def test_published_averages_are_the_papers():
         assert rows[name]["average_18"] == pytest.approx(eighteen, abs=6e-4)
 
 
-@pytest.mark.parametrize("x", ["depth", "parameters"])
-def test_plot(tmp_path, x):
+@pytest.mark.parametrize(
+    ("x", "suffix", "start"),
+    [("depth", "png", b"\x89PNG"), ("parameters", "pdf", b"%PDF"), ("seconds", "svg", b"<?xml")],
+)
+def test_plot(tmp_path, x, suffix, start):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    more = {"seconds": {"total": 12.5}}
     folder = write(
-        tmp_path / "r", beir(**cross(10)), beir(value=0.6, **cross(100)), beir("nfcorpus", 0.3, **cross(10))
+        tmp_path / "r",
+        beir(**cross(10), **more),
+        beir(value=0.6, **cross(100), **more),
+        beir("nfcorpus", 0.3, **cross(10), **more),
+        beir("nfcorpus", 0.2),
     )
-    arguments = [
-        "report",
-        str(folder),
-        "--output",
-        str(tmp_path / "t.md"),
-        "--plot",
-        str(tmp_path / "t.png"),
-        "--x",
-        x,
-    ]
+    table, figure = tmp_path / "t.md", tmp_path / f"t.{suffix}"
+    arguments = ["report", str(folder), "--output", str(table), "--plot", str(figure), "--x", x]
     assert main(arguments) == 0
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG") and "| system |" in (
-        tmp_path / "t.md"
-    ).read_text()
+    content = figure.read_bytes()
+    assert content.startswith(start) and "| system |" in table.read_text()
+    assert main(arguments) == 0 and figure.read_bytes() == content
+    if suffix == "svg":  # one entry a system, in both panels
+        text = content.decode()
+        assert text.count("org/base on BM25, top 10,") == 1 and text.count(">BM25<") == 1
+        assert "BM25 (Elasticsearch), published" in text and "nfcorpus" in text
+
+
+def test_intervals_and_series():
+    (row,) = collect([beir(value=0.5)])
+    low, high = row.intervals["scifact"]
+    assert 0.4 <= low < 0.45 and 0.55 < high <= 0.6  # resampled means of 0.4, 0.5 and 0.6
+    rows = published({"scifact"})
+    assert {_series(row, "parameters") for row in rows} == {
+        "BM25 (Elasticsearch), published", "SGPT-CE, published", "SGPT-BE, published",
+    }  # fmt: skip
+
+
+def test_names_of_models_and_not_of_files():
+    names = [
+        collect([beir(model=model(source))])[0].name
+        for source in ("/data/SmolLM2-135M-Instruct.Q4_1.gguf", "/data/tiny.gguf", "org/base")
+    ]
+    assert names == [
+        "SmolLM2-135M-Instruct (Q4_1, weightedmean)", "tiny (weightedmean)", "org/base (weightedmean)",
+    ]  # fmt: skip
+
+
+def test_results_of_mteb(tmp_path, capsys):
+    folder = tmp_path / "org__model" / "rev"
+    folder.mkdir(parents=True)
+    (folder / "model_meta.json").write_text(json.dumps({"name": "org/model", "n_parameters": 5}))
+    scores = {
+        "test": [{"hf_subset": "default", "ndcg_at_10": 0.25, "main_score": 0.25, "languages": ["eng"]}]
+    }
+    task = {"task_name": "TRECCOVID", "mteb_version": "2.1", "scores": scores, "evaluation_time": 3.0}
+    (folder / "TRECCOVID.json").write_text(json.dumps(task))
+    scores = {"test": [{"main_score": 0.5}, {"main_score": 0.7}]}
+    (folder / "STS22.json").write_text(json.dumps(task | {"task_name": "STS22", "scores": scores}))
+    assert main(["report", str(tmp_path), "--no-published"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| system | trec-covid | sts22 (main score) |" in lines
+    assert "| org/model, by mteb [1] | 0.2500 | 0.6000 |" in lines and "1. `mteb 2.1`" in lines
+
+
+def test_curves_of_training(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "loss": 1 / (1 + step), "lr": 0.1}) for step in range(120)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    (tmp_path / "one" / "dev.jsonl").write_text('{"step": 10, "dev": 0.5}\n')
+    runs, figure = [str(tmp_path / name) for name in ("one", "two")], tmp_path / "c.svg"
+    assert main(["curves", *runs, "--plot", str(figure)]) == 0
+    text = figure.read_text()
+    assert text.count(">one<") == 1 and ">dev metric<" in text
+    assert main(["curves", str(tmp_path), "--plot", str(figure)]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    assert main(["curves", *runs, "--plot", "c.jpeg"]) == 1
+    assert "ends in .png, .pdf, .svg" in capsys.readouterr().err
 
 
 def test_report_refuses(tmp_path, capsys):
@@ -195,7 +253,14 @@ def test_significance_of_two_commands(tmp_path, capsys):
     )
     capsys.readouterr()
     assert main(["significance", str(tmp_path / "a"), str(tmp_path / "b"), "--samples", "1000"]) == 0
-    row = capsys.readouterr().out.splitlines()[-1]
+    table = capsys.readouterr().out
+    row = table.splitlines()[-1]
+    options = ["--samples", "100", "--queries", "2", "--data", small]
+    assert main(["significance", str(tmp_path / "a"), str(tmp_path / "b"), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-6] == "small: the queries that differ most" and lines[-4].startswith("| query | text | A |")
+    changes = [abs(float(line.split("|")[5])) for line in lines[-2:]]
+    assert changes == sorted(changes, reverse=True) and "| dog bark |" in lines[-2] + lines[-1]
     a, b = (json.loads((tmp_path / part / "small.json").read_text())["metrics"]["ndcg@10"] for part in "ab")
     assert row.startswith(f"| small | 3 | {a:.4f} | {b:.4f} | {b - a:+.4f} |")
 

@@ -217,6 +217,6 @@ def test_a_short_repr(tmp_path):
     model = load(write_folder("embeddinggemma", tmp_path / "gemma"))
     assert repr(model) == (
         "BiEncoder(gemma: gemma3_text, 3 layers, bidirectional, dimension 32, mean pooling, Dense 32 to 48 (Identity), "
-        "Dense 48 to 32 (Identity), length 1, 90 tokens, float32)"
+        "Dense 48 to 32 (Identity), length 1, 90 tokens, float32 on cpu)"
     )
     assert len(repr(model.decoder)) < 300

@@ -1,5 +1,6 @@
 """Runs as a whole: killed, stopped and resumed; on several devices and processes; gone wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from training import (
     write_msmarco,
 )
 
+import train
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
 from sgpt_jax.files.lines import write_jsonl
@@ -224,10 +226,31 @@ def test_one_step_of_warm_up_trains_nothing_and_says_so(base, pairs, tmp_path, c
     assert any(np.any(changed[0][name] != changed[1][name]) for name in changed[0])
 
 
-def test_the_best_by_dev_is_taken(base, pairs, sts, tmp_path):
-    out = tmp_path / "out"
-    options = ("--steps", 12, "--dev", sts, "--eval-every", 2, "--keep-best", 2)
-    assert main(arguments(base, pairs, out, *options)) == 0
+def test_the_best_by_dev_is_taken_and_callbacks_are_told(base, pairs, sts, tmp_path):
+    out, told = tmp_path / "out", []
+
+    class Told(train.Callback):
+        def on_dev(self, step, name, value):
+            told.append({"step": step, "dev": value})
+
+        def on_step(self, step, loss, lr, tokens_per_second):
+            assert tokens_per_second > 0
+            told.append({"step": step, "loss": loss, "lr": lr})
+
+    options = {
+        "steps": 12,
+        "dev": sts,
+        "eval_every": 2,
+        "keep_best": 2,
+        "batch_size": 8,
+        "max_seq_length": 40,
+    }
+    options |= {"model": base, "data": pairs, "output": str(out), "lr": 3e-3, "seed": 3}
+    assert train.run(dataclasses.replace(train.PAIRS, **options), callbacks=[Told()])
+    assert [each for each in told if "loss" in each] == metrics(out)
+    assert [each for each in told if "dev" in each] == [
+        json.loads(line) for line in (out / "dev.jsonl").read_text().splitlines()
+    ]
     looks = [json.loads(line) for line in (out / "dev.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [1, 3, 5, 7, 9, 11]
     best = max(look["dev"] for look in looks)

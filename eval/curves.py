@@ -1,0 +1,67 @@
+"""The curves of training runs in one figure: the loss by step, and the dev metric where a run has one.
+
+RUN is an output folder of ``python -m train``. The loss is shown as a running mean over a fiftieth of the steps.
+
+  python -m eval curves OUT1 OUT2 --plot curves.pdf
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sgpt_jax.errors import InputError
+
+from .pictures import check_path, legend, panels, save
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "runs", nargs="+", type=epath.Path, metavar="RUN", help="output folder of python -m train"
+    )
+    parser.add_argument(
+        "--plot", required=True, type=epath.Path, metavar="FILE", help="figure: .png, .pdf or .svg"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draws the figure."""
+    check_path(args.plot)
+    losses = {run.name: _records(run / "metrics.jsonl", "loss") for run in args.runs}
+    devs = {run.name: _records(run / "dev.jsonl", "dev") for run in args.runs}
+    for run in args.runs:
+        if not losses[run.name]:
+            raise InputError(f"{run}: holds no run of python -m train (metrics.jsonl)")
+    devs = {name: records for name, records in devs.items() if records}
+    figure, axes = panels(2 if devs else 1)
+    for number, (name, records) in enumerate(losses.items()):
+        steps, values = zip(*records, strict=True)
+        axes[0].plot(steps, _smooth(np.array(values)), color=f"C{number}", label=name)
+        if name in devs:
+            axes[1].plot(*zip(*devs[name], strict=True), "o-", color=f"C{number}", label=name)
+    for each, title in zip(axes, ("loss", "dev metric"), strict=False):
+        each.set_xlabel("step")
+        each.set_ylabel(title)
+        each.grid(alpha=0.3)
+    legend(figure, axes)
+    save(figure, args.plot)
+
+
+def _records(path: epath.Path, key: str) -> list[tuple[int, float]]:
+    if not path.exists():
+        return []
+    records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line]
+    return [(record["step"], record[key]) for record in records if key in record]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    reach = max(1, len(values) // 50)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.minimum(np.arange(len(values)) + reach // 2 + 1, len(values))
+    starts = np.maximum(ends - reach, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -1,0 +1,80 @@
+"""Figures for a paper: as wide as a column, in PNG, PDF or SVG by their suffix."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from etils import epath
+
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import atomic_write
+
+COLUMN = 3.35  # inches: a column of a paper with two
+FORMATS = ("png", "pdf", "svg")
+# Text stays text in PDF and SVG, and the same figure is the same bytes.
+_STYLE: dict[Any, Any] = {
+    "font.size": 7,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sgpt",
+}
+MARKERS = "osD^vP*X<>"
+
+
+def check_path(path: epath.Path) -> None:
+    """Raises InputError for a suffix that is none of `FORMATS`."""
+    if path.suffix.lower().lstrip(".") not in FORMATS:
+        raise InputError(f"{path}: a figure ends in {', '.join('.' + each for each in FORMATS)}")
+
+
+def panels(count: int, height: float = 2.3) -> tuple[Any, list[Any]]:
+    """A figure with so many axes: one is as wide as a column, several are two in a row over the page's width."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        columns = min(2, count)
+        rows = math.ceil(count / columns)
+        figure = Figure(figsize=(COLUMN * columns, height * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+        for unused in grid[count:]:
+            unused.remove()
+    return figure, grid[:count]
+
+
+def legend(figure: Any, axes: list[Any]) -> None:
+    """One legend below all axes, one entry for each label."""
+    found: dict[str, Any] = {}
+    for each in axes:
+        handles, labels = each.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if found:
+        figure.legend(
+            found.values(),
+            found.keys(),
+            loc="outside lower center",
+            ncols=1 if len(axes) == 1 else 2,
+            fontsize=6,
+            frameon=False,
+            handlelength=1.5,
+        )
+
+
+def save(figure: Any, path: epath.Path) -> None:
+    """Writes a figure, whole or not at all.
+
+    Raises:
+        InputError: the suffix is none of `FORMATS`.
+    """
+    import matplotlib
+
+    check_path(path)
+    kind = path.suffix.lower().lstrip(".")
+    undated: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
+    with matplotlib.rc_context(_STYLE), atomic_write(path) as stream:
+        figure.savefig(stream, format=kind, dpi=300, metadata=undated)

@@ -1,0 +1,183 @@
+"""What users of sentence-transformers write, and what they get."""
+
+import dataclasses
+import types
+
+import decoders
+import numpy as np
+import pytest
+
+import sgpt_jax as sgpt
+from sgpt_jax.errors import InputError
+from sgpt_jax.folder import hub
+from sgpt_jax.packing import stream
+from sgpt_jax.precision import quantize_embeddings
+
+TEXTS = [f"a heron number {i} waits" + " in the shallow water" * (i % 4) for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = decoders.write_checkpoint("gpt_neo", tmp_path_factory.mktemp("habits") / "neo")
+    return sgpt.BiEncoder.from_pretrained(decoders.write_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def scorer(model):
+    return sgpt.CrossEncoder.from_pretrained(model.source["model"])
+
+
+def test_names_of_sentence_transformers(model):
+    ours = model.encode(TEXTS, normalize=True, truncate_dim=8)
+    theirs = model.encode(
+        TEXTS,
+        batch_size=32,
+        normalize_embeddings=True,
+        truncate_dim=8,
+        show_progress_bar=False,
+        convert_to_numpy=True,
+        convert_to_tensor=False,
+        device=None,
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_array_equal(
+        model.encode_query(TEXTS[:2], normalize_embeddings=True).shape, (2, model.dimension)
+    )
+
+
+def test_batch_size_bounds_the_texts_of_a_batch(model, monkeypatch):
+    sizes = []
+    count = stream.vector_indices
+    monkeypatch.setattr(
+        stream, "vector_indices", lambda plan, room: sizes.append(len(plan.texts)) or count(plan, room)
+    )
+    vectors = model.encode(TEXTS)
+    free, sizes[:] = max(sizes), []
+    np.testing.assert_allclose(model.encode(TEXTS, batch_size=3), vectors, atol=1e-5)
+    assert max(sizes) <= 3 < free and sum(sizes) == len(TEXTS)
+    with pytest.raises(InputError, match="batch_size must be positive, not 0"):
+        model.encode(TEXTS, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "instead"),
+    [
+        ("convert_to_tensor", True, "torch.from_numpy"),
+        ("convert_to_numpy", False, "jax.numpy.asarray"),
+        ("output_value", "token_embeddings", "model.decoder"),
+        ("device", "cuda", "mesh="),
+        ("nonsense", 1, "no argument 'nonsense'$"),
+    ],
+)
+def test_what_is_left_out_names_what_to_use(model, argument, value, instead):
+    with pytest.raises(TypeError, match=instead):
+        model.encode(TEXTS, **{argument: value})
+
+
+def test_loading_as_sentence_transformers_does(model):
+    with pytest.raises(TypeError, match="from_pretrained\\(source\\) loads a model"):
+        sgpt.BiEncoder("Muennighoff/SGPT-125M-weightedmean-nli-bitfit")
+    with pytest.raises(TypeError, match="never run"):
+        sgpt.BiEncoder.from_pretrained("somewhere", trust_remote_code=True)
+    with pytest.raises(TypeError, match="max_seq_length"):
+        sgpt.CrossEncoder.from_pretrained("somewhere", max_length=512)
+    with pytest.raises(AttributeError, match="here it is dimension"):
+        model.get_sentence_embedding_dimension()
+    assert dataclasses.replace(model, name="other").name == "other"
+
+
+def test_precision():
+    vectors = np.array([[-1, 0.5, 2, 0, 1, 1, -1, 1, 3], [1, 0.5, -2, 1, 1, -1, 1, 1, -3]], np.float32)
+    np.testing.assert_array_equal(
+        quantize_embeddings(vectors, "ubinary"), [[0b01101101, 0b10000000], [0b11011011, 0]]
+    )
+    np.testing.assert_array_equal(quantize_embeddings(vectors, "binary"), [[-19, 0], [91, -128]])
+    exact = np.array([[0, 255, 7], [255, 0, 7], [100.5, 3, 7]], np.float32)
+    np.testing.assert_array_equal(
+        quantize_embeddings(exact, "int8"), [[-128, 127, -128], [127, -128, -128], [-28, -125, -128]]
+    )
+    ranges = np.array([[-2.0] * 9, [2.0] * 9])
+    assert quantize_embeddings(vectors[:1], "uint8", ranges)[0, [0, 7, 8]].tolist() == [63, 191, 255]
+    with pytest.raises(InputError, match="one vector has none"):
+        quantize_embeddings(vectors[:1], "int8")
+
+
+def test_precision_of_encode(model):
+    vectors = model.encode(TEXTS)
+    packed = model.encode(TEXTS, precision="binary")
+    assert packed.dtype == np.int8 and packed.shape == (len(TEXTS), model.dimension // 8)
+    np.testing.assert_array_equal(packed, quantize_embeddings(vectors, "binary"))
+    assert model.encode("one", precision="ubinary").shape == (model.dimension // 8,)
+    with pytest.raises(InputError, match="precision must be one of float32, int8"):
+        model.encode(TEXTS, precision="float16")
+
+
+def test_precision_equals_sentence_transformers():
+    util = pytest.importorskip("sentence_transformers.util")
+    vectors = np.random.RandomState(0).standard_normal((150, 21)).astype(np.float32)
+    for precision in ("float32", "int8", "uint8", "binary", "ubinary"):
+        theirs = util.quantize_embeddings(vectors, precision)
+        ours = quantize_embeddings(vectors, precision)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs, err_msg=precision)
+
+
+def test_reranking(scorer):
+    pairs = [(f"query {i % 3}", text) for i, text in enumerate(TEXTS[:9])]
+    scores = scorer.predict(pairs, batch_size=2, show_progress_bar=False, convert_to_numpy=True)
+    np.testing.assert_allclose(scores, scorer.predict(pairs), rtol=1e-5)
+    hits = scorer.rank("herons", TEXTS[:3], return_documents=True, top_k=2)
+    assert [hit["text"] for hit in hits] == [TEXTS[hit["corpus_id"]] for hit in hits]
+    with pytest.raises(TypeError, match="scores are log-probabilities"):
+        scorer.predict(pairs, apply_softmax=True)
+    assert "log-probability, sum" in repr(scorer) and "on cpu" in repr(scorer) and len(repr(scorer)) < 200
+
+
+def test_push_to_hub(model, monkeypatch):
+    calls = {}
+
+    class Api:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, **options):
+            calls["create"] = options
+            return types.SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            calls["upload"] = repo_id, sorted(path.name for path in folder_path.iterdir()), options
+            calls["card"] = (folder_path / "README.md").read_text()
+            return types.SimpleNamespace(pr_url=None, commit_url="https://hub/commit")
+
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", Api)
+    assert model.push_to_hub("heron", private=True, token="t") == "https://hub/commit"
+    repo, files, options = calls["upload"]
+    assert repo == "me/heron" and {"model.safetensors", "modules.json", "README.md"} <= set(files)
+    assert calls["token"] == "t" and calls["create"] == {"private": True, "exist_ok": False}
+    assert options["create_pr"] is False and "# heron" in calls["card"]
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    with pytest.raises(InputError, match="heron: cannot be pushed to the hub: no network"):
+        model.push_to_hub("heron")
+
+
+def test_an_index_from_python(model, tmp_path, capsys):
+    records = [
+        TEXTS[0],
+        {"_id": "b", "title": "A title", "text": "of a ferry"},
+        {"docid": 7, "contents": "night market"},
+    ]
+    index = sgpt.index_corpus(tmp_path / "i", records, model.with_prompts(document="text: "), store="float16")
+    assert index.ids([0, 1, 2]) == ["0", "b", "7"] and index.texts([1]) == ["A title of a ferry"]
+    assert "3 documents, dimension 32, float16" in repr(index)
+    scores, rows = index.search(model.encode_query(["a night market"]), k=2)
+    assert scores.shape == rows.shape == (1, 2)
+    from sgpt_jax.cli.parser import main  # the folder alone is enough for the command
+
+    assert main(["search", str(tmp_path / "i"), "a ferry", "-k", "1"]) == 0
+    assert "document_prompt" in index.metadata and "a ferry" in capsys.readouterr().out
+    with pytest.raises(InputError, match="document 1: the record has no `text`"):
+        sgpt.index_corpus(tmp_path / "j", ["a", {"_id": "x", "title": "t"}], model)
