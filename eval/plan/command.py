@@ -1,10 +1,10 @@
 """What a run would need, before a machine for it is rented: memory, FLOPs, time, and the mesh to ask for.
 
 The programs are this project's own: the training step, the encoding of the bi-encoder, the scoring of the
-cross-encoder, in bfloat16. Memory and time are worked out from the model's config; where libtpu is installed, or the
-GPUs are here, the program is compiled for the target as well, which needs no TPU. Without --full, two shallow versions
-are compiled and the other layers extrapolated: a deep program takes a CPU many minutes. The time is the least that
-published peaks allow; real programs reach perhaps half of it.
+cross-encoder, in bfloat16, and exact search. Memory and time are worked out from the model's config; where libtpu is
+installed, or the GPUs are here, the program is compiled for the target as well, which needs no TPU. Without --full, two
+shallow versions are compiled and the other layers extrapolated: a deep program takes a CPU many minutes. The time is
+the least that published peaks allow; real programs reach perhaps half of it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.sharding import mesh_sizes
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
+from sgpt_jax.index.topk import MAX_QUERIES
 from sgpt_jax.load import UNLIMITED_DEFAULT
 from sgpt_jax.packing.layout import BATCH_TOKENS
 
@@ -35,6 +36,7 @@ from .devices import CHIPS, GIB, Target, parse_target
 from .estimate import Memory, Sizes, Times, chunks_of, device_bytes, flops, memory, times
 from .models import MODELS, find_model, with_biases
 from .programs import Work, at_depth
+from .search import describe_search, make_search_plans
 from .table import describe, write_table
 
 # Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
@@ -63,9 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option(
             "--model",
             nargs="+",
-            required=True,
             metavar="MODEL",
-            help=f"a folder with a config.json, or by name: {models}",
+            help=f"a folder with a config.json, or by name (not for search): {models}",
         ),
         option(
             "--topology",
@@ -74,7 +75,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="DEVICES",
             help=f"a TPU slice such as v5e:2x4 or v5e-8 (Cloud TPU's name), or GPUs such as h100:8; known: {chips}",
         ),
-        option("--task", choices=("train", "encode", "score"), default="train", help="default: %(default)s"),
+        option(
+            "--task",
+            choices=("train", "encode", "score", "search"),
+            default="train",
+            help="search: vectors that stay on the chips, for each dtype they can be held as (default: %(default)s)",
+        ),
+        option("--rows", type=positive, metavar="N", help="of search: how many vectors"),
+        option("--dim", type=positive, metavar="E", help="of search: their dimension"),
+        option(
+            "--queries",
+            type=positive,
+            default=MAX_QUERIES,
+            metavar="Q",
+            help="of search: queries of a batch (default: %(default)s)",
+        ),
+        option(
+            "--hits",
+            type=positive,
+            default=100,
+            metavar="K",
+            help="of search: results of a query (default: %(default)s)",
+        ),
         option(
             "--trainable",
             default="bias",
@@ -118,6 +140,11 @@ def main(args: argparse.Namespace) -> None:
     if all(target.chip.kind == "tpu" for target in targets):
         # libtpu would look for a TPU where JAX starts; a plan only needs its compiler.
         jax.config.update("jax_platforms", "cpu")
+    if args.task == "search":
+        _search(targets, args)
+        return
+    if not args.model:
+        raise InputError("--model is needed for every task but search")
     for name in args.model:
         for target in targets:
             result = make_plan(name, target, args)
@@ -130,6 +157,19 @@ def main(args: argparse.Namespace) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / f"{stem}.json", result | provenance())
                 write_table(folder)
+
+
+def _search(targets: list[Target], args: argparse.Namespace) -> None:
+    if args.rows is None or args.dim is None:
+        raise InputError("--task search needs --rows and --dim")
+    for target in targets:
+        for plan in make_search_plans(target, args):
+            print(describe_search(plan), flush=True)
+            if args.output:
+                folder = epath.Path(args.output)
+                folder.mkdir(parents=True, exist_ok=True)
+                stem = f"search_{args.rows}x{args.dim}_{plan['dtype']}_{target.name.replace(':', '-')}"
+                write_json(folder / f"{stem}.json", plan | provenance())
 
 
 def make_plan(name: str, target: Target, args: argparse.Namespace) -> dict[str, Any]:

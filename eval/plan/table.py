@@ -70,6 +70,7 @@ def describe(plan: dict[str, Any]) -> str:
 def write_table(folder: epath.Path) -> None:
     """Writes README.md: one row for each plan in the folder."""
     plans = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    plans = [plan for plan in plans if plan["task"] != "search"]  # of which there is no table
     plans.sort(key=lambda plan: (plan["task"], str(plan["trainable"]), plan["topology"], plan["parameters"]))
     lengths = sorted({plan["length"] for plan in plans})
     text = "# What runs would need\n\nWritten by `python -m eval plan`; each plan's JSON has its command.\n\n"

@@ -14,9 +14,10 @@ import numpy as np
 
 from sgpt_jax import demo as demonstration
 from sgpt_jax import rerank as reranking
-from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
+from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.export import count_parameters
-from sgpt_jax.corpus_index import index_corpus
+from sgpt_jax.cli.given import given, reading_of
+from sgpt_jax.cli.indexing import index as index
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
@@ -25,7 +26,7 @@ from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import read_config
 from sgpt_jax.files.corpora import read_corpus, read_queries, read_texts
-from sgpt_jax.files.lines import ReadReport, atomic_write
+from sgpt_jax.files.lines import atomic_write
 from sgpt_jax.files.runs import read_run, write_run
 from sgpt_jax.folder.modules import describe_modules
 from sgpt_jax.folder.scoring import read_scoring
@@ -33,6 +34,7 @@ from sgpt_jax.folder.settings import read_settings
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.index.export import export_index
 from sgpt_jax.index.files import MANIFEST
+from sgpt_jax.index.hits import Hit
 from sgpt_jax.index.search import Index
 from sgpt_jax.load import Opened, open_model, token_limit
 from sgpt_jax.metrics import cut
@@ -40,23 +42,12 @@ from sgpt_jax.reports import EncodeReport
 from sgpt_jax.rerank_job import rerank_job
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.command import printable
-from sgpt_jax.runtime.memory import peak_memory
 from sgpt_jax.runtime.progress import progress
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.tokenizer import load_tokenizer
 
 EMBED_CHUNK = 4096
 SAMPLE = "A short text."
-
-
-def _reading(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "format": options.format,
-        "errors": options.encoding_errors,
-        "skip_bad_lines": options.skip_bad_lines,
-        "max_bytes": options.max_record_bytes,
-        "report": ReadReport(),
-    }
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -70,7 +61,7 @@ def embed(options: argparse.Namespace) -> None:
         if not stream.seekable():
             raise InputError(f"{options.output}: must be a file: its header is written last")
         model = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
-        reading = _reading(options)
+        reading = reading_of(options)
         count = 0
         _write_npy_header(stream, (count, model.dimension))
         texts = read_texts(options.input, **reading)
@@ -93,46 +84,6 @@ def _write_npy_header(stream: BinaryIO, shape: tuple[int, int]) -> None:
     np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
 
 
-def index(options: argparse.Namespace) -> None:
-    """Builds an index, or goes on with it."""
-    model = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
-    reading = _reading(options)
-    report = EncodeReport()
-    index = index_corpus(
-        options.output,
-        read_corpus(options.corpus, **reading),
-        model,
-        store=options.store,
-        texts=not options.no_texts,
-        chunk_size=options.chunk_size,
-        report=report,
-    )
-    work = _describe_work(report)
-    if processes.first():
-        size = index.info()["bytes"] / 1e6
-        print(f"{options.output}: {len(index)} documents, {size:.1f} MB ({reading['report']})\n{work}")
-
-
-def _describe_work(report: EncodeReport) -> str:
-    """What encoding took, of all processes together."""
-    ours = [report.texts, report.tokens, report.seconds, report.waited, peak_memory(), report.cut]
-    texts, tokens, seconds, waited, peak, cut = zip(*processes.gather(ours), strict=True)
-    if not sum(texts):
-        return "nothing was left to encode"
-    took = max(seconds)
-    parts = [f"{sum(texts)} encoded"]
-    if sum(cut):
-        parts.append(f"{sum(cut)} of them cut as they were too long")
-    text = ", ".join(parts) + f" in {took:.1f} s"
-    if processes.count() > 1:
-        text += f", {processes.count()} processes"
-    return (
-        f"{text}: {sum(texts) / took:,.0f} documents/s, {sum(tokens) / took:,.0f} tokens/s; "
-        f"{sum(waited) / sum(seconds):.1%} of the time spent waiting for the tokenizer; "
-        f"peak memory {max(peak) / 1e6:,.0f} MB"
-    )
-
-
 def search(options: argparse.Namespace) -> None:
     """Answers one query or a file of them, and prints the documents or writes a run."""
     if (options.query is None) == (options.queries is None):
@@ -145,19 +96,14 @@ def search(options: argparse.Namespace) -> None:
     queries = (
         {"query": options.query}
         if options.queries is None
-        else read_queries(options.queries, **_reading(options))
+        else read_queries(options.queries, **reading_of(options))
     )
     settings = _index_settings(index, options)
     model = BiEncoder.from_settings(settings, mesh)
     index.check_model(model.fingerprint())
-    vectors = model.encode_query(list(queries.values()))
-    scores, found = index.search(vectors, max(k, options.rerank))
-    run: dict[str, dict[str, float]] = {}
-    rows: dict[str, dict[str, int]] = {}  # query -> document -> its row in the index
-    for query, query_rows, values in zip(queries, found, scores, strict=True):
-        ids = index.ids(query_rows)
-        run[query] = dict(zip(ids, map(float, values), strict=True))
-        rows[query] = dict(zip(ids, map(int, query_rows), strict=True))
+    run, rows = _found(index, model, queries, max(k, options.rerank))
+    if not processes.first():
+        return
     if options.rerank:
         run = _reranked(options, index, settings, queries, run, rows)
     run = {query: dict(list(hits.items())[:k]) for query, hits in run.items()}
@@ -165,38 +111,57 @@ def search(options: argparse.Namespace) -> None:
         write_run(options.output, run)
         return
     for query, hits in run.items():
-        texts = (
-            index.texts([rows[query][id] for id in hits]) if index.manifest.store_texts else [""] * len(hits)
-        )
-        documents = [(id, score, text) for (id, score), text in zip(hits.items(), texts, strict=True)]
+        shown = index.hits(np.array(list(hits.values())), [rows[query][id] for id in hits])
         if options.json:
-            _print_json(query, queries[query], documents)
+            _print_json(query, queries[query], shown)
         else:
             title = queries[query] if options.queries is None else f"{query}: {queries[query]}"
-            _print_listing(title, documents)
+            _print_listing(title, shown)
+
+
+def _found(
+    index: Index, model: BiEncoder, queries: dict[str, str], k: int
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
+    """The k best documents of each query, best first: their scores, and their rows in the index.
+
+    Of several processes each embeds its share of the queries, and asks for it.
+    """
+    names = processes.share(list(queries))
+    vectors = np.zeros((0, index.dimension), np.float32)
+    if names:
+        vectors = model.encode_query([queries[name] for name in names])
+    found: list[Any] = []
+    for name, values, query_rows in zip(names, *index.search(vectors, k), strict=True):
+        found.append([name, index.ids(query_rows), values.tolist(), query_rows.tolist()])
+    run, rows = {}, {}
+    for share in processes.gather(found):
+        for name, ids, values, query_rows in share:
+            run[name] = dict(zip(ids, values, strict=True))
+            rows[name] = dict(zip(ids, query_rows, strict=True))
+    return run, rows
 
 
 def _index_settings(index: Index, options: argparse.Namespace) -> dict[str, Any]:
     """What `BiEncoder.from_settings` needs for the model that an index was made with, or that the options name."""
-    settings = dict(index.metadata)
-    settings |= {
-        name: value for name in BI_ENCODER_SETTINGS if (value := vars(options).get(name)) is not None
-    }
+    settings = given(index.metadata, options)
     if "model" not in settings:
         raise InputError(f"{options.index}: does not say which model it was made with; give it as --model")
     return settings
 
 
-def _print_json(query: str, text: str, documents: list[tuple[str, float, str]]) -> None:
-    hits = [{"_id": id, "score": score, "text": content} for id, score, content in documents]
-    print(json.dumps({"_id": query, "query": text, "hits": hits}, ensure_ascii=False))
+def _print_json(query: str, text: str, hits: list[Hit]) -> None:
+    found = [
+        {"_id": hit.id, "score": hit.score, "title": hit.title, "snippet": hit.snippet, "text": hit.text}
+        for hit in hits
+    ]
+    print(json.dumps({"_id": query, "query": text, "hits": found}, ensure_ascii=False))
 
 
-def _print_listing(title: str, documents: list[tuple[str, float, str]]) -> None:
+def _print_listing(title: str, hits: list[Hit]) -> None:
     print(printable(title))
-    for rank, (id, score, text) in enumerate(documents, 1):
-        shortened = textwrap.shorten(text, 90, placeholder=" ...")
-        print(f"{rank:>4}  {score:.4f}  {printable(id)}  {printable(shortened)}")
+    for rank, hit in enumerate(hits, 1):
+        shortened = textwrap.shorten(hit.text, 90, placeholder=" ...")
+        print(f"{rank:>4}  {hit.score:.4f}  {printable(hit.id)}  {printable(shortened)}")
 
 
 def _reranked(
@@ -224,7 +189,7 @@ def _reranked(
 
 def rerank(options: argparse.Namespace) -> None:
     """Re-ranks a run, or goes on with it."""
-    reading = _reading(options)
+    reading = reading_of(options)
     queries = read_queries(options.queries, **reading)
     run = read_run(options.run, errors=options.encoding_errors)
     model = CrossEncoder.from_pretrained(
@@ -279,12 +244,16 @@ def info(options: argparse.Namespace) -> None:
 def _index_info(index: Index) -> None:
     facts = index.info()
     print(f"index of {facts['documents']:,} documents, dimension {facts['dimension']}, as {facts['dtype']}")
+    removed = f"{facts['removed']:,} removed documents still take space (sgpt index --compact)"
+    print(f"{facts['shards']:,} shards; {removed}" if facts["removed"] else f"{facts['shards']:,} shards")
     megabytes, vectors = facts["bytes"] / 1e6, facts["vector_bytes"] / 1e6
     print(f"similarity {facts['similarity']}; {megabytes:.1f} MB, vectors {vectors:.1f} MB")
     if facts["recall"]:
         names = [name for name in facts["recall"] if name != "queries"]
         kept = ", ".join(f"{name} {facts['recall'][name]:.4f}" for name in names)
-        print(f"against float32, over {facts['recall']['queries']} documents as queries: {kept}")
+        print(
+            f"against float32, when it was built, over {facts['recall']['queries']} documents as queries: {kept}"
+        )
     for name, value in facts["metadata"].items():
         print(printable(f"{name}: {value}"))
     print(f"fingerprint of model and settings: {facts['fingerprint'] or 'unknown'}")

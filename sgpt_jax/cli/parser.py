@@ -27,6 +27,14 @@ from sgpt_jax.runtime.command import run_command
 
 INDEX_MODEL = "the index's own model"
 
+RESIDENT = option(
+    "--resident",
+    choices=("float32", "bfloat16", "int8"),
+    metavar="DTYPE",
+    help="hold the vectors on all devices as float32, bfloat16 or int8, with the results of the stored ones; pays for "
+    "many queries",
+)
+
 # subcommand -> (what it does, its options). The function of that name in commands.py does it.
 COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
     "demo": (
@@ -59,30 +67,47 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
         ),
     ),
     "index": (
-        "Embed a corpus into an index; run it again after an interruption to go on.",
+        "Embed a corpus into an index; run it again after an interruption, or when the corpus has grown, to go on. "
+        "The index can be searched meanwhile.",
         (
             option(
                 "corpus",
+                nargs="*",
                 help="BEIR's corpus.jsonl, CSV, TSV (id, text or id, title, text), plain text, Parquet, or a data set "
-                "of the Hugging Face hub (hf:PATH, hf:PATH:SPLIT, hf:PATH:CONFIG:SPLIT)",
+                "of the Hugging Face hub (hf:PATH, hf:PATH:SPLIT, hf:PATH:CONFIG:SPLIT); several files, or folders of "
+                "them, follow each other",
             ),
             option("-o", "--output", required=True, help="the index, a folder"),
             option(
+                "--add",
+                action="store_true",
+                help="the corpus has what is new or has changed: what is in the index with the same text is passed "
+                "over, what is there with another text is replaced",
+            ),
+            option(
+                "--remove",
+                metavar="IDS",
+                help="remove the documents whose ids this file has: one a line, or in records like the corpus's",
+            ),
+            option(
+                "--compact",
+                action="store_true",
+                help="write what is left into full files, without encoding it again, and free the space of the rest",
+            ),
+            option(
                 "--store",
                 choices=("float32", "float16", "int8"),
-                default="float32",
-                help="how vectors are stored (default: float32)",
+                help="how vectors are stored (default: as in the index, or float32)",
             ),
             option("--no-texts", action="store_true", help="store ids and vectors only"),
             option(
                 "--chunk-size",
                 type=positive,
-                default=1024,
                 metavar="N",
-                help="documents after which the index on disk is complete so far (default: 1024)",
+                help="documents after which the index on disk is complete so far (default: as in the index, or 1024)",
             ),
-            model(),
-            dtype(),
+            model(required=False, default=f"{INDEX_MODEL}, if it is there"),
+            dtype(default=None, of="of weights and matmuls (default: the index's, or float32)"),
             WEIGHTS,
             MESH,
             *BI_ENCODER,
@@ -106,13 +131,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 default=0,
                 help="let a cross-encoder re-rank the best N; its scores are shown then",
             ),
-            option(
-                "--resident",
-                choices=("float32", "bfloat16", "int8"),
-                metavar="DTYPE",
-                help="hold the vectors on all devices as float32, bfloat16 or int8, with the results of the stored "
-                "ones; pays for many queries",
-            ),
+            RESIDENT,
             option(
                 "--cross-encoder", help=f"the decoder or re-ranker that re-ranks (default: {INDEX_MODEL})"
             ),
@@ -122,6 +141,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
             MESH,
             Group("the bi-encoder, in place of what the index was made with", BI_ENCODER),
             *READING,
+            PROCESSES,
         ),
     ),
     "rerank": (
@@ -164,6 +184,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
         "Serve embeddings, re-ranking and a search page over HTTP; without a model or an index, the demonstration's.",
         (
             option("--index", help="the index that is searched"),
+            RESIDENT,
             option("--cross-encoder", help="the decoder that re-ranks (default: no re-ranking)"),
             option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)"),
             option("--port", type=int, default=8000, help="default: 8000; 0 takes a free one"),

@@ -141,6 +141,7 @@ _TEXTS = ("text", "contents", "content", "passage", "body", "segment")
 _QUERY_TEXTS = (*_TEXTS, "query", "question")
 
 DOCUMENT = Columns({"id": _DOCUMENT_IDS, "title": ("title",), "text": _TEXTS}, ("id", "text"))
+DOCUMENT_ID = Columns({"id": _DOCUMENT_IDS}, ("id",))
 QUERY = Columns({"id": _QUERY_IDS, "title": ("title",), "text": _QUERY_TEXTS}, ("id", "text"))
 TEXT = Columns({"title": ("title",), "text": _QUERY_TEXTS}, ("text",))
 EXAMPLE = Columns(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.columns import DOCUMENT, QUERY, TEXT, Columns, Named
+from sgpt_jax.files.columns import DOCUMENT, DOCUMENT_ID, QUERY, TEXT, Columns, Named
 from sgpt_jax.files.lines import (
     MAX_LINE_BYTES,
     PathLike,
@@ -38,11 +38,22 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class Record:
+    """One record of a file, with the line where it begins."""
+
     line: int
     id: str | None
     title: str
     text: str
+
+    def content(self) -> int:
+        """A hash of 64 bits of title and text."""
+        return hash_of(f"{len(self.title)}:{self.title}{self.text}")
+
+    def document(self) -> Document:
+        """As it is encoded."""
+        assert self.id is not None
+        return Document(self.id, join_title(self.title, self.text), self.title)
 
 
 def read_corpus(
@@ -102,9 +113,37 @@ def read_texts(
     is nothing special. Arguments and errors are those of `read_corpus`; a file without any text is no error here.
     """
     report = ReadReport() if report is None else report
-    for record in _read_records(path, TEXT, format, errors, skip_bad_lines, max_bytes, report):
+    for record in read_records(path, TEXT, format, errors, skip_bad_lines, max_bytes, report):
         report.records += 1
         yield join_title(record.title, record.text)
+
+
+def read_ids(
+    path: PathLike,
+    *,
+    format: Format | None = None,
+    errors: str = "strict",
+    skip_bad_lines: bool = False,
+    max_bytes: int = MAX_LINE_BYTES,
+    report: ReadReport | None = None,
+) -> Iterator[str]:
+    """Yields ids of documents: lines of plain text, or of records their ids; arguments and errors as `read_corpus`."""
+    rows = read_table(
+        path,
+        DOCUMENT_ID,
+        format=format,
+        errors=errors,
+        skip_bad_lines=skip_bad_lines,
+        max_bytes=max_bytes,
+        report=report,
+    )
+    for line, row in rows:
+        if isinstance(row, str):
+            yield row
+        elif isinstance(row, dict):
+            yield _named_id(path, line, row)
+        else:
+            yield row[0]
 
 
 def _read_documents(
@@ -119,12 +158,12 @@ def _read_documents(
 ) -> Iterator[Document]:
     report = ReadReport() if report is None else report
     seen = _Seen()
-    for record in _read_records(path, columns, format, errors, skip_bad_lines, max_bytes, report):
+    for record in read_records(path, columns, format, errors, skip_bad_lines, max_bytes, report):
         if record.id is None:
             raise line_error(path, record.line, NO_ID)
         if _is_new(path, record, record.id, seen):
             report.records += 1
-            yield Document(record.id, join_title(record.title, record.text), record.title)
+            yield record.document()
         else:
             report.duplicates += 1
     if not seen:
@@ -138,10 +177,10 @@ def join_title(title: str, text: str) -> str:
     return f"{title} {text}" if text else title
 
 
-def _is_new(path: PathLike, record: _Record, id: str, seen: "_Seen") -> bool:
+def _is_new(path: PathLike, record: Record, id: str, seen: "_Seen") -> bool:
     """Whether the id is new. ``seen`` has the hash of the content and the line of each id, by the id's hash."""
-    content = _hash(f"{len(record.title)}:{record.title}{record.text}") >> _LINE_BITS << _LINE_BITS
-    first = seen.setdefault(_hash(id), content | record.line)
+    content = record.content() >> _LINE_BITS << _LINE_BITS
+    first = seen.setdefault(hash_of(id), content | record.line)
     first_line = first & ((1 << _LINE_BITS) - 1)
     if first - first_line != content:
         raise line_error(path, record.line, f"id {id!r} is in line {first_line} with different content")
@@ -188,11 +227,12 @@ class _Seen:
                 self.setdefault(key, value)
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
+    """64 bits of BLAKE2."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
-def _read_records(
+def read_records(
     path: PathLike,
     columns: Columns,
     format: Format | None,
@@ -200,8 +240,12 @@ def _read_records(
     skip_bad_lines: bool,
     max_bytes: int,
     report: ReadReport,
-) -> Iterator[_Record]:
-    """The records of a file. In texts to be embedded, a tab says nothing of the format."""
+    span: tuple[int, int] | None = None,
+) -> Iterator[Record]:
+    """The records of a file, or of the lines of it that begin at some bytes.
+
+    In texts to be embedded, a tab says nothing of the format. Arguments and errors are those of `read_table`.
+    """
     rows = read_table(
         path,
         columns,
@@ -211,25 +255,41 @@ def _read_records(
         skip_bad_lines=skip_bad_lines,
         max_bytes=max_bytes,
         report=report,
+        span=span,
     )
     count = 0
     for line, row in rows:
         if isinstance(row, dict):
-            yield _named_record(path, line, row)
+            yield named_record(path, line, row)
         elif isinstance(row, str):
-            yield _Record(line, str(line), "", row)
+            yield Record(line, str(line), "", row)
         else:
             count = count or len(row)
             yield _table_record(path, line, row, count)
 
 
-def _named_record(path: PathLike, line: int, row: Named) -> _Record:
+def named_record(path: PathLike, line: int, row: Named) -> Record:
+    """A record of fields that have names.
+
+    Raises:
+        InputError: a field has a value that it cannot have.
+    """
     try:
         id = _id(row["id"][1]) if "id" in row else None
         title, text = read_text(row)
     except ValueError as error:
         raise line_error(path, line, str(error)) from None
-    return _Record(line, id, title, text)
+    return Record(line, id, title, text)
+
+
+def _named_id(path: PathLike, line: int, row: Named) -> str:
+    try:
+        id = _id(row["id"][1]) if "id" in row else None
+    except ValueError as error:
+        raise line_error(path, line, str(error)) from None
+    if id is None:
+        raise line_error(path, line, NO_ID)
+    return id
 
 
 def document(row: Named) -> Document:
@@ -275,11 +335,11 @@ def read_text(row: Named) -> tuple[str, str]:
     return fields[0], fields[1]
 
 
-def _table_record(path: PathLike, line: int, cells: list[str], count: int) -> _Record:
+def _table_record(path: PathLike, line: int, cells: list[str], count: int) -> Record:
     if count not in (2, 3):
         raise line_error(path, line, f"2 or 3 columns are needed, not {count}")
     if len(cells) != count:
         raise line_error(path, line, f"{count} columns are needed, not {len(cells)}")
     if not cells[0]:
         raise line_error(path, line, "the id is empty")
-    return _Record(line, cells[0], cells[1] if count == 3 else "", cells[-1])
+    return Record(line, cells[0], cells[1] if count == 3 else "", cells[-1])

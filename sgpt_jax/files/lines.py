@@ -62,9 +62,27 @@ def display_name(path: PathLike) -> str:
     return "standard input" if os.fspath(path) == "-" else os.fspath(path)
 
 
+class LineError(InputError):
+    """What is wrong with a line (counted from 1) of a file."""
+
+    def __init__(self, path: PathLike, line: int, message: str) -> None:
+        super().__init__(f"{display_name(path)}, line {line}: {message}")
+        self.path, self.line, self.message = path, line, message
+
+
 def line_error(path: PathLike, line: int, message: str) -> InputError:
     """The error for a line (counted from 1) of a file, ready to be raised."""
-    return InputError(f"{display_name(path)}, line {line}: {message}")
+    return LineError(path, line, message)
+
+
+def lines_before(path: PathLike, position: int) -> int:
+    """How many lines end before a byte of a file."""
+    count = 0
+    with epath.Path(path).open("rb") as stream:
+        while position > 0 and (part := stream.read(min(position, 1 << 20))):
+            count += part.count(b"\n")
+            position -= len(part)
+    return count
 
 
 def fix_surrogates(text: str) -> str:
@@ -84,6 +102,7 @@ def read_lines(
     report: ReadReport | None = None,
     keep_blank: bool = False,
     max_bytes: int = MAX_LINE_BYTES,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text) for every line that is not blank, in constant memory.
 
@@ -96,6 +115,8 @@ def read_lines(
         report: counts are added here.
         keep_blank: yield blank lines, too.
         max_bytes: the longest line that is read, without its end.
+        span: only the lines that begin at these bytes ``[first, last)`` of a file that is not compressed; they are
+            counted from the first of them.
 
     Raises:
         InputError: the file cannot be opened, its gzip data are damaged or cut short, it holds invalid UTF-8, or a
@@ -104,12 +125,27 @@ def read_lines(
     report = ReadReport() if report is None else report
     number = 0
     with _open_input(path) as stream:
+        left, at_start = None, True  # bytes of the span from here on
+        if span is not None:
+            at_start = span[0] == 0
+            stream.seek(max(0, span[0] - 1))
+            left = span[1] - span[0]
+            if not at_start:  # what began before
+                left -= len(stream.readline()) - 1
+
+        def next_line() -> bytes:
+            nonlocal left
+            if left is not None and left <= 0:
+                return b""
+            raw = stream.readline(max_bytes + 2)  # two bytes more are room for its end
+            left = None if left is None else left - len(raw)
+            return raw
+
         try:
-            # Two bytes more are room for its end.
-            for number, raw in enumerate(iter(lambda: stream.readline(max_bytes + 2), b""), 1):
+            for number, raw in enumerate(iter(next_line, b""), 1):
                 if len(raw.removesuffix(b"\n").removesuffix(b"\r")) > max_bytes:
                     raise line_error(path, number, f"longer than {max_bytes:,} bytes, the most that is read")
-                bom = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
+                bom = len(_BOM) if at_start and number == 1 and raw.startswith(_BOM) else 0
                 line = raw[bom:].removesuffix(b"\n").removesuffix(b"\r")
                 if not keep_blank and (not line or line.isspace()):
                     continue

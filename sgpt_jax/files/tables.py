@@ -17,6 +17,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+from etils import epath
+
 from sgpt_jax.files.columns import Columns, Named
 from sgpt_jax.files.hub_tables import is_table, read_rows
 from sgpt_jax.files.lines import MAX_LINE_BYTES, PathLike, ReadReport, line_error, parse_json, read_lines
@@ -53,6 +55,7 @@ def read_table(
     skip_bad_lines: bool = False,
     max_bytes: int = MAX_LINE_BYTES,
     report: ReadReport | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[Row]:
     """Yields the records of a file in its order.
 
@@ -70,6 +73,7 @@ def read_table(
         max_bytes: the longest line or CSV record that is read; a JSON array, which is read whole, may have 16 times as
             many.
         report: counts of what was skipped and replaced are added here.
+        span: bytes of JSON lines: only the lines that begin there, see `read_lines`.
 
     Raises:
         InputError: the file or a line of it breaks a rule, naming both.
@@ -78,7 +82,7 @@ def read_table(
     if format is None and is_table(path):
         yield from _objects(path, columns, read_rows(path), skip_bad_lines, report)
         return
-    lines = read_lines(path, errors=errors, report=report, keep_blank=True, max_bytes=max_bytes)
+    lines = read_lines(path, errors=errors, report=report, keep_blank=True, max_bytes=max_bytes, span=span)
     if format is None and by_name:
         stem = os.fspath(path).lower().removesuffix(".gz")
         named = _SUFFIXES.get(os.path.splitext(stem)[1])
@@ -96,12 +100,28 @@ def read_table(
         return
     lines = (pair for pair in lines if pair[1].strip(_BLANKS))
     if format == "jsonl":
-        values = _array(path, lines, 16 * max_bytes) if _ARRAY.match(first[1]) else _json_lines(path, lines)
+        is_array = span is None and _ARRAY.match(first[1])
+        values = _array(path, lines, 16 * max_bytes) if is_array else _json_lines(path, lines)
         yield from _objects(path, columns, values, skip_bad_lines, report)
     elif format == "tsv":
         yield from _read_cells(path, columns, ((line, text.split("\t")) for line, text in lines))
     else:
         yield from lines
+
+
+def is_json_lines(path: PathLike, format: Format | None) -> bool:
+    """Whether a file has a JSON object in every line, and is not compressed, by its name and its beginning."""
+    suffix = os.path.splitext(os.fspath(path).lower())[1]
+    if format not in (None, "jsonl") or (format is None and _SUFFIXES.get(suffix) != "jsonl"):
+        return False
+    with epath.Path(path).open("rb") as stream:
+        head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return head.startswith(b"{")
+
+
+def has_records(name: str) -> bool:
+    """Whether a file's name says that records are in it."""
+    return os.path.splitext(name.lower().removesuffix(".gz"))[1] in _SUFFIXES
 
 
 def _json_lines(path: PathLike, lines: Lines) -> Iterator[tuple[int, Any]]:

@@ -1,12 +1,9 @@
-"""Building an index: resumable after a kill at any moment, by one process or several, always with the same bytes."""
+"""Building an index and letting it grow: resumable after a kill at any moment, by one process or several, always with
+the same bytes."""
 
-import collections
 import contextlib
-import hashlib
-import itertools
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +11,15 @@ import numpy as np
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
-from sgpt_jax.files.lines import PathLike, atomic_write
+from sgpt_jax.files.lines import PathLike
 from sgpt_jax.index import recall
-from sgpt_jax.index.columns import array_bytes, calibrate, check_id, checked_vectors, pack_columns
-from sgpt_jax.index.files import (
-    CALIBRATION,
-    DTYPES,
-    MANIFEST,
-    Dtype,
-    Manifest,
-    Shard,
-    Similarity,
-    local_folder,
-    only_writer,
-)
+from sgpt_jax.index.files import DTYPES, GROWING, MANIFEST, Dtype, Manifest, Similarity, local_folder
+from sgpt_jax.index.locks import only_writer, remove_strangers
+from sgpt_jax.index.lookup import Lookup
+from sgpt_jax.index.removed import Removed
 from sgpt_jax.index.search import Index
+from sgpt_jax.index.writing import Documents, EncodeChunks, Stream, Writer
 from sgpt_jax.runtime import processes
-from sgpt_jax.runtime.prefetch import ahead
-
-EncodeChunks = Callable[[Iterator[list[str]]], Iterator[np.ndarray]]
 
 # Few enough for many processes to have equal shares, many enough for the number of files.
 SHARD_ROWS = 1 << 14
@@ -43,7 +30,7 @@ _SOURCES = ("model", "biases")  # metadata that only say where a model lay
 
 def build_index(
     folder: PathLike,
-    documents: Iterable[Document],
+    documents: Iterable[Document] | Documents,
     encode_chunks: EncodeChunks,
     *,
     dtype: Dtype = "float32",
@@ -54,24 +41,26 @@ def build_index(
     fingerprint: str = "",
     on_progress: Callable[[int], None] | None = None,
 ) -> Index:
-    """Builds an index, or goes on with one that was interrupted, or checks one that is finished.
+    """Builds an index, goes on with one that was interrupted, or adds what a finished one lacks of a longer corpus.
 
     After every chunk the index is safe on disk. A later call with the same corpus, options and encoder reads the
     documents that are there already (to see that they are the same), encodes the others, and ends with the very
-    bytes of an unbroken build. Memory holds a few chunks.
+    bytes of an unbroken build. Memory holds a few chunks. A finished index can be searched while it grows, and whoever
+    has it open keeps what it was then.
 
-    In a `processes.session` all processes call this with the same arguments and a folder that all of them see. Each
-    passes over the whole corpus, and encodes and writes whole shards in turn; each checks the documents of its own. The
-    files are those of one process, and a broken build may go on with another number of them.
+    In a `processes.session` all processes call this with the same arguments and a folder that all of them see. Where
+    the number of documents is known each reads its share of them; of a stream all pass over everything. Each encodes
+    and writes whole shards, and checks the documents of its own. The files are those of one process, and a broken build
+    may go on with another number of them.
 
     Args:
         folder: where; made when it is not there.
-        documents: the corpus with distinct ids, from its beginning, in a fixed order.
+        documents: the corpus with distinct ids, from its beginning, in a fixed order; a stream, or by row.
         encode_chunks: a stream of lists of texts -> a stream of their vectors [n, E], such as
             `BiEncoder.encode_chunks`, so that it can read ahead. Lists have ``chunk_size`` texts (the last one fewer).
             It runs in a thread of its own, so that the next chunk is encoded while one is being written.
         dtype: how vectors are stored. "int8" takes a quarter of float32, "float16" half; the recall that is left
-            is measured during the build (see `Index.info`).
+            is measured during the first build (see `Index.info`).
         similarity: "cosine" (vectors are stored normalised) or "dot".
         chunk_size: documents between two moments of safety.
         store_texts: keep the texts, for showing what was found.
@@ -90,32 +79,142 @@ def build_index(
     if chunk_size < 1 or dtype not in DTYPES or similarity not in ("cosine", "dot"):
         raise InputError(f"chunk_size {chunk_size}, dtype {dtype!r}, similarity {similarity!r}: not possible")
     shard_size = max(1, SHARD_ROWS // chunk_size) * chunk_size
-    manifest = Manifest(dtype, similarity, chunk_size, shard_size, store_texts, metadata or {}, fingerprint)
+    wanted = Manifest(dtype, similarity, chunk_size, shard_size, store_texts, metadata or {}, fingerprint)
+    source = documents if isinstance(documents, Documents) else Stream(documents)
+    with _growing(path, wanted) as (counted, growing, let_others_in):
+        base = counted.shards if counted is not None else []
+        writer = Writer(path, growing, base, source, False, on_progress)
+        return _write(writer, counted, None, encode_chunks, let_others_in)
+
+
+def add_documents(
+    folder: PathLike,
+    documents: Iterable[Document],
+    encode_chunks: EncodeChunks,
+    *,
+    metadata: dict[str, Any] | None = None,
+    fingerprint: str = "",
+    on_progress: Callable[[int], None] | None = None,
+) -> Index:
+    """Adds documents to a finished index.
+
+    One whose id is there with the same text is passed over, one whose id is there with another text takes the place of
+    that (in an index without texts every one does). Interrupted and called again with the same documents, it goes on
+    and ends with the bytes of an unbroken call; until its end the index is what it was.
+
+    Args:
+        folder: of the index.
+        documents: with distinct ids, in a fixed order.
+        encode_chunks: see `build_index`.
+        metadata: of the encoder; must be the index's, see `build_index`.
+        fingerprint: of the model; must be the index's.
+        on_progress: see `build_index`.
+
+    Raises:
+        InputError: no finished index of this version is there; see also `build_index`.
+    """
+    path = local_folder(folder)
+    found = Manifest.load(path)
+    if not found.complete:
+        raise InputError(
+            f"{path}: the index is unfinished; build it from the same corpus before adding to it"
+        )
+    wanted = replace(found, metadata=metadata or {}, fingerprint=fingerprint)
+    with _growing(path, wanted) as (counted, growing, let_others_in):
+        assert counted is not None
+        replaced: list[int] = []
+        lookup = Lookup(Index(path, counted))
+        source = Stream(lookup.new(documents, growing.chunk_size, replaced))
+        writer = Writer(path, growing, counted.shards, source, True, on_progress)
+        return _write(writer, counted, replaced, encode_chunks, let_others_in)
+
+
+@contextlib.contextmanager
+def _growing(path: Path, wanted: Manifest) -> Iterator[tuple[Manifest | None, Manifest, Callable[[], None]]]:
+    """Holds the folder for writing; yields the finished manifest there or None, what is to be written, with the shards
+    that are safe, and what the first process calls to let the others in."""
     leader = processes.first()
     if not leader:
         processes.gather(None)  # until the first process has begun
     with only_writer(path, leader=leader, shared=processes.count() > 1) as let_others_in:
-        if (path / MANIFEST).exists():
-            manifest = _resumed(path, manifest)
-        elif any(path.iterdir()):
-            raise InputError(f"{path}: is not empty, and not an index")
-        build = _Build(path, manifest, iter(documents), on_progress)
+        if not (path / MANIFEST).exists():
+            if any(path.iterdir()):
+                raise InputError(f"{path}: is not empty, and not an index")
+            yield None, wanted, let_others_in
+            return
+        found = Manifest.load(path)
+        _check_same(path, found, wanted)
+        if not found.complete:
+            yield None, found, let_others_in
+            return
+        try:
+            yield found, begin_growing(path, found, leader=leader), let_others_in
+        finally:
+            if leader and not any(found.shard_folder(path).glob("[0-9]*-[0-9]*.json")):
+                (path / GROWING).unlink(missing_ok=True)  # nothing is lost by beginning anew
+
+
+def begin_growing(path: Path, counted: Manifest, *, leader: bool) -> Manifest:
+    """What an interrupted growth of an index has written so far, or a new one; the leader removes older leftovers.
+
+    Raises:
+        InputError: the index is being compacted.
+    """
+    there = Manifest.load(path, GROWING, written=False) if (path / GROWING).exists() else None
+    if there is not None and there.generation == counted.generation + 1:
+        raise InputError(f"{path}: is being compacted: finish that first (sgpt index -o {path} --compact)")
+    if there is not None and there == replace(counted, complete=False):
+        there.shards += there.load_shards(path)
         if leader:
-            build.prepare(encode_chunks)
-            let_others_in()
-            processes.gather(None)
-        build.run(encode_chunks)
-        rows = processes.gather(build.rows)  # until all are done
-        if leader:
-            build.finish(rows)
+            remove_strangers(path, counted, there)
+        return there
+    if leader:  # finished, but for removing what it left
+        finish_growing(path, counted)
+    return replace(counted, complete=False, shards=list(counted.shards))
+
+
+def finish_growing(path: Path, counted: Manifest) -> None:
+    """Removes what a growth needed, and what ``counted``, now the manifest, has taken the place of."""
+    (path / GROWING).unlink(missing_ok=True)
+    counted.remove_shard_files(path)
+    remove_strangers(path, counted)
+
+
+def _write(
+    writer: Writer,
+    counted: Manifest | None,
+    replaced: list[int] | None,
+    encode_chunks: EncodeChunks,
+    let_others_in: Callable[[], None],
+) -> Index:
+    path, manifest, leader = writer.path, writer.manifest, processes.first()
+    if leader:
+        writer.prepare(encode_chunks)
+        let_others_in()
         processes.gather(None)
-        return Index.open(path)
+    writer.run(encode_chunks)
+    rows = processes.gather(writer.rows)  # until all are done
+    if leader:
+        writer.finish(rows)
+        if counted is None or len(manifest.shards) > len(counted.shards):
+            if counted is not None and replaced:
+                before = Removed.load(path, counted).numbers
+                removed = Removed(np.union1d(before, np.array(replaced, np.int64)))
+                manifest = removed.save(path, manifest)
+            manifest = replace(manifest, complete=True)
+            manifest.save(path)
+        finish_growing(path, manifest)
+        recall.remove_probes(path)
+    processes.gather(None)
+    return Index.open(path)
 
 
-def _resumed(path: Path, wanted: Manifest) -> Manifest:
-    found = Manifest.load(path)
-    if not found.checked:
-        raise InputError(f"{path}: holds an index of an earlier version; use another folder")
+def _check_same(path: Path, found: Manifest, wanted: Manifest) -> None:
+    """Raises InputError unless the index there has the options and the encoder that are wanted."""
+    if not found.titled:
+        raise InputError(
+            f"{path}: holds an index of an earlier version, which can be searched, but not go on; use another folder"
+        )
     there, now = found.plain(), wanted.plain()
     differences = [name for name in _OPTIONS if there[name] != now[name]]
     texts = [f"{name} is {there[name]!r} there and {now[name]!r} now" for name in differences]
@@ -135,206 +234,3 @@ def _resumed(path: Path, wanted: Manifest) -> Manifest:
             f"{found.fingerprint[:12] or 'none'} there, {wanted.fingerprint[:12] or 'none'} now). Index into another "
             "folder, or remove this one first"
         )
-    return found
-
-
-def _changed(path: Path, what: str) -> InputError:
-    return InputError(
-        f"{path}: the corpus is not the one that this index was begun with: {what}. "
-        "Use the same corpus, or another folder"
-    )
-
-
-def _digest(digest: Any, document: Document) -> None:
-    for value in (document.id, document.text):
-        encoded = value.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-
-
-@dataclass
-class _Piece:
-    """A chunk to encode and write, and the digest of its shard's rows before it."""
-
-    shard: Shard
-    digest: Any
-    documents: list[Document]
-
-
-class _Build:
-    """One process's part of a build.
-
-    Attributes:
-        rows: documents in the corpus, as far as it was read.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        stream: Iterator[Document],
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        self.path, self.manifest, self.stream = path, manifest, stream
-        self.rows = 0
-        self._on_progress = on_progress or (lambda rows: None)
-        self._known = {shard.start: shard for shard in manifest.shards}
-        self._safe = manifest.rows
-        self._first: np.ndarray | None = None  # vectors of the first chunk, if `prepare` had to encode it
-        self._unread: list[list[Document]] = []
-        self._probes: dict[int, recall.Probe] = {}
-
-    def prepare(self, encode_chunks: EncodeChunks) -> None:
-        """What has to be there before shards can be written: the manifest, and what depends on the first chunk."""
-        manifest = self.manifest
-        if manifest.complete:
-            manifest.remove_shard_files(self.path)
-            recall.remove_probes(self.path)
-            return
-        manifest.remove_shard_files(self.path, last=True)
-        needed = [MANIFEST]
-        needed += [CALIBRATION] if manifest.dtype == "int8" else []
-        needed += [recall.QUERIES] if manifest.dtype != "float32" else []
-        missing = [name for name in needed if not (self.path / name).exists()]
-        if not missing:
-            return
-        if manifest.rows:  # which depend on what these files held
-            raise InputError(
-                f"{self.path / missing[0]}: is not there any more. Remove {self.path} and build again"
-            )
-        chunk = list(itertools.islice(self.stream, manifest.chunk_size))
-        if not chunk:
-            raise InputError("the corpus holds no document")
-        _check_ids(chunk, 0)
-        (vectors,) = encode_chunks(iter([_texts(chunk)]))
-        self._first = vectors
-        self._unread.append(chunk)
-        vectors = checked_vectors(manifest, chunk, vectors)
-        calibration = array_bytes(calibrate(vectors)) if manifest.dtype == "int8" else None
-        manifest.calibration = None if calibration is None else zlib.crc32(calibration)
-        manifest.save(self.path)  # from here on the folder is known as an index, and a kill can be recovered
-        if calibration is not None:
-            with atomic_write(self.path / CALIBRATION) as stream:
-                stream.write(calibration)
-        if manifest.dtype != "float32":
-            recall.save_queries(self.path, vectors)
-
-    def run(self, encode_chunks: EncodeChunks) -> None:
-        """Writes this process's shards, from where they are."""
-        self._on_progress(self._safe)
-        new = self._pieces()
-        if self._first is not None:
-            self._write(next(new), self._first)
-        pieces: collections.deque[_Piece] = collections.deque()
-
-        def texts() -> Iterator[list[str]]:
-            for piece in new:
-                pieces.append(piece)
-                yield _texts(piece.documents)
-
-        with contextlib.closing(ahead(encode_chunks(texts()), 1)) as encoded:
-            for vectors in encoded:
-                processes.check()
-                self._write(pieces.popleft(), vectors)
-
-    def _pieces(self) -> Iterator[_Piece]:
-        """Reads the corpus: checks the documents that are there, and yields the chunks that are not."""
-        manifest, size = self.manifest, self.manifest.chunk_size
-        for number in itertools.count():
-            start = number * manifest.shard_size
-            shard = self._known.get(start, Shard(start))
-            safe, fingerprint = shard.rows, shard.fingerprint  # the shard itself grows meanwhile
-            mine, digest = processes.mine(number), hashlib.sha256()
-            for done in range(0, manifest.shard_size, size):
-                chunk = self._next_chunk()
-                self.rows += len(chunk)
-                old = min(size, max(0, safe - done))
-                if len(chunk) < old or (not chunk and self.rows < self._end()):
-                    raise _changed(
-                        self.path,
-                        f"it ends after {self.rows} documents, but the index has {self._safe}",
-                    )
-                if mine and old:
-                    for document in chunk[:old]:
-                        _digest(digest, document)
-                    if done + old == safe and digest.hexdigest() != fingerprint:
-                        raise _changed(
-                            self.path,
-                            f"its documents {start} to {start + safe - 1} differ in ids, texts or order",
-                        )
-                if manifest.complete and len(chunk) > old:
-                    raise _changed(
-                        self.path, f"it has more than the {manifest.rows} documents of the finished index"
-                    )
-                if mine and len(chunk) > old:
-                    _check_ids(chunk, start + done)
-                    yield _Piece(shard, digest, chunk)
-                if len(chunk) < size:
-                    if self.rows < self._end():
-                        continue  # to the error above
-                    return
-
-    def _next_chunk(self) -> list[Document]:
-        if self._unread:
-            return self._unread.pop()
-        return list(itertools.islice(self.stream, self.manifest.chunk_size))
-
-    def _end(self) -> int:
-        """The row behind the last one that is safe."""
-        return max((shard.start + shard.rows for shard in self.manifest.shards), default=0)
-
-    def _write(self, piece: _Piece, vectors: np.ndarray) -> None:
-        manifest, shard, chunk = self.manifest, piece.shard, piece.documents
-        vectors = checked_vectors(manifest, chunk, vectors)
-        probe = self._probe(shard) if manifest.dtype != "float32" else None
-        if probe is not None:
-            probe.add(shard.start + shard.rows, vectors)
-        manifest.append(
-            self.path, shard, pack_columns(self.path, manifest, shard, chunk, vectors), len(chunk)
-        )
-        for document in chunk:
-            _digest(piece.digest, document)
-        shard.fingerprint = piece.digest.hexdigest()
-        if probe is not None:
-            probe.save()
-        # A chunk that is not full is the last one, and it becomes safe together with the end of the build: otherwise
-        # a corpus that has grown meanwhile could go on behind it with other chunks than an unbroken build.
-        full = len(chunk) == manifest.chunk_size
-        manifest.save_shard(self.path, shard, last=not full)
-        if probe is not None and full:
-            probe.forget_older()
-        self._safe += len(chunk)
-        if full:
-            self._on_progress(self._safe)
-
-    def _probe(self, shard: Shard) -> recall.Probe:
-        if shard.start not in self._probes:
-            self._probes = {shard.start: recall.Probe(self.path, self.manifest, shard)}  # one shard at a time
-        return self._probes[shard.start]
-
-    def finish(self, rows: list[int]) -> None:
-        """Merges the shards of all processes into the manifest."""
-        manifest = self.manifest
-        if not manifest.complete:
-            manifest.shards = manifest.load_shards(self.path, last=True)
-            if set(rows) != {manifest.rows}:
-                raise InputError(
-                    f"{self.path}: the processes read {sorted(set(rows))} documents and wrote {manifest.rows}: "
-                    "the corpus changed meanwhile, or they do not see the same folder"
-                )
-            manifest.check_consistency()
-            if manifest.dtype != "float32":
-                manifest.recall = recall.measure(self.path, manifest)
-            manifest.complete = True
-            manifest.save(self.path)
-            manifest.remove_shard_files(self.path)
-            recall.remove_probes(self.path)
-        self._on_progress(manifest.rows)
-
-
-def _texts(chunk: list[Document]) -> list[str]:
-    return [document.text for document in chunk]
-
-
-def _check_ids(chunk: list[Document], start: int) -> None:
-    for number, document in enumerate(chunk):
-        check_id(document.id, start + number)

@@ -52,7 +52,19 @@ def pack_columns(
     if manifest.store_texts:
         texts = [fix_surrogates(document.text) for document in chunk]
         columns |= pack_strings(texts, shard.text_bytes, "text")
+        columns["title-sizes"] = np.array(
+            [
+                _title_size(fix_surrogates(document.title), text)
+                for document, text in zip(chunk, texts, strict=True)
+            ],
+            "<u4",
+        ).tobytes()
     return columns
+
+
+def _title_size(title: str, text: str) -> int:
+    """Bytes of the title at the beginning of the text; 0 where there is none."""
+    return len(title.encode("utf-8")) if title.strip() and text.startswith(title) else 0
 
 
 def pack_strings(values: Sequence[str], start: int, name: str) -> dict[str, bytes]:

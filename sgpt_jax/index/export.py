@@ -57,7 +57,7 @@ def export_index(index: Index, output: PathLike) -> Path:
 
 def _blocks(index: Index) -> Iterator[np.ndarray]:
     for start in range(0, len(index), _ROWS):
-        yield np.arange(start, min(start + _ROWS, len(index)))
+        yield index.rows(start, start + _ROWS)
 
 
 def _vectors(index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:

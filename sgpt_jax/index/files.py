@@ -1,30 +1,34 @@
-"""What an index is on disk: a manifest, and columns of raw bytes in shards that only ever grow at their end.
+"""What an index is on disk: a manifest, and columns of raw bytes in shards, of which none changes once it counts.
 
     manifest.json                            what the columns hold, and by which model; when it is complete, it alone
                                              says what counts
     calibration.npy                          int8 alone: mean and scale of each dimension, [2, E] float32
-    <first row>-<last row + 1>.<column>      one file for each shard and column, little-endian, rows in corpus order
+    <first row>-<row behind it>.<column>     one file for each shard and column, little-endian, rows in corpus order
         vectors [n, E]; scales [n] float32 (int8 alone); ids, texts: UTF-8; id-ends, text-ends [n] uint64;
+        title-sizes [n] uint32: how many bytes of a text, from its beginning, are the title;
         checks: for each chunk of rows the `checksum` of what it added to the other columns, in the order of `sizes`
+    removed-<how many>.rows                  the rows that were removed, ascending, uint64
+    compacted-<generation>/                  shards and removed rows of an index that was compacted, in place of those
+                                             beside the manifest
 
-and while it is being built (`index_build`):
+and while it is being built, grows or is being compacted (`writing`, `change`):
 
-    <first row>-<last row + 1>.json          what the columns of a shard hold so far
-    <first row>-<last row + 1>.last.json     the same with the rows of a last chunk that is not full
+    growing.json                             the manifest that will take the place of the one that is there
+    <...>.json                               what the columns of a shard hold so far
+    <...>.last.json                          the same with the rows of a last chunk that is not full
     recall.npz, <...>.<rows>.npz             the queries that measure recall, and what was found for them (`recall`)
 
-Every shard has one writer, and all shards but the last have the same number of rows: what the files hold does not
-depend on how many processes write them. Rows are added by appending to the columns, then replacing the shard's JSON.
-What lies behind the sizes that it gives was never finished: readers do not look at it and the next writer cuts it off.
+Every shard has one writer, and what is added at a time makes shards that are full but for the last: what the files hold
+does not depend on how many processes write them. Rows are added by appending to the columns, then replacing the shard's
+JSON. What lies behind the sizes that it gives was never finished: readers do not look at it and the next writer cuts it
+off.
 """
 
-import contextlib
-import fcntl
 import json
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +39,10 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import PathLike, dump_json, parse_json, write_json
 from sgpt_jax.index import schema
 from sgpt_jax.index.checksum import checksum
-from sgpt_jax.index.schema import FORMAT, OLD_FORMAT
+from sgpt_jax.index.schema import FORMAT, UNCHECKED_FORMAT, UNTITLED_FORMAT
 
 MANIFEST = "manifest.json"
+GROWING = "growing.json"
 CALIBRATION = "calibration.npy"
 
 Dtype = Literal["float32", "float16", "int8"]
@@ -68,7 +73,8 @@ class Shard:
 class Manifest:
     """Everything about an index but its rows. The first part is fixed when the index is begun.
 
-    ``fingerprint`` is that of the model, or empty; ``calibration`` is the CRC-32 of calibration.npy.
+    ``fingerprint`` is that of the model, or empty; ``calibration`` is the CRC-32 of calibration.npy; ``removed`` is the
+    number of removed rows and the CRC-32 of their file, or None; ``generation`` counts how often it was compacted.
     """
 
     dtype: str
@@ -83,54 +89,66 @@ class Manifest:
     calibration: int | None = None
     complete: bool = False
     recall: dict[str, float] | None = None
+    generation: int = 0
+    removed: dict[str, int] | None = None
     shards: list[Shard] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
-        """How many documents are in the index."""
+        """How many rows the shards have, those of removed documents too."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def checked(self) -> bool:
-        """Whether there are checksums: an index of an earlier version has none."""
-        return self.format != OLD_FORMAT
+        """Whether there are checksums: an index of the first version has none."""
+        return self.format != UNCHECKED_FORMAT
+
+    @property
+    def titled(self) -> bool:
+        """Whether it is of this version, which knows titles and can grow."""
+        return self.format == FORMAT
 
     def plain(self) -> dict[str, Any]:
         """The manifest as JSON would give it back."""
         return json.loads(dump_json(asdict(self), None))
 
-    def save(self, folder: Path) -> None:
-        """Replaces the manifest in ``folder`` and makes that last through a power cut."""
-        _write_checked(folder / MANIFEST, asdict(self))
+    def save(self, folder: Path, name: str = MANIFEST) -> None:
+        """Replaces the manifest in ``folder``, or `GROWING`, and makes that last through a power cut."""
+        _write_checked(folder / name, asdict(self))
 
     @classmethod
-    def load(cls, folder: Path) -> "Manifest":
-        """Reads the manifest of ``folder``; the shards of an unfinished index may have gaps between them.
+    def load(cls, folder: Path, name: str = MANIFEST, *, written: bool = True) -> "Manifest":
+        """Reads the manifest of ``folder``, or `GROWING`.
+
+        Args:
+            folder: of the index.
+            name: of the file.
+            written: of an unfinished one, with the shards that are being written; there may be gaps between them.
 
         Raises:
             InputError: there is none, or it is not one of this format, or damaged.
         """
-        path = folder / MANIFEST
+        path = folder / name
         try:
             raw = path.read_bytes()
         except OSError as error:
             reason = error.strerror or str(error)
-            raise InputError(f"{folder}: is no index: {MANIFEST} cannot be read: {reason}") from error
+            raise InputError(f"{folder}: is no index: {name} cannot be read: {reason}") from error
         try:
             value = parse_json(raw.decode("utf-8"))
-            old = isinstance(value, dict) and value.get("format") == OLD_FORMAT
+            unchecked = isinstance(value, dict) and value.get("format") == UNCHECKED_FORMAT
             crc = _crc_of(value)
-            known = _from_old(value) if old else value
+            known = _from_old(value)
             schema.check(known, schema.MANIFEST)
             shards = [_shard(shard) for shard in known["shards"]]
             manifest = cls(**{**known, "shards": shards})
             manifest.check_consistency()
-            if not old or crc is not None:
+            if not unchecked or crc is not None:
                 _check_crc(value, crc)
         except ValueError as error:
             raise InputError(f"{path}: is damaged, or no index of this version: {error}") from error
-        if not manifest.complete:
-            manifest.shards = manifest.load_shards(folder)
+        if written and not manifest.complete:
+            manifest.shards += manifest.load_shards(folder)
         return manifest
 
     def check_consistency(self) -> None:
@@ -139,16 +157,18 @@ class Manifest:
             raise ValueError(f"shard_size {self.shard_size} is no multiple of chunk_size {self.chunk_size}")
         start = 0
         for shard in self.shards:
-            if shard.start != start or start % self.shard_size or not 0 < shard.rows <= self.shard_size:
+            if shard.start != start or not 0 < shard.rows <= self.shard_size:
                 raise ValueError(f"shards do not follow each other at row {shard.start}")
             start += shard.rows
         if self.complete and not (self.shards and self.dimension):
             raise ValueError("complete without a document")
         if self.complete and self.checked and (self.calibration is None) == (self.dtype == "int8"):
             raise ValueError(f"calibration is {self.calibration} for dtype {self.dtype}")
+        if self.complete and self.removed is not None and not 0 < self.removed["rows"] < self.rows:
+            raise ValueError(f"removed is {self.removed} of {self.rows} rows")
 
     def load_shards(self, folder: Path, *, last: bool = False) -> list[Shard]:
-        """The shards of an unfinished index as their own files tell, by row.
+        """The shards that are being written as their own files tell, by row.
 
         Args:
             folder: of the index.
@@ -158,16 +178,16 @@ class Manifest:
             InputError: such a file is damaged.
         """
         found = {}
-        paths = sorted(folder.glob("[0-9]*-[0-9]*.json"), key=lambda path: path.name.endswith(".last.json"))
+        paths = self.shard_folder(folder).glob("[0-9]*-[0-9]*.json")
+        paths = sorted(paths, key=lambda path: path.name.endswith(".last.json"))
         for path in paths:
             if path.name.endswith(".last.json") and not last:
                 continue
             try:
                 value = parse_json(path.read_bytes().decode("utf-8"))
                 crc = _crc_of(value)
-                shard = _shard(value if self.checked else _from_old(value))
-                if self.checked:
-                    _check_crc(value, crc)
+                shard = _shard(value)
+                _check_crc(value, crc)
                 if path.name.split(".")[0] != self.path(folder, shard, "x").name.split(".")[0]:
                     raise ValueError(f"it starts at {shard.start}")
             except (OSError, ValueError) as error:
@@ -181,12 +201,16 @@ class Manifest:
 
     def remove_shard_files(self, folder: Path, *, last: bool = False) -> None:
         """Removes what `save_shard` wrote; ``last``: only what it wrote so."""
-        for path in folder.glob("[0-9]*-[0-9]*" + (".last.json" if last else ".json")):
+        for path in self.shard_folder(folder).glob("[0-9]*-[0-9]*" + (".last.json" if last else ".json")):
             path.unlink()
+
+    def shard_folder(self, folder: Path) -> Path:
+        """Where the shards lie."""
+        return folder / f"compacted-{self.generation}" if self.generation else folder
 
     def path(self, folder: Path, shard: Shard, column: str) -> Path:
         """The file of one column of one shard."""
-        return folder / f"{shard.start:012d}-{shard.start + self.shard_size:012d}.{column}"
+        return self.shard_folder(folder) / f"{shard.start:012d}-{shard.start + self.shard_size:012d}.{column}"
 
     def sizes(self, shard: Shard) -> dict[str, int]:
         """The bytes that count in each column of a shard."""
@@ -199,6 +223,8 @@ class Manifest:
             sizes["scales"] = shard.rows * 4
         if self.store_texts:
             sizes |= {"texts": shard.text_bytes, "text-ends": shard.rows * 8}
+            if self.titled:
+                sizes["title-sizes"] = shard.rows * 4
         if self.checked:
             sizes["checks"] = -(-shard.rows // self.chunk_size) * len(sizes) * 4
         return sizes
@@ -250,6 +276,7 @@ class Manifest:
             "vectors": DTYPES[self.dtype],
             "scales": np.dtype("<f4"),
             "checks": np.dtype("<u4"),
+            "title-sizes": np.dtype("<u4"),
         }.get(column)
         if dtype is None:
             dtype = np.dtype("<u8") if column.endswith("-ends") else np.dtype("u1")
@@ -281,15 +308,16 @@ def _shard(value: Any) -> Shard:
 
 
 def _from_old(value: Any) -> Any:
-    """A manifest or shard of the format before this one, with what it lacks at the values that mean so."""
-    if not isinstance(value, dict):
+    """A manifest of an earlier format with what it lacks at the values that mean so; any other as it is."""
+    if not isinstance(value, dict) or value.get("format") not in (UNCHECKED_FORMAT, UNTITLED_FORMAT):
         return value
-    if "start" in value:
-        return {**value, "checks": 0}
-    shards = value.get("shards")
-    if isinstance(shards, list):
-        value = {**value, "shards": [_from_old(shard) for shard in shards]}
-    return {**value, "fingerprint": "", "calibration": None}
+    value = {**value, "generation": 0, "removed": None}
+    if value["format"] == UNCHECKED_FORMAT:
+        shards = value.get("shards")
+        if isinstance(shards, list):
+            shards = [{**shard, "checks": 0} if isinstance(shard, dict) else shard for shard in shards]
+        value |= {"shards": shards, "fingerprint": "", "calibration": None}
+    return value
 
 
 def _crc_of(value: Any) -> Any:
@@ -310,48 +338,4 @@ def _write_checked(path: Path, value: dict[str, Any]) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path, *, leader: bool = True, shared: bool = False) -> Iterator[Callable[[], None]]:
-    """Holds the folder (made when it is not there) for one build; the hold ends with the process, however it ends.
-
-    Temporary files of a writer that was killed are removed, and so is a folder made here that stays empty.
-
-    Args:
-        folder: of the index.
-        leader: the only process of the build, or the first of several. The others must not come before it is through.
-        shared: other processes of the build will write, too.
-
-    Yields:
-        what the leader calls when its preparations are done, to let the others in.
-
-    Raises:
-        InputError: another build writes the index, or the folder cannot be made.
-    """
-    made = leader and not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made: {error.strerror or error}") from error
-
-    def let_in() -> None:
-        if shared:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-    try:
-        try:
-            # Alone first: a process that is left over from an earlier, broken build holds it still.
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if leader else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing this index") from None
-        if leader:
-            for leftover in folder.glob(".*.partial"):
-                leftover.unlink()
-        yield let_in
-    finally:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
         os.close(descriptor)

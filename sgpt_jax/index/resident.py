@@ -7,14 +7,13 @@ is stored proposes candidates, whose scores then come from the stored rows.
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -22,7 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.index.columns import calibrate, quantize
-from sgpt_jax.index.topk import CHUNK, MAX_QUERIES, Ids, chunk_top_k, in_order, padded_count
+from sgpt_jax.index.device_top_k import look, merge_devices, nothing, split_in_three
+from sgpt_jax.index.topk import CHUNK, MAX_QUERIES, Ids, in_order, padded_count
+from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.memory import free_memory
 from sgpt_jax.runtime.platform import by_platform
 
@@ -39,22 +40,22 @@ RESIDENT: dict[str, np.dtype] = {
 # for reading it to take longer than starting the program.
 CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 1 << 23, 1 << 27
 
-FEW = 32  # chunks of a block that are looked into where no more can matter
 LEAST_CANDIDATES = 64  # so that their errors say something of the others'
 _CALIBRATION_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
 class Source:
-    """The stored rows.
+    """The stored rows, by their positions from 0: removed ones are not among them.
 
     Attributes:
         count: how many.
         dimension: of a vector.
         dtype: how they are stored.
         calibration: of int8, [2, E] float32.
-        vectors: rows -> float32 [n, E].
-        codes: rows -> what is stored of int8: codes [n, E] and the factor of each, float32 [n].
+        vectors: positions -> float32 [n, E].
+        codes: positions -> what is stored of int8: codes [n, E] and the factor of each, float32 [n].
+        rows: positions -> rows of the index, both ascending.
     """
 
     count: int
@@ -63,10 +64,46 @@ class Source:
     calibration: np.ndarray | None
     vectors: Callable[[np.ndarray], np.ndarray]
     codes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    rows: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows lie on devices, and the bytes of one device.
+
+    Attributes:
+        devices: over which the rows are sharded.
+        blocks: of a device; each is searched by one call of a program.
+        rows: of a block, padding included.
+        row_bytes: of one row.
+        held: by all rows of a device.
+        scratch: beside them while it searches: scores of the most queries in three parts, of one block, and a block
+            that is being converted.
+    """
+
+    devices: int
+    blocks: int
+    rows: int
+    row_bytes: int
+    held: int
+    scratch: int
+
+    @classmethod
+    def of(cls, count: int, dimension: int, dtype: ResidentDtype, devices: int, elements: int) -> Layout:
+        """The layout of ``count`` rows, in blocks of about ``elements`` elements."""
+        share = -(-count // devices)
+        blocks = max(1, -(-share * dimension // elements))
+        rows = -(-share // (blocks * CHUNK)) * CHUNK
+        row_bytes = dimension * RESIDENT[dtype].itemsize + (4 if dtype == "int8" else 0)
+        scratch = 4 * MAX_QUERIES * rows * 4 + rows * dimension * 4
+        return cls(devices, blocks, rows, row_bytes, blocks * rows * row_bytes, scratch)
 
 
 class Resident:
-    """The rows of an index on the devices of a mesh. Make one with `load`."""
+    """The rows of an index on the devices of a mesh. Make one with `load`.
+
+    Of several processes, each holds the rows of its own devices; all of them search at the same time.
+    """
 
     def __init__(self, source: Source, mesh: Mesh, dtype: ResidentDtype, layout: tuple[int, int]) -> None:
         """Puts the rows on the devices; ``layout`` is (blocks a device, rows a block)."""
@@ -83,6 +120,8 @@ class Resident:
         self._largest_error = self._largest_norm = 0.0
         self._three_parts = dtype != "float32" and mesh.devices.flat[0].platform != "cpu"
         self._blocks = [self._put_block(number) for number in range(layout[0])]
+        lengths = processes.gather([self._largest_error, self._largest_norm])
+        self._largest_error, self._largest_norm = map(max, zip(*lengths, strict=True))
 
     @classmethod
     def load(cls, source: Source, mesh: Mesh | None, dtype: ResidentDtype, name: str) -> Resident | None:
@@ -90,7 +129,8 @@ class Resident:
 
         Args:
             source: the rows.
-            mesh: over whose devices the rows are sharded, whatever its axes; None for the first device.
+            mesh: over whose devices the rows are sharded, whatever its axes; None for the first device. Of several
+                processes, each gives its own devices.
             dtype: how they are held.
             name: of the index, for the message.
 
@@ -104,27 +144,27 @@ class Resident:
             raise InputError(f"resident must be one of {', '.join(RESIDENT)}, not {dtype!r}")
         devices = [jax.local_devices()[0]] if mesh is None else list(mesh.devices.flat)
         if any(device.process_index != jax.process_index() for device in devices):
-            raise InputError("an index is held on the devices of one process; the mesh has those of others")
+            raise InputError("the mesh has devices of other processes; each process gives its own")
         elements = by_platform(cpu=CPU_ELEMENTS, accelerator=ACCELERATOR_ELEMENTS)
-        share = -(-source.count // len(devices))
-        blocks = max(1, -(-share * source.dimension // elements))
-        rows = -(-share // (blocks * CHUNK)) * CHUNK
-        row_bytes = source.dimension * RESIDENT[dtype].itemsize + (4 if dtype == "int8" else 0)
-        held = blocks * rows * row_bytes
-        # Scores of the most queries in three parts, of one block, and a block that is being converted.
-        scratch = 4 * MAX_QUERIES * rows * 4 + rows * source.dimension * 4
+        shares = processes.gather([device.id for device in devices])
+        layout = Layout.of(source.count, source.dimension, dtype, sum(map(len, shares)), elements)
         free = min(
             free_memory(device) // (len(devices) if device.platform == "cpu" else 1) for device in devices
         )
-        if held + scratch > free or blocks * rows * len(devices) >= 2**31:
+        fits = layout.held + layout.scratch <= free and layout.blocks * layout.rows * layout.devices < 2**31
+        if not fits:
             logger.warning(
                 "%s: as %s on %d devices, each would hold %d rows of %d bytes, %.2f GB, and %.2f GB beside them while "
                 "it searches, of %.2f GB that are free (and rows are counted up to 2**31): the index is searched in "
                 "blocks from disk, with the same results",
-                name, dtype, len(devices), blocks * rows, row_bytes, held / 1e9, scratch / 1e9, free / 1e9,
+                name, dtype, layout.devices, layout.blocks * layout.rows, layout.row_bytes, layout.held / 1e9,
+                layout.scratch / 1e9, free / 1e9,
             )  # fmt: skip
+        if not all(processes.gather(fits)):
             return None
-        return cls(source, Mesh(np.array(devices), ("rows",)), dtype, (blocks, rows))
+        by_id = {device.id: device for device in jax.devices()}
+        everywhere = np.array([by_id[id] for share in shares for id in share])
+        return cls(source, Mesh(everywhere, ("rows",)), dtype, (layout.blocks, layout.rows))
 
     def search(
         self,
@@ -136,8 +176,9 @@ class Resident:
         """The k best rows of each query, as `Index.search` returns them.
 
         Args:
-            queries: float32 [Q, E], scaled to length 1 where the similarity is cosine.
-            k: at most the number of rows.
+            queries: float32 [Q, E], scaled to length 1 where the similarity is cosine. Of several processes each
+                brings its own, perhaps none, and gets the answers to these.
+            k: at most the number of rows; of several processes, the same in all of them.
             ids: the ids of some rows, asked for where scores are equal.
             otherwise: searches the queries of the given numbers in another exact way: those with more rows at the cut
                 than there are ranks, and those whose candidates are not sure to hold the k best.
@@ -145,7 +186,8 @@ class Resident:
         Raises:
             InputError: a score is NaN or infinite.
         """
-        parts = np.array_split(queries, max(1, -(-len(queries) // MAX_QUERIES)))
+        asked, first = exchange(queries)
+        parts = np.array_split(asked, max(1, -(-len(asked) // MAX_QUERIES)))
         kept = k + 1 if self.exact else min(self._source.count, max(4 * k, LEAST_CANDIDATES))
         started = [self._start(part, kept) for part in parts]
         scores = np.concatenate(
@@ -154,6 +196,10 @@ class Resident:
         rows = np.concatenate(
             [np.asarray(found)[: len(part)] for (_, found), part in zip(started, parts, strict=True)]
         )
+        own = slice(first, first + len(queries))
+        scores, rows = scores[own], rows[own]
+        if not len(queries):
+            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         if not np.isfinite(scores[:, : min(kept, self._source.count)]).all():
             raise InputError("the vectors are too large or damaged: a score is NaN or infinite")
         if self.exact:
@@ -161,6 +207,7 @@ class Resident:
             scores, rows = scores[:, :k].copy(), rows[:, :k].astype(np.int64)
         else:
             scores, rows, unsure = self._rescored(queries, scores, rows.astype(np.int64), k)
+        rows = self._source.rows(rows)
         in_order(scores, rows, ids)
         again = np.flatnonzero(unsure)
         if len(again):
@@ -172,6 +219,8 @@ class Resident:
         blocks, size = self._layout
         vectors, factors = [], []
         for position, device in enumerate(self._mesh.devices.flat):
+            if device.process_index != jax.process_index():
+                continue
             start = (position * blocks + number) * size
             rows = np.arange(min(start, self._source.count), min(start + size, self._source.count))
             held = np.zeros((size, self._source.dimension), RESIDENT[self.dtype])
@@ -181,7 +230,7 @@ class Resident:
             vectors.append(jax.device_put(held, device))
             factors.append(jax.device_put(scales, device))
         sharding = NamedSharding(self._mesh, P("rows"))
-        total = len(vectors) * size
+        total = self._mesh.devices.size * size
         joined = jax.make_array_from_single_device_arrays((total, self._source.dimension), sharding, vectors)
         if self._calibration is None:
             return joined, None
@@ -216,14 +265,19 @@ class Resident:
             mean, scale = self._calibration
             offsets, queries = queries @ mean, queries * scale
         parts = split_in_three(queries) if self._three_parts else queries[None]
-        replicated = NamedSharding(self._mesh, P())
-        parts, offsets = jax.device_put(parts, replicated), jax.device_put(offsets, replicated)
-        best = _nothing(self._mesh, devices, count, kept)
+        placed, offsets = self._replicated(parts), self._replicated(offsets)
+        best = nothing(self._mesh, devices, count, kept)
         blocks, size = self._layout
         for number, (vectors, factors) in enumerate(self._blocks):
             position = np.array([number * size, blocks * size, self._source.count], np.int32)
-            best = _look(self._mesh, best, parts, offsets, vectors, factors, position)
-        return _merge_devices(self._mesh, best)
+            best = look(self._mesh, best, placed, offsets, vectors, factors, position)
+        return merge_devices(self._mesh, best)
+
+    def _replicated(self, value: np.ndarray) -> Any:
+        """The same on all devices; those of other processes get it from their own process."""
+        return jax.make_array_from_callback(
+            value.shape, NamedSharding(self._mesh, P()), lambda everything: value[everything]
+        )
 
     def _rescored(
         self, queries: np.ndarray, found: np.ndarray, rows: np.ndarray, k: int
@@ -257,92 +311,13 @@ class Resident:
         return result_scores, result_rows, unsure
 
 
-def split_in_three(values: np.ndarray) -> np.ndarray:
-    """Float32 as a sum of three bfloat16, [3, ...]: 24 bits in three times 8. Exact but for numbers near 0."""
-    parts = []
-    for _ in range(3):
-        part = values.astype(ml_dtypes.bfloat16)
-        parts.append(part)
-        values = values - part.astype(np.float32)
-    return np.stack(parts)
-
-
-def _products(parts: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Parts of queries [1 or 3, Q, E] with vectors [B, E]: [Q, B] float32 at full precision.
-
-    Three parts are bfloat16, and so are vectors then: bfloat16 and int8 are exact in it, so three passes of a matrix
-    unit give what float32 gives in six. The vectors are read once for all parts.
-    """
-    number, count, dimension = parts.shape
-    products = jax.lax.dot_general(
-        parts.reshape(number * count, dimension),
-        vectors.astype(parts.dtype),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if number == 1 else jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    ).reshape(number, count, -1)
-    return products[0] if number == 1 else (products[2] + products[1]) + products[0]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _nothing(mesh: Mesh, devices: int, count: int, kept: int) -> tuple[jax.Array, jax.Array]:
-    sharding = NamedSharding(mesh, P("rows"))
-    empty = jnp.full((devices, count, kept), -jnp.inf), jnp.full((devices, count, kept), -1, jnp.int32)
-    return jax.lax.with_sharding_constraint(empty, (sharding, sharding))
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _look(mesh, best, parts, offsets, vectors, factors, position):
-    """The best of each device, [D, Q, kept], with one more block looked at.
-
-    ``position`` is the block's first row on its device, the rows of a device, and the rows of the index.
-    """
-
-    def local(best, parts, offsets, vectors, factors, position):
-        scores = _products(parts, vectors)
-        if factors is not None:
-            scores = scores * factors + offsets[:, None]
-        start = jax.lax.axis_index("rows") * position[1] + position[0]
-        columns = jnp.arange(vectors.shape[0], dtype=jnp.int32)
-        # -0.0 is 0.0, which top_k would put first; rows behind the last one are padding.
-        scores = jnp.where(scores == 0, 0.0, scores)
-        scores = jnp.where(start + columns < position[2], scores, -jnp.inf)
-        old_scores, old_rows = best[0][0], best[1][0]
-        kept = old_scores.shape[1]
-        maxima = scores.reshape(scores.shape[0], -1, CHUNK).max(axis=2)
-
-        def merged(chunks):
-            new_scores, found = chunk_top_k(scores, maxima, kept, chunks)
-            both = jnp.concatenate([old_scores, new_scores], axis=1)
-            top, order = jax.lax.top_k(both, kept)
-            rows = jnp.concatenate([old_rows, found + start], axis=1)
-            return top, jnp.take_along_axis(rows, order, axis=1)
-
-        # NaN must not be passed over: it makes `most` large.
-        most = (~(maxima <= old_scores[:, -1:])).sum(axis=1).max()
-        case = jnp.where(most == 0, 0, jnp.where(most <= FEW, 1, 2))
-        top = jax.lax.switch(
-            case, [lambda: (old_scores, old_rows), lambda: merged(FEW), lambda: merged(maxima.shape[1])]
-        )
-        return top[0][None], top[1][None]
-
-    by_row = P("rows")
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=((by_row, by_row), P(), P(), by_row, by_row, P()),
-        out_specs=(by_row, by_row),
-    )(best, parts, offsets, vectors, factors, position)
-
-
-@partial(jax.jit, static_argnums=0)
-def _merge_devices(mesh: Mesh, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The best of all devices [Q, kept]: each device gets all devices' best of its share of the queries."""
-
-    def local(scores, rows):
-        scores, rows = (jax.lax.all_to_all(part[0], "rows", 0, 1, tiled=True) for part in (scores, rows))
-        top, order = jax.lax.top_k(scores, best[0].shape[2])
-        return top, jnp.take_along_axis(rows, order, axis=1)
-
-    by_row = P("rows")
-    return jax.shard_map(local, mesh=mesh, in_specs=(by_row, by_row), out_specs=(by_row, by_row))(*best)
+def exchange(queries: np.ndarray) -> tuple[np.ndarray, int]:
+    """The queries [Q, E] float32 of all processes, in their order, and the position of the first of this process's."""
+    if processes.count() == 1:
+        return queries, 0
+    ours = base64.b64encode(np.ascontiguousarray(queries, "<f4").tobytes()).decode()
+    shares = [
+        np.frombuffer(base64.b64decode(share), "<f4").reshape(-1, queries.shape[1])
+        for share in processes.gather(ours)
+    ]
+    return np.concatenate(shares), sum(map(len, shares[: processes.index()]))

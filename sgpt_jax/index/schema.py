@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-FORMAT = "sgpt-jax index 3"
-OLD_FORMAT = "sgpt-jax index 2"  # no fingerprint of a model, no checksums
+FORMAT = "sgpt-jax index 4"
+UNTITLED_FORMAT = "sgpt-jax index 3"  # no titles, no removed rows: it is read, but does not grow
+UNCHECKED_FORMAT = "sgpt-jax index 2"  # nor a fingerprint of a model, nor checksums
 
 _MOST = 1 << 48  # rows, bytes: far more than any disk holds, and far from where int64 ends
 
@@ -39,6 +40,14 @@ def _is_recall(value: Any) -> bool:
     )
 
 
+def _is_removed(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.keys() != {"rows", "crc32"}:
+        return False
+    return _integer(1)[0](value["rows"]) and _integer(0, 2**32 - 1)[0](value["crc32"])
+
+
 _BOOLEAN: Rule = (lambda value: isinstance(value, bool), "true or false")
 _CRC = _integer(0, 2**32 - 1)
 
@@ -59,11 +68,13 @@ MANIFEST: dict[str, Rule] = {
     "store_texts": _BOOLEAN,
     "metadata": (lambda value: isinstance(value, dict), "a JSON object"),
     "fingerprint": _hexadecimal(40),
-    "format": _one_of(FORMAT, OLD_FORMAT),
+    "format": _one_of(FORMAT, UNTITLED_FORMAT, UNCHECKED_FORMAT),
     "dimension": _integer(0),
     "calibration": (lambda value: value is None or _CRC[0](value), f"null or {_CRC[1]}"),
     "complete": _BOOLEAN,
     "recall": (_is_recall, "null, or shares from 0 to 1 for recall@10 and recall@100 and how many queries"),
+    "generation": _integer(0),
+    "removed": (_is_removed, "null, or how many rows and the crc32 of their file"),
     "shards": (
         lambda value: isinstance(value, list) and all(isinstance(shard, dict) for shard in value),
         "a list of JSON objects",

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jax.sharding import Mesh
@@ -12,20 +12,26 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import PathLike
 from sgpt_jax.index.columns import load_calibration, normalized
 from sgpt_jax.index.files import Manifest, local_folder
+from sgpt_jax.index.hits import Hit, title_and_snippet
+from sgpt_jax.index.locks import hold_for_reading
 from sgpt_jax.index.reader import Columns
+from sgpt_jax.index.removed import Removed
 from sgpt_jax.index.resident import Resident, ResidentDtype, Source
 from sgpt_jax.index.topk import Block, exact_top_k
+from sgpt_jax.runtime import processes
 
 # Elements of a block of vectors. Float32 blocks are views of the file; the others are converted on the device, and on a
 # CPU a converted copy that is larger than the caches costs several times the search (100,000 x 768, one query: 460
 # instead of 50 ms).
 BLOCK_ELEMENTS = {"float32": 1 << 24, "float16": 1 << 22, "int8": 1 << 22}
 
+_ATTEMPTS = 10  # at opening an index that is being replaced
+
 logger = logging.getLogger(__name__)
 
 
 class Index:
-    """A finished index. Rows count from 0 in corpus order."""
+    """A finished index, as it was when it was opened. Rows count from 0 in corpus order, removed documents too."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         """Looks at the columns that ``manifest`` describes; `Index.open` is the way in for a finished index."""
@@ -33,7 +39,8 @@ class Index:
         self.manifest = manifest
         self._columns = Columns(folder, manifest)
         self._calibration = load_calibration(folder, manifest) if manifest.dtype == "int8" else None
-
+        self._removed = Removed.load(folder, manifest)
+        self._held: BinaryIO | None = None
         self._resident: Resident | None = None
 
     @classmethod
@@ -45,7 +52,8 @@ class Index:
         Args:
             folder: of the index.
             mesh: the devices that hold the vectors, sharded over all of them; None for the first one. Without
-                ``resident`` it is not used.
+                ``resident`` it is not used. In a `processes.session` each process gives its own devices and opens the
+                index at the same time: each holds its share of the rows.
             resident: hold the vectors on the devices as "float32", "bfloat16" or "int8", where they fit; None streams
                 them from disk at every search. The results are the same: what is held with fewer bits than are stored
                 proposes candidates, and the stored vectors say which are the best.
@@ -55,19 +63,34 @@ class Index:
                 are checked when they are read: by the methods that do so.
         """
         path = local_folder(folder)
-        manifest = Manifest.load(path)
-        if not manifest.complete:
-            raise InputError(
-                f"{path}: the index is unfinished ({manifest.rows} documents so far); "
-                "build it again from the same corpus to go on where it stopped"
-            )
+        for attempt in range(_ATTEMPTS):
+            manifest = Manifest.load(path)
+            if not manifest.complete:
+                raise InputError(
+                    f"{path}: the index is unfinished ({manifest.rows} documents so far); "
+                    "build it again from the same corpus to go on where it stopped"
+                )
+            held = None
+            try:
+                held = hold_for_reading(path, manifest)
+                index = cls(path, manifest)
+            except (InputError, OSError) as error:
+                # Somebody may be replacing it just now: then there is another manifest.
+                if attempt + 1 < _ATTEMPTS and Manifest.load(path) != manifest:
+                    continue
+                if isinstance(error, OSError):
+                    reason = error.strerror or str(error)
+                    raise InputError(f"{error.filename}: cannot be read: {reason}") from error
+                raise
+            if Manifest.load(path).generation == manifest.generation:
+                break
+        index._held = held
         if not manifest.checked:
             logger.warning(
                 "%s: was made by an earlier version, without checksums and without the fingerprint of its model: "
                 "damage and another model go unnoticed. Index again to have both",
                 path,
             )
-        index = cls(path, manifest)
         if resident is not None:
             index._resident = Resident.load(index._source(), mesh, resident, str(path))
         return index
@@ -116,7 +139,12 @@ class Index:
         )
 
     def __len__(self) -> int:
-        return self.manifest.rows
+        """How many documents can be found."""
+        return self.manifest.rows - len(self._removed)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The rows, int64, of the documents ``[start, stop)`` that can be found: all but removed ones."""
+        return self._removed.number_of(np.arange(start, len(self) if stop is None else min(stop, len(self))))
 
     @property
     def dimension(self) -> int:
@@ -129,11 +157,11 @@ class Index:
         return self.manifest.metadata
 
     def info(self) -> dict[str, Any]:
-        """Facts for people: documents, dimension, dtype, similarity, bytes, the recall of the stored dtype, metadata,
-        and the fingerprint of the model ("" where it is unknown).
+        """Facts for people: documents, removed ones that still take space, shards, dimension, dtype, similarity,
+        bytes, the recall of the stored dtype, metadata, and the fingerprint of the model ("" where it is unknown).
 
-        ``recall`` is {"queries", "recall@10", "recall@100"} against exact float32 search over the whole corpus, with
-        documents of the corpus as queries; None for float32 itself.
+        ``recall`` is {"queries", "recall@10", "recall@100"} against exact float32 search over the corpus of the first
+        build, with documents of the corpus as queries; None for float32 itself.
         """
         manifest = self.manifest
         sizes: dict[str, int] = {}
@@ -142,6 +170,8 @@ class Index:
                 sizes[column] = sizes.get(column, 0) + size
         return {
             "documents": len(self),
+            "removed": len(self._removed),
+            "shards": len(manifest.shards),
             "dimension": self.dimension,
             "dtype": manifest.dtype,
             "similarity": manifest.similarity,
@@ -167,6 +197,27 @@ class Index:
             raise InputError(f"{self.folder}: this index holds no texts")
         return self._columns.strings("text", rows)
 
+    def hits(self, scores: np.ndarray, rows: Sequence[int] | np.ndarray) -> list[Hit]:
+        """Documents as they are shown.
+
+        Args:
+            scores: [n], such as `search` gives for one query.
+            rows: [n].
+        """
+        ids, texts, titles = self.ids(rows), [""] * len(rows), [""] * len(rows)
+        if self.manifest.store_texts:
+            texts = self.texts(rows)
+            for shard, members, local in self._columns.by_shard(rows):
+                if not self.manifest.titled:
+                    break
+                sizes = self._columns.read(shard, "title-sizes", local)[local]
+                for member, size in zip(members.tolist(), sizes.tolist(), strict=True):
+                    titles[member] = texts[member].encode()[:size].decode("utf-8", "replace")
+        return [
+            Hit(id, float(score), *title_and_snippet(text, title or None), text)
+            for id, score, title, text in zip(ids, scores, titles, texts, strict=True)
+        ]
+
     def vectors(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The stored vectors of some rows as float32 [n, E]."""
         result = np.empty((len(rows), self.dimension), np.float32)
@@ -190,7 +241,9 @@ class Index:
 
         Args:
             queries: float [Q, E]; normalised here where the similarity is cosine.
-            k: results a query; more than there are documents gives all of them.
+            k: results a query; more than there are documents gives all of them. In a `processes.session` with the
+                vectors on the devices of all processes, all of them call this at the same time with the same k; each
+                brings its own queries, of which there may be none, and gets the answers to these.
             block_size: rows a block from disk; None takes a power of two that suits the dtype and the dimension.
 
         Returns:
@@ -200,7 +253,8 @@ class Index:
             InputError: no query, a wrong dimension, NaN or infinity in a query, k below 1, or damaged vectors.
         """
         queries = np.asarray(queries, np.float32)
-        if queries.ndim != 2 or not len(queries):
+        together = processes.count() > 1
+        if queries.ndim != 2 or not (len(queries) or together):
             raise InputError(f"queries must be of shape [Q, E] with at least one row, not {queries.shape}")
         if queries.shape[1] != self.dimension:
             raise InputError(
@@ -215,6 +269,8 @@ class Index:
             queries = normalized(queries)
         k = min(k, len(self))
         if self._resident is None:
+            if not len(queries):
+                return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
             return self._search_blocks(queries, k, block_size)
         return self._resident.search(
             queries, k, self.ids, lambda some: self._search_blocks(queries[some], k, block_size)
@@ -244,7 +300,15 @@ class Index:
                 factors[members] = self._columns.read(shard, "scales", local)[local]
             return found, factors
 
-        return Source(len(self), self.dimension, self.manifest.dtype, self._calibration, self.vectors, codes)
+        return Source(
+            len(self),
+            self.dimension,
+            self.manifest.dtype,
+            self._calibration,
+            lambda positions: self.vectors(self._removed.number_of(positions)),
+            lambda positions: codes(self._removed.number_of(positions)),
+            self._removed.number_of,
+        )
 
     def _blocks(self, size: int) -> Iterator[Block]:
         """Blocks of ``size`` rows. The last one of a shard begins early, so that it is a full view of the file: a view
@@ -262,4 +326,5 @@ class Index:
                 if end - start < size:  # a shard smaller than a block
                     block = np.pad(block, ((0, size - len(block)), (0, 0)))
                     factors = None if factors is None else np.pad(factors, (0, size - len(factors)))
-                yield Block(block, factors, shard.start + start, wanted - start, end - start)
+                removed = self._removed.among(shard.start + start, shard.start + start + size)
+                yield Block(block, factors, shard.start + start, wanted - start, end - start, removed)

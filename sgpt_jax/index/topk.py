@@ -26,13 +26,21 @@ _Arrays = tuple[jax.Array, jax.Array]
 
 @dataclass(frozen=True)
 class Block:
-    """Rows ``[start, start + B)`` of a corpus: ``vectors`` [B, E], of which ``[first:last]`` count."""
+    """Rows ``[start, start + B)`` of a corpus: ``vectors`` [B, E], of which ``[first:last]`` count, but for those that
+    ``removed`` [B] bool names."""
 
     vectors: np.ndarray
     scales: np.ndarray | None  # [B] float32, factor of each row, or None
     start: int
     first: int
     last: int
+    removed: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        """How many rows count."""
+        removed = 0 if self.removed is None else int(self.removed[self.first : self.last].sum())
+        return self.last - self.first - removed
 
 
 def exact_top_k(
@@ -68,7 +76,7 @@ def exact_top_k(
     def started() -> Iterator[tuple[_Queries, Block, jax.Array, _Arrays, _Arrays]]:
         nonlocal count
         for block in blocks:
-            count += block.last - block.first
+            count += block.count
             vectors = jax.device_put(block.vectors)
             scales = None if block.scales is None else jax.device_put(block.scales)
             for group in groups:
@@ -117,8 +125,14 @@ def in_order(scores: np.ndarray, rows: np.ndarray, ids: Ids) -> None:
 
 
 @jax.jit
-def _block_scores(queries: jax.Array, offsets: jax.Array, vectors: jax.Array, scales: jax.Array | None):
-    """Scores [Q, B] float32; -0.0 is 0.0, which top_k would put first."""
+def _block_scores(
+    queries: jax.Array,
+    offsets: jax.Array,
+    vectors: jax.Array,
+    scales: jax.Array | None,
+    removed: np.ndarray | None,
+) -> jax.Array:
+    """Scores [Q, B] float32, of removed rows -inf; -0.0 is 0.0, which top_k would put first."""
     scores = jax.lax.dot_general(
         queries,
         vectors.astype(jnp.float32),
@@ -128,7 +142,8 @@ def _block_scores(queries: jax.Array, offsets: jax.Array, vectors: jax.Array, sc
     )
     if scales is not None:
         scores = scores * scales + offsets[:, None]
-    return jnp.where(scores == 0, 0.0, scores)
+    scores = jnp.where(scores == 0, 0.0, scores)
+    return scores if removed is None else jnp.where(removed, -jnp.inf, scores)
 
 
 @jax.jit
@@ -183,7 +198,7 @@ class _Queries:
         self, block: Block, vectors: jax.Array, scales: jax.Array | None
     ) -> tuple[jax.Array, _Arrays, _Arrays]:
         """Starts the work on a block; what it gives goes to `keep_ties`."""
-        scores = _block_scores(self._queries, self._offsets, vectors, scales)
+        scores = _block_scores(self._queries, self._offsets, vectors, scales, block.removed)
         position = np.array([block.start, block.first, block.last], np.int32)
         before = self._best
         self._best, block_scores = _merge(before, scores, position)

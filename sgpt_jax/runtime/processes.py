@@ -16,12 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.runtime.aborts import aborts_caught
+
+T = TypeVar("T")
 
 _PIECE = 1 << 24  # bytes a message
 _FAILED = "sgpt/failed/"
@@ -184,6 +186,12 @@ def first() -> bool:
 def mine(number: int) -> bool:
     """Whether piece `number` of some work is this process's: they take turns."""
     return number % count() == index()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's share of some items: equally many that follow each other, in the processes' order."""
+    first, last = (-(-number * len(items) // count()) for number in (index(), index() + 1))
+    return items[first:last]
 
 
 def gather(value: Any) -> list[Any]:

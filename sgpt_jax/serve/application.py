@@ -21,7 +21,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sgpt_jax.serve.errors import ApiError
-from sgpt_jax.serve.hits import title_and_snippet
 from sgpt_jax.serve.http import Door, Limits, dumps, error_response, json_response
 from sgpt_jax.serve.metrics import Metrics
 from sgpt_jax.serve.requests import (
@@ -202,10 +201,10 @@ class Routes:
         vector = await self._query_vector(asked, caller)
         hits = await service.search(vector, max(asked.k, asked.rerank), caller)
         searched = time.perf_counter()
-        scored, order = None, list(range(len(hits.ids)))
+        scored, order = None, list(range(len(hits)))
         if asked.rerank or asked.return_tokens:
             assert asked.query is not None
-            scored = await service.score(asked.query, hits.texts, caller)
+            scored = await service.score(asked.query, [hit.text for hit in hits], caller)
             if asked.rerank:
                 order.sort(key=lambda number: -scored.raw[number])
         order = order[: asked.k]
@@ -216,15 +215,19 @@ class Routes:
         )
         found = []
         for number in order:
-            id, text = hits.ids[number], hits.texts[number]
-            title, snippet = title_and_snippet(text, service.models.titles.get(id))
-            hit: dict[str, Any] = {"id": id, "title": title, "snippet": snippet, "score": hits.scores[number]}
+            one = hits[number]
+            hit: dict[str, Any] = {
+                "id": one.id,
+                "title": one.title,
+                "snippet": one.snippet,
+                "score": one.score,
+            }
             if scored:
                 hit["rerank_score"] = scored.raw[number]
             if tokens:
                 hit["tokens"] = tokens[number]
             if asked.return_documents:
-                hit["text"] = text
+                hit["text"] = one.text
             found.append(hit)
         end = time.perf_counter()
         return json_response(

@@ -220,15 +220,6 @@ class PairReader:
 
 
 @dataclass(frozen=True)
-class Hits:
-    """Documents of the index, best first: scores float32 [k], ids, and texts if the index has them."""
-
-    scores: np.ndarray
-    ids: list[str]
-    texts: list[str]
-
-
-@dataclass(frozen=True)
 class Wanted:
     """A query's vector, float32 [E], and how many documents it wants."""
 
@@ -237,7 +228,7 @@ class Wanted:
 
 
 class Searcher:
-    """`Wanted` to `Hits`; fewer than k where the index has fewer documents."""
+    """`Wanted` to a list of `Hit`, best first; fewer than k where the index has fewer documents."""
 
     name = "search"
     # The programs of a search differ by these alone: by how many queries it is padded to, and how many hits it finds.
@@ -274,12 +265,9 @@ class Searcher:
         hits = next(hits for hits in self._HITS if hits >= max(item.k for item in asked))
         scores, rows = self.index.search(queries, hits)
         return lambda: [
-            self._hits(scores[number, : item.k], rows[number, : item.k]) for number, item in enumerate(asked)
+            self.index.hits(scores[number, : item.k], rows[number, : item.k])
+            for number, item in enumerate(asked)
         ]
-
-    def _hits(self, scores: np.ndarray, rows: np.ndarray) -> Hits:
-        texts = self.index.texts(rows) if self.index.manifest.store_texts else [""] * len(rows)
-        return Hits(scores, self.index.ids(rows), texts)
 
 
 def queue_bound() -> int:

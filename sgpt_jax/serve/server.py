@@ -133,7 +133,11 @@ def load_models(options: argparse.Namespace) -> Models:
         InputError: it cannot be loaded.
     """
     mesh = device_mesh(options.mesh)
-    index = None if options.index is None else Index.open(options.index)
+    index = None
+    if options.index is not None:
+        index = Index.open(options.index, mesh=mesh, resident=options.resident)
+    elif options.resident is not None:
+        raise InputError("--resident is for an --index")
     if options.model is None and index is None:
         return demo_models(options)
     # What the index was built with, as in `sgpt search`; options that are given come first.
@@ -175,10 +179,9 @@ def demo_models(options: argparse.Namespace) -> Models:
     )
     abstracts, _ = read_demo()
     index = _demo_index(
-        encoder, abstracts, Path(user_cache()) / f"demo-{digest[:12]}-{options.weights or dtype}.index"
+        encoder, abstracts, Path(user_cache()) / f"demo-{digest[:12]}-{options.weights or dtype}-titled.index"
     )
-    titles = {a["_id"]: a["title"] for a in abstracts}
-    return Models(encoder, cross_encoder, index, titles, _DEMO_DOCUMENT_TOKENS)
+    return Models(encoder, cross_encoder, index, _DEMO_DOCUMENT_TOKENS)
 
 
 def _demo_index(encoder: BiEncoder, abstracts: list[dict[str, str]], folder: Path) -> Index:

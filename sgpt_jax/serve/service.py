@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,10 +13,11 @@ import numpy as np
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError
+from sgpt_jax.index.hits import Hit
 from sgpt_jax.index.search import Index
 from sgpt_jax.serve.batching import BatchReport, Job, Queue, Worker
 from sgpt_jax.serve.errors import ApiError
-from sgpt_jax.serve.programs import Embedder, Hits, PairReader, Scorer, Searcher, TokenPair, Wanted
+from sgpt_jax.serve.programs import Embedder, PairReader, Scorer, Searcher, TokenPair, Wanted
 from sgpt_jax.serve.requests import Texts
 from sgpt_jax.text.encoder import Side, TextEncoder
 from sgpt_jax.text.pairs import query_tokens, tokenise_pairs
@@ -32,14 +33,12 @@ class Models:
         encoder: makes vectors.
         cross_encoder: re-ranks, if there is one.
         index: is searched, if there is one.
-        titles: of the index's documents by id, where they are known.
         document_tokens: of a document, how many the cross-encoder reads; None for all that it can.
     """
 
     encoder: BiEncoder
     cross_encoder: CrossEncoder | None = None
     index: Index | None = None
-    titles: Mapping[str, str] = field(default_factory=dict)
     document_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -182,7 +181,7 @@ class Service:
         shares = np.exp(raw / [max(1, len(values)) for values in log_probs])
         return Scored(raw.tolist(), shares.tolist(), log_probs, sum(pair.size for pair in pairs))
 
-    async def search(self, vector: np.ndarray, k: int, caller: str) -> Hits:
+    async def search(self, vector: np.ndarray, k: int, caller: str) -> list[Hit]:
         """The k documents of the index with the highest scores for a query's vector, float32 [E]."""
         (hits,) = await self._run(Job(Searcher.name, caller, [Wanted(vector, k)], [1]))
         return hits

@@ -217,6 +217,56 @@ def test_an_index_knows_its_model(model, index, corpus, tmp_path, capsys):
     assert "nothing was left to encode" in capsys.readouterr().out
 
 
+def test_an_index_of_several_files_grows_loses_documents_and_is_compacted(model, tmp_path, capsys):
+    place = tmp_path / "corpus"
+    place.mkdir()
+    lines = [
+        json.dumps({"_id": f"d{n}", "title": f"Bird {n}", "text": f"heron number {n}"}) + "\n"
+        for n in range(12)
+    ]
+    (place / "a.jsonl").write_text("".join(lines[:5]))
+    (place / "b.jsonl").write_text("".join(lines[5:9]))
+    folder = str(tmp_path / "index")
+    assert main(["index", str(place), "-o", folder, "--model", model, "--chunk-size", "4"]) == 0
+    (place / "c.jsonl").write_text("".join(lines[9:]))
+    assert main(["index", str(place), "-o", folder]) == 0  # the model and the options are the index's
+    assert "12 documents" in capsys.readouterr().out
+    news = tmp_path / "news.jsonl"
+    news.write_text(lines[0] + json.dumps({"_id": "d1", "text": "a ferry"}) + "\n")
+    assert main(["index", str(news), "-o", folder, "--add"]) == 0
+    assert "1 encoded" in capsys.readouterr().out
+    (tmp_path / "ids.txt").write_text("d2\nd99\n")
+    assert main(["index", "-o", folder, "--remove", str(tmp_path / "ids.txt")]) == 0
+    assert (
+        "1 documents removed, 11 left; 1 ids are not in the index, such as 'd99'" in capsys.readouterr().out
+    )
+    assert main(["info", folder, "--verify"]) == 0
+    assert "2 removed documents still take space" in capsys.readouterr().out
+    assert main(["index", "-o", folder, "--compact"]) == 0
+    assert "11 documents" in capsys.readouterr().out
+    assert main(["search", folder, "heron", "-k", "20", "--json"]) == 0
+    hits = {hit["_id"]: hit for hit in json.loads(capsys.readouterr().out)["hits"]}
+    assert set(hits) == {f"d{n}" for n in range(12)} - {"d2"}
+    assert (hits["d5"]["title"], hits["d5"]["snippet"]) == ("Bird 5", "heron number 5")
+    assert hits["d1"]["text"] == "a ferry"
+    for arguments, message in (
+        ([str(news), "-o", folder, "--compact"], "--remove and --compact take none"),
+        (["-o", folder], "give a corpus to index or to --add"),
+        (["-o", folder, "--compact", "--remove", "x"], "are two commands"),
+        ([str(news), "-o", str(tmp_path / "none"), "--add"], "is no index yet, to which"),
+        ([str(news), "-o", str(tmp_path / "none")], "give the --model"),
+        (
+            [str(news), "-o", folder, "--add", "--store", "int8"],
+            "store is 'float32' there, not 'int8'; leave it out",
+        ),
+        ([str(place / "a.jsonl"), "-o", folder], "the corpus is not the one"),
+        ([str(news), "-", "-o", folder, "--add"], "passes by once"),
+    ):
+        assert main(["index", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "ids.txt", "index", "news.jsonl"]
+
+
 @pytest.mark.parametrize("resident", ["float32", "bfloat16", "int8"])
 def test_search_with_vectors_on_the_devices_finds_the_same(resident, index, capsys):
     found = []

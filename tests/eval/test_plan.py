@@ -25,6 +25,7 @@ from eval.plan import compile as plan_compile
 from eval.plan import devices as plan_devices
 from eval.plan import estimate as plan_estimate
 from eval.plan import models as plan_models
+from eval.plan import search as plan_search
 from eval.plan import table as plan_table
 from eval.plan.programs import Work, lower
 from sgpt_jax.decoder.build import Build
@@ -379,3 +380,35 @@ def test_compiling_for_a_tpu_without_one(topology):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "compiled"
+
+
+def test_search_is_planned_by_arithmetic_and_compiled(capsys):
+    """Bytes of the reference's table: 100 M of dimension 1,024 as bfloat16 are 12.8 GB a chip of v5e-16."""
+    options = ["plan", "--task", "search", "--rows", "100000000", "--dim", "1024", "--topology", "v5e-16"]
+    assert main([*options, "--no-compile"]) == 0
+    text = capsys.readouterr().out
+    float32, bfloat16, int8 = text.split("100,000,000 rows")[1:]
+    assert "does not fit" in float32 and "as bfloat16 on v5e-16: fits" in bfloat16 and ": fits" in int8
+    target = plan_devices.parse_target("v5e-16")
+    found = plan_search.plan_of(
+        plan_search.Search(100_000_000, 1024, "bfloat16", 512, 100), target, compiles=False
+    )
+    assert 12.8e9 <= found["layout"]["held"] < 12.9e9
+    assert abs(found["milliseconds"]["one_query"] - 12.8e9 / 819e6) < 0.2
+    assert found["most_rows"] > 100_000_000
+    assert main(["plan", "--task", "search", "--topology", "v5e-16"]) == 1
+    assert "--task search needs --rows and --dim" in capsys.readouterr().err
+    # What the compiler says; without libtpu only that it is missing.
+    small = plan_search.plan_of(
+        plan_search.Search(3_000_000, 64, "int8", 48, 10), plan_devices.parse_target("v5e-8"), compiles=True
+    )
+    if small["compiled"] is None:
+        assert "libtpu is not installed" in small["note"]
+    else:
+        assert small["compiled"]["fits"] and small["compiled"]["largest_of_queries"] > 0
+
+
+def test_the_largest_array_of_queries_is_found():
+    assert (
+        plan_search.largest_array("f32[48,1000]{1,0} bf16[144,2,7] s8[5000,64] f32[2,48,600]", 48) == 57_600
+    )

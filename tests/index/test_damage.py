@@ -39,6 +39,7 @@ def everything(folder):
         index.vectors(everywhere),
         index.ids(everywhere),
         index.texts(everywhere),
+        index.hits(scores[0], rows[0]),
         index.info(),
     ]
 

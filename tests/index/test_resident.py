@@ -1,5 +1,11 @@
 """Vectors on the devices: the answers of blocks from disk and of numpy in float64, on one device and on eight."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +15,9 @@ from indexes import streamed
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.index import build as index_build
-from sgpt_jax.index import resident
+from sgpt_jax.index import device_top_k, resident
 from sgpt_jax.index.build import build_index
+from sgpt_jax.index.change import remove_documents
 from sgpt_jax.index.search import Index
 from sgpt_jax.index.topk import chunk_top_k
 
@@ -137,9 +144,9 @@ def test_rows_of_few_bits_meet_float32_queries_at_full_precision(tmp_path, monke
 
 def test_three_bfloat16_parts_are_a_float32():
     values = np.random.default_rng(3).standard_normal(1000).astype(np.float32)
-    parts = resident.split_in_three(values).astype(np.float64)
+    parts = device_top_k.split_in_three(values).astype(np.float64)
     np.testing.assert_array_equal(parts.sum(axis=0), values)
-    assert resident.split_in_three(values).dtype == resident.RESIDENT["bfloat16"]
+    assert device_top_k.split_in_three(values).dtype == resident.RESIDENT["bfloat16"]
 
 
 @pytest.mark.parametrize("k", [1, 5, 130, 600])
@@ -190,9 +197,58 @@ def test_scores_are_never_of_all_rows(tmp_path, small_blocks, held):
     queries, kept, mesh = 32, 11, held_rows._mesh
     blocks, rows = held_rows._layout
     assert blocks * rows >= 1300 and blocks > 4
-    best = resident._nothing(mesh, 1, queries, kept)
+    best = device_top_k.nothing(mesh, 1, queries, kept)
     vectors_held, factors = held_rows._blocks[0]
     arguments = (np.zeros((1, queries, 24), np.float32), np.zeros(queries, np.float32), vectors_held, factors)
-    compiled = resident._look.lower(mesh, best, *arguments, np.zeros(3, np.int32)).compile()
+    compiled = device_top_k.look.lower(mesh, best, *arguments, np.zeros(3, np.int32)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * queries * rows * 4 + rows * 24 * 4
     assert 4 * queries * rows * 4 + rows * 24 * 4 < queries * 1300 * 4 * 4
+
+
+TOGETHER = """
+import argparse, json, sys
+import numpy as np
+from sgpt_jax.index import resident
+from sgpt_jax.index.search import Index
+from sgpt_jax.runtime import processes
+
+folder, address, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with processes.session(argparse.Namespace(distributed=False, coordinator=address, processes=2, process=number)):
+    resident.CPU_ELEMENTS = 6000
+    queries, answers = np.load(folder + "/queries.npy"), []
+    for held in ("float32", "bfloat16", "int8"):
+        index = Index.open(folder + "/i", resident=held)
+        assert index._resident is not None and index._resident._mesh.devices.size == 2
+        share = queries[:4] if number == 0 else queries[4:]
+        answers.append([part.tolist() for part in index.search(share, 300)])
+        asked = queries[:2] if number == 1 else queries[:0]  # only one of them is asked
+        assert len(index.search(asked, 3)[0]) == len(asked)
+    with open(f"{folder}/{number}.json", "w") as stream:
+        json.dump(answers, stream)
+"""
+
+
+def test_two_processes_hold_a_share_each_and_answer_their_own_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_build, "SHARD_ROWS", 300)
+    draw = np.random.default_rng(8)
+    vectors = draw.standard_normal((700, 24)).astype(np.float32)
+    ids = build(tmp_path / "i", vectors, similarity="dot", chunk_size=50)
+    remove_documents(tmp_path / "i", ids[5:400:7])
+    queries = draw.standard_normal((7, 24)).astype(np.float32)
+    np.save(tmp_path / "queries.npy", queries)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(tmp_path), address, str(number)], env=environment
+        )
+        for number in range(2)
+    ]
+    assert [process.wait() for process in started] == [0, 0]
+    shares = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
+    scores, rows = Index.open(tmp_path / "i").search(queries, 300)
+    for held in range(3):
+        for part, expected in enumerate((scores, rows)):
+            found = np.concatenate([np.array(share[held][part]) for share in shares])
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

@@ -20,7 +20,7 @@ from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.parser import main, make_parser
 from sgpt_jax.errors import InputError
 from sgpt_jax.index.build import build_index
-from sgpt_jax.serve.hits import title_and_snippet
+from sgpt_jax.index.hits import title_and_snippet
 from sgpt_jax.serve.server import load_models, read_key
 
 

@@ -1,11 +1,31 @@
-"""How a document that was found is shown."""
+"""Documents that were found, and how they are shown."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 _TITLE, _SNIPPET = 140, 320
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document that was found.
+
+    Attributes:
+        id: the document's.
+        score: float32's value.
+        title: the document's own title; where it has none, its first line or sentence.
+        snippet: the beginning of what follows.
+        text: the whole document, title and text; empty, like title and snippet, in an index without texts.
+    """
+
+    id: str
+    score: float
+    title: str
+    snippet: str
+    text: str
 
 
 def title_and_snippet(text: str, title: str | None = None) -> tuple[str, str]:
@@ -13,7 +33,7 @@ def title_and_snippet(text: str, title: str | None = None) -> tuple[str, str]:
 
     Args:
         text: the whole document; a title that is known stands at its beginning.
-        title: None where it is not known: an index keeps the text alone. Then it is the first line or sentence.
+        title: None where it has none. Then it is the first line or sentence.
     """
     text = text.strip()
     if title is not None and text.startswith(title):

@@ -1,0 +1,28 @@
+"""What the options of several commands say about files and models."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS
+from sgpt_jax.files.lines import ReadReport
+
+
+def reading_of(options: argparse.Namespace) -> dict[str, Any]:
+    """How files are read, with a report to be filled: arguments of `read_corpus`."""
+    return {
+        "format": options.format,
+        "errors": options.encoding_errors,
+        "skip_bad_lines": options.skip_bad_lines,
+        "max_bytes": options.max_record_bytes,
+        "report": ReadReport(),
+    }
+
+
+def given(metadata: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a bi-encoder that an index was made with, or that the options name."""
+    return dict(metadata) | {
+        name: value for name in BI_ENCODER_SETTINGS if (value := vars(options).get(name)) is not None
+    }

@@ -1,0 +1,133 @@
+"""The command `sgpt index`: building an index, and changing it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cli.given import given, reading_of
+from sgpt_jax.corpus_index import index_corpus
+from sgpt_jax.decoder.sharding import device_mesh
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document, read_corpus, read_ids
+from sgpt_jax.files.counted import CountedCorpus, Reading, count_corpus, forget_counts
+from sgpt_jax.files.hub_tables import is_hub
+from sgpt_jax.files.lines import ReadReport
+from sgpt_jax.index.change import compact_index, remove_documents
+from sgpt_jax.index.files import MANIFEST, Manifest
+from sgpt_jax.index.search import Index
+from sgpt_jax.reports import EncodeReport
+from sgpt_jax.runtime import processes
+from sgpt_jax.runtime.command import printable
+from sgpt_jax.runtime.memory import peak_memory
+from sgpt_jax.runtime.progress import progress
+
+
+def index(options: argparse.Namespace) -> None:
+    """Builds an index, goes on with it, or changes it."""
+    asked = [name for name in ("add", "remove", "compact") if vars(options)[name]]
+    if len(asked) > 1:
+        raise InputError(f"--{asked[0]} and --{asked[1]} are two commands: give one after the other")
+    if bool(options.corpus) == (asked in (["remove"], ["compact"])):
+        raise InputError("give a corpus to index or to --add; --remove and --compact take none")
+    if asked == ["remove"]:
+        _remove(options)
+    elif asked == ["compact"]:
+        _compact(options)
+    else:
+        try:
+            _encode_index(options)
+        except InputError:
+            if processes.count() == 1:  # others may still write there
+                forget_counts(_notes(options))
+            raise
+
+
+def _remove(options: argparse.Namespace) -> None:
+    removed, unknown = remove_documents(options.output, read_ids(options.remove, **reading_of(options)))
+    known = "" if not unknown else f"; {len(unknown)} ids are not in the index, such as {unknown[0]!r}"
+    print(
+        printable(
+            f"{options.output}: {removed} documents removed, {len(Index.open(options.output))} left{known}"
+        )
+    )
+
+
+def _compact(options: argparse.Namespace) -> None:
+    before = Index.open(options.output)
+    with progress("compacting", "doc", len(before)) as bar:
+        after = compact_index(options.output, lambda rows: bar.update(rows - bar.n))
+    sizes = [index.info()["bytes"] / 1e6 for index in (before, after)]
+    print(f"{options.output}: {len(after)} documents, {sizes[0]:.1f} MB before and {sizes[1]:.1f} MB now")
+
+
+def _encode_index(options: argparse.Namespace) -> None:
+    """Encodes a corpus, or what an index lacks of it."""
+    there = (
+        Manifest.load(Path(options.output))
+        if os.path.exists(os.path.join(options.output, MANIFEST))
+        else None
+    )
+    # What is not given is as in the index, if there is one.
+    settings = vars(options) if there is None else given(there.metadata, options)
+    settings = {"dtype": "float32"} | {key: value for key, value in settings.items() if value is not None}
+    if "model" not in settings:
+        raise InputError("give the --model that embeds")
+    model = BiEncoder.from_settings(settings, device_mesh(options.mesh))
+    corpus, read = _corpus(options)
+    report = EncodeReport()
+    index = index_corpus(
+        options.output,
+        corpus,
+        model,
+        store=options.store,
+        texts=False if options.no_texts else None,
+        chunk_size=options.chunk_size,
+        add=options.add,
+        report=report,
+    )
+    work = _describe_work(report)
+    if processes.first():
+        forget_counts(_notes(options))
+        size = index.info()["bytes"] / 1e6
+        print(f"{options.output}: {len(index)} documents, {size:.1f} MB ({read})\n{work}")
+
+
+def _corpus(options: argparse.Namespace) -> tuple[CountedCorpus | Iterator[Document], ReadReport]:
+    """The corpus, by row where it need not pass by in one go; and what was met in it."""
+    reading = reading_of(options)
+    streams = [path for path in options.corpus if path == "-" or "://" in path or is_hub(path)]
+    if streams:
+        if len(options.corpus) > 1:
+            raise InputError(f"{streams[0]}: passes by once, and can only be the whole corpus")
+        return read_corpus(options.corpus[0], **reading), reading["report"]
+    del reading["report"]
+    counted = count_corpus(options.corpus, _notes(options), Reading(**reading))
+    return counted, counted.report
+
+
+def _notes(options: argparse.Namespace) -> str:
+    return os.path.abspath(options.output) + ".counting"
+
+
+def _describe_work(report: EncodeReport) -> str:
+    """What encoding took, of all processes together."""
+    ours = [report.texts, report.tokens, report.seconds, report.waited, peak_memory(), report.cut]
+    texts, tokens, seconds, waited, peak, cut = zip(*processes.gather(ours), strict=True)
+    if not sum(texts):
+        return "nothing was left to encode"
+    took = max(seconds)
+    parts = [f"{sum(texts)} encoded"]
+    if sum(cut):
+        parts.append(f"{sum(cut)} of them cut as they were too long")
+    text = ", ".join(parts) + f" in {took:.1f} s"
+    if processes.count() > 1:
+        text += f", {processes.count()} processes"
+    return (
+        f"{text}: {sum(texts) / took:,.0f} documents/s, {sum(tokens) / took:,.0f} tokens/s; "
+        f"{sum(waited) / sum(seconds):.1%} of the time spent waiting for the tokenizer; "
+        f"peak memory {max(peak) / 1e6:,.0f} MB"
+    )
