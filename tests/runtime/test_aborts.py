@@ -23,6 +23,8 @@ with aborts_caught(fatal):
         os.write(2, b"E1 coordination_service_agent.cc:289] Polled an error\\n")
     if sys.argv[1] == "fatal":
         os.write(2, FATAL)
+    if sys.argv[1] == "locked":
+        os.abort()  # no thread of Python runs meanwhile
     if sys.argv[1] != "end":
         ctypes.CDLL(None).abort()  # without the interpreter lock, as from C++
 print("afterwards", file=sys.stderr)
@@ -37,6 +39,7 @@ os.write(2, b"directly\\n")
         ("end", 0, {"plain", "Python's", "afterwards", "directly"}),
         ("fatal", 3, {"plain", "Python's", "caught: 1 stacks"}),
         ("other", -6, {"plain", "Python's", "E1 coordination_service_agent.cc:289] Polled an error"}),
+        ("locked", -6, {"plain", "Python's", "E1 coordination_service_agent.cc:289] Polled an error"}),
     ],
 )
 def test_aborts_are_caught(what, code, lines):
