@@ -152,7 +152,7 @@ def _compiled(search: Search, layout: Layout, target: Target) -> tuple[dict[str,
         temporaries.append(
             memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         )
-        largest = max(largest, largest_array(compiled.as_text(), search.queries))
+        largest = max(largest, largest_array(compiled.as_text() or "", search.queries))
     scratch = max(temporaries)
     return {
         "scratch": scratch,

@@ -77,7 +77,7 @@ class Manifest:
     number of removed rows and the CRC-32 of their file, or None; ``generation`` counts how often it was compacted.
     """
 
-    dtype: str
+    dtype: Dtype
     similarity: str
     chunk_size: int
     shard_size: int
@@ -178,8 +178,8 @@ class Manifest:
             InputError: such a file is damaged.
         """
         found = {}
-        paths = self.shard_folder(folder).glob("[0-9]*-[0-9]*.json")
-        paths = sorted(paths, key=lambda path: path.name.endswith(".last.json"))
+        there = self.shard_folder(folder).glob("[0-9]*-[0-9]*.json")
+        paths = sorted(there, key=lambda path: path.name.endswith(".last.json"))
         for path in paths:
             if path.name.endswith(".last.json") and not last:
                 continue
