@@ -152,7 +152,7 @@ def forget_counts(notes: PathLike) -> None:
 
 def _files(paths: Sequence[PathLike]) -> list[str]:
     found = []
-    for path in map(os.fspath, paths):
+    for path in [os.fspath(path) for path in paths]:
         if not os.path.isdir(path):
             found.append(path)
             continue
@@ -194,8 +194,16 @@ def _records(part: Part, reading: Reading, report: ReadReport) -> Iterator[Recor
             rows = read_row_group(part.path, part.group, DOCUMENT)
             records: Iterator[Record] = (named_record(part.path, line, row) for line, row in rows)
         else:
-            how = dataclasses.replace(reading, format="jsonl") if part.span else reading
-            records = read_records(part.path, DOCUMENT, *dataclasses.astuple(how), report, part.span)
+            records = read_records(
+                part.path,
+                DOCUMENT,
+                "jsonl" if part.span else reading.format,
+                reading.errors,
+                reading.skip_bad_lines,
+                reading.max_bytes,
+                report,
+                part.span,
+            )
         for record in records:
             if record.id is None:
                 raise line_error(part.path, record.line, NO_ID)

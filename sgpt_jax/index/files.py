@@ -178,8 +178,8 @@ class Manifest:
             InputError: such a file is damaged.
         """
         found = {}
-        paths = self.shard_folder(folder).glob("[0-9]*-[0-9]*.json")
-        paths = sorted(paths, key=lambda path: path.name.endswith(".last.json"))
+        there = self.shard_folder(folder).glob("[0-9]*-[0-9]*.json")
+        paths = sorted(there, key=lambda path: path.name.endswith(".last.json"))
         for path in paths:
             if path.name.endswith(".last.json") and not last:
                 continue
