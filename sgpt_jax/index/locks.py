@@ -46,7 +46,7 @@ def only_writer(folder: Path, *, leader: bool = True, shared: bool = False) -> I
         except BlockingIOError:
             raise InputError(f"{folder}: another process is writing this index") from None
         if leader:
-            for leftover in folder.glob(".*.partial"):
+            for leftover in (*folder.glob(".*.partial"), *folder.glob("compacted-*/.*.partial")):
                 leftover.unlink()
         yield let_in
     finally:
