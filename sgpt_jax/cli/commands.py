@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from sgpt_jax import demo as demonstration
+from sgpt_jax import hybrid
 from sgpt_jax import rerank as reranking
 from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
 from sgpt_jax.checkpoint.export import count_parameters
@@ -148,16 +149,21 @@ def search(options: argparse.Namespace) -> None:
         else read_queries(options.queries, **_reading(options))
     )
     settings = _index_settings(index, options)
+    words = hybrid.bm25_of(index) if options.hybrid else None
     model = BiEncoder.from_settings(settings, mesh)
     index.check_model(model.fingerprint())
     vectors = model.encode_query(list(queries.values()))
-    scores, found = index.search(vectors, max(k, options.rerank))
+    wanted = max(k, options.rerank)
+    scores, found = index.search(vectors, hybrid.DEPTH if words else wanted)
     run: dict[str, dict[str, float]] = {}
     rows: dict[str, dict[str, int]] = {}  # query -> document -> its row in the index
     for query, query_rows, values in zip(queries, found, scores, strict=True):
         ids = index.ids(query_rows)
         run[query] = dict(zip(ids, map(float, values), strict=True))
         rows[query] = dict(zip(ids, map(int, query_rows), strict=True))
+    if words:
+        run = hybrid.fuse([run, words[0].search(queries, hybrid.DEPTH)], wanted)
+        rows = dict.fromkeys(queries, words[1])
     if options.rerank:
         run = _reranked(options, index, settings, queries, run, rows)
     run = {query: dict(list(hits.items())[:k]) for query, hits in run.items()}

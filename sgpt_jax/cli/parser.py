@@ -107,6 +107,12 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 help="let a cross-encoder re-rank the best N; its scores are shown then",
             ),
             option(
+                "--hybrid",
+                action="store_true",
+                help="search by words too (BM25 over the index's texts, all of which are read), and join the two "
+                "rankings by reciprocal rank fusion; its scores are shown then",
+            ),
+            option(
                 "--resident",
                 choices=("float32", "bfloat16", "int8"),
                 metavar="DTYPE",

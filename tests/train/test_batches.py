@@ -14,7 +14,7 @@ from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.tokenizer import load_tokenizer
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.data import Example, ListExamples, read_pairs
-from train.mine import mine
+from train.mine import Limits, mine
 
 DATA = os.environ.get("SGPT_DATA")
 
@@ -174,7 +174,7 @@ def test_mining(tmp_path):
     (tmp_path / "qrels/train.tsv").write_text("q\t1\t1\nr\t6\t2\nq\t4\t1\nt\t3\t0\n")
     found = set()
     for seed in range(4):
-        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, 2, 0, seed)
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, Limits(2), seed)
         mined = read_pairs(str(tmp_path / "out.jsonl"))
         assert [(e.query, e.positive) for e in mined] == [
             (queries["q"], documents["1"]), (queries["q"], documents["4"]), (queries["r"], documents["6"]),
@@ -185,10 +185,10 @@ def test_mining(tmp_path):
         found.add(mined[2].negatives)
     assert len(found) > 1  # no words in common: any document but the relevant one
     with pytest.raises(InputError, match="--negatives"):
-        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 3, 2, 0, 0)
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 3, Limits(2), 0)
     (tmp_path / "qrels/empty.tsv").write_text("t\t3\t0\n")
     with pytest.raises(InputError, match="no query"):
-        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "empty", 1, 2, 0, 0)
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "empty", 1, Limits(2), 0)
 
 
 def test_mining_ranks_as_evaluation_does(tmp_path):
@@ -199,7 +199,7 @@ def test_mining_ranks_as_evaluation_does(tmp_path):
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels/train.tsv").write_text("q\t1\t1\n")
     for seed in range(3):
-        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, 2, 0, seed)
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, Limits(2), seed)
         assert read_pairs(str(tmp_path / "out.jsonl")) == [
             Example("cat sleeping", "the cats", ("it sleeps",))
         ]
@@ -207,7 +207,7 @@ def test_mining_ranks_as_evaluation_does(tmp_path):
 
 @pytest.mark.skipif(not DATA, reason="SGPT_DATA does not name the folder with the real data sets")
 def test_mining_scifact(tmp_path):
-    mine(f"{DATA}/scifact", str(tmp_path / "out.jsonl"), "train", 2, 30, 0, 0)
+    mine(f"{DATA}/scifact", str(tmp_path / "out.jsonl"), "train", 2, Limits(30), 0)
     mined = read_pairs(str(tmp_path / "out.jsonl"))
     assert len(mined) == 919
     assert all(len(set(e.negatives) - {e.positive}) == 2 for e in mined)
