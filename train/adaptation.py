@@ -88,12 +88,15 @@ def adaptation(config: TrainConfig) -> Adaptation:
     """
     check_adaptation(config)
     documents = list(read_corpus(config.corpus))
-    real = dict(enumerate(read_texts(config.queries))) if config.queries else {}
-    folder = epath.Path(config.output) / FOLDER
-    _open(folder, _describe(config, documents, real.values()))
+    real = list(read_texts(config.queries)) if config.queries else []
     sides = {kind: make(kind, documents, config.seed) for kind in config.pseudo}
-    if real:
-        sides["query"] = given({str(number): text for number, text in real.items()}, documents)
+    if config.queries:
+        sides["query"] = given({str(number): text for number, text in enumerate(real, 1)}, documents)
+    if not any(side.queries for side in sides.values()):
+        counts_of = {kind: side.counts for kind, side in sides.items()}
+        raise InputError(f"{config.corpus}: no query is left ({_sentence(counts_of)})")
+    folder = epath.Path(config.output) / FOLDER
+    _open(folder, _describe(config, documents, real))
     lists: dict[str, dict[str, dict[str, float]]] = {}
     held_out: dict[str, HeldOut] = {}
     counts: dict[str, dict[str, int | float]] = {}

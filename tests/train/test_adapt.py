@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from training import FOLDER, check_parameters, expected, write_model
 
+pytest.importorskip("bm25s", reason="the eval extra is not installed")
+
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.bm25 import Bm25
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
@@ -252,6 +254,7 @@ def test_no_query_is_left(base, tmp_path, capsys):
     (tmp_path / "corpus.txt").write_text("one line\nanother line\n")
     assert run(base, tmp_path / "corpus.txt", tmp_path / "out") == 1
     assert "no query is left" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="the kinds are"):
         adaptation(dataclasses.replace(ADAPT, corpus="c", output="o", pseudo=("x",)))
     assert given({"1": " a ", "2": " "}, []).queries == {"1": "a"}
