@@ -117,7 +117,8 @@ def mine(
                 positives
             )
         for positive, pool in zip(positives, pools, strict=True):
-            chosen = draw.choice(len(pool), min(negatives, len(pool)), replace=False) if pool else []
+            count = min(negatives, len(pool))
+            chosen: list[int] = draw.choice(len(pool), count, replace=False).tolist() if pool else []
             short += len(chosen) < negatives
             examples.append(
                 {
@@ -147,7 +148,8 @@ def _ranked(
         index = Bm25(documents)
         if limits.margin is None:
             return index.search(queries, depth), {}
-        run, scores = {}, {}
+        run: dict[str, dict[str, float]] = {}
+        scores: dict[tuple[str, str], float] = {}
         with progress("BM25: queries", "query", len(queries)) as bar:
             for query, text in queries.items():
                 found = index.candidates(text, len(documents))
