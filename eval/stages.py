@@ -25,6 +25,7 @@ from sgpt_jax.runtime import processes
 from .models import LazyModel
 from .provenance import provenance, revision
 from .results import Result, read_result
+
 # What --hybrid adds to a first stage.
 _HYBRID = {"bm25": dataclasses.asdict(bm25.DEFAULT), "fusion": {"constant": CONSTANT, "depth": DEPTH}}
 

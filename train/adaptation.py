@@ -27,6 +27,7 @@ from sgpt_jax.files.lines import write_json, write_jsonl
 from sgpt_jax.files.runs import read_run, write_json_run
 from sgpt_jax.metrics import Run
 from sgpt_jax.rerank_job import rerank_job
+
 from .data import Example, text_key
 from .dev import HeldOut, PseudoEvaluator
 from .pseudo import KINDS, PseudoQueries, given, make

@@ -51,7 +51,9 @@ def run(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> bool:
     with contextlib.ExitStack() as stack:
         stack.callback(prepared.checkpoints.close)
         log = stack.enter_context(
-            RunLog(prepared.config, prepared.total, prepared.start, callbacks, active=jax.process_index() == 0)
+            RunLog(
+                prepared.config, prepared.total, prepared.start, callbacks, active=jax.process_index() == 0
+            )
         )
         for note in prepared.notes:
             log.say(note)
