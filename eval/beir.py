@@ -9,6 +9,7 @@ are there, averages.json holds it.
   python -m eval beir scifact nfcorpus --model MODEL --output OUT
   python -m eval beir DATA/scifact --output OUT                                  BM25 alone
   python -m eval beir DATA/scifact --cross-encoder MODEL --rerank-depth 100 --output OUT
+  python -m eval beir DATA/scifact --model MODEL --hybrid --output OUT           with BM25, by reciprocal rank fusion
 
 Several processes (--distributed, or --coordinator) share the encoding and the re-ranking, each with a whole model on
 its own devices; the figures are those of one.
@@ -94,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first-stage", metavar="RUN", help="a run (TREC or JSON), or a folder with NAME.trec files"
     )
+    parser.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="join the first stage with BM25 by reciprocal rank fusion, before any re-ranking",
+    )
     add_common_arguments(parser)
     add_options(parser, PROCESSES)
 
@@ -164,7 +170,10 @@ def main(args: argparse.Namespace) -> None:
         args.rerank_depth,
         epath.Path(args.first_stage) if args.first_stage else None,
         args.batch_tokens,
+        args.hybrid,
     )
+    if args.hybrid and not (args.model or args.first_stage):
+        raise InputError("--hybrid joins BM25 with another ranking: give --model or --first-stage")
     with processes.first_goes_ahead():  # it may have to download
         sets = list(data_sets(args))
     for name, parts in sets:

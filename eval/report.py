@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ class Row:
         default_factory=dict
     )  # of values with some for every query
     published: str | None = None  # where the numbers are from, if they are not ours
+    per_query: dict[str, dict[str, float]] = field(default_factory=dict)  # column -> query -> value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="add the published rows (nDCG@10)",
+    )
+    parser.add_argument(
+        "--significance",
+        action="store_true",
+        help="also compare any two rows on each BEIR data set: difference, and p of the paired bootstrap",
     )
     parser.add_argument("--output", type=epath.Path, metavar="FILE", help="Markdown file (default: print)")
     parser.add_argument(
@@ -85,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     rows = collect([result for _, result in find_results(args.results)], args.metric)
     if args.published and args.metric == "ndcg@10":
         rows += published({column for row in rows for column in row.values})
-    text = as_table(rows, args.metric, command(sys.argv[1:]))
+    made_by = command(sys.argv[1:])
+    text = as_table(rows, args.metric, made_by, comparisons(rows) if args.significance else [])
     if args.output:
         with atomic_write(args.output) as stream:
             stream.write(text.encode())
@@ -118,6 +126,8 @@ def collect(results: list[Result], metric: str = "ndcg@10") -> list[Row]:
             row.intervals[column] = interval(per_query[metric])
         if seconds := result.get("seconds", {}).get("total"):
             row.seconds[column] = seconds
+        if metric in result.get("per_query", {}):
+            row.per_query[column] = dict(zip(result["queries"], result["per_query"][metric], strict=True))
         if result.get("command") not in (None, *row.commands):
             row.commands.append(result["command"])
         system = result.get("cross_encoder") or result.get("model") or {}
@@ -141,6 +151,8 @@ def label(result: Result) -> str:
         start = f"run {first['run']}"
     if start == "bi-encoder" and first.get("model"):  # ranked by another command
         start = _model_label(first["model"])
+    if first.get("hybrid"):
+        start += " + BM25 (reciprocal rank fusion)"
     encoder = result.get("cross_encoder")
     if not encoder:
         return f"{start}, by mteb" if result["kind"] == "mteb" else start
@@ -215,8 +227,43 @@ def published(columns: set[str]) -> list[Row]:
     return rows
 
 
-def as_table(rows: list[Row], metric: str, made_by: str) -> str:
-    """The Markdown table, the rows' commands and sources below it, and the command that made it."""
+def comparisons(rows: list[Row]) -> list[str]:
+    """Markdown: for each data set with values for every query, each two rows' difference and its p.
+
+    The p-value is that of the paired bootstrap of ``python -m eval significance``, two-sided. No correction is made
+    for how many pairs there are.
+    """
+    from eval.significance import compare  # imports scipy.stats, which a report does not need otherwise
+
+    lines = []
+    for column in dict.fromkeys(name for row in rows for name in row.per_query):
+        numbered = [(n, row.per_query[column]) for n, row in enumerate(rows, 1) if column in row.per_query]
+        if len(numbered) < 2:
+            continue
+        lines += [
+            f"{column}: row minus column, and in brackets p (paired bootstrap over queries, two-sided)",
+            "",
+            f"| | {' | '.join(f'[{number}]' for number, _ in numbered[:-1])} |",
+            f"|--|{'--:|' * (len(numbered) - 1)}",
+        ]
+        for place, (number, values) in enumerate(numbered[1:], 1):
+            cells = []
+            for other, others in numbered[:place]:
+                if values.keys() != others.keys():
+                    raise InputError(
+                        f"{column}: rows {other} and {number} were measured on different queries"
+                    )
+                pairs = np.array([(others[query], values[query]) for query in others])
+                found = compare(pairs[:, 0], pairs[:, 1])
+                cells.append(f"{found.difference:+.4f} ({found.p_bootstrap:.4f})")
+            cells += [""] * (len(numbered) - 1 - len(cells))
+            lines.append(f"| [{number}] | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def as_table(rows: list[Row], metric: str, made_by: str, below: Sequence[str] = ()) -> str:
+    """The Markdown table, what stands `below`, the rows' commands and sources, and the command that made it."""
     found = dict.fromkeys(column for row in rows for column in row.values)
     order = [*_ORDER, *[column for column in found if column not in (*_ORDER, *AVERAGES)], *AVERAGES]
     columns = [column for column in order if column in found]
@@ -233,7 +280,7 @@ def as_table(rows: list[Row], metric: str, made_by: str) -> str:
         mark = " (published)" if row.published else ""
         name = row.name.replace("|", "\\|")
         lines.append(f"| {name}{mark} [{number}] | {' | '.join(cells)} |")
-    lines.append("")
+    lines += ["", *below]
     for number, row in enumerate(rows, 1):
         if row.published:
             lines.append(f"{number}. published: {row.published}")

@@ -15,6 +15,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.runs import read_run
+from sgpt_jax.hybrid import CONSTANT, DEPTH, fuse
 from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import CUTS, Evaluation, cut, evaluate
 from sgpt_jax.reports import ScoreReport
@@ -24,6 +25,9 @@ from sgpt_jax.runtime import processes
 from .models import LazyModel
 from .provenance import provenance, revision
 from .results import Result, read_result
+
+# What --hybrid adds to a first stage.
+_HYBRID = {"bm25": dataclasses.asdict(bm25.DEFAULT), "fusion": {"constant": CONSTANT, "depth": DEPTH}}
 
 # Values per query are kept for the metrics that papers test: `python -m eval significance` reads them.
 PER_QUERY = ("ndcg@10", "map@100", "recall@100", "precision@10", "mrr@10")
@@ -38,6 +42,7 @@ class Stages:
     rerank_depth: int
     runs: epath.Path | None
     batch_tokens: int | None = None
+    hybrid: bool = False
 
     def settings(self, data: DataSet) -> dict[str, Any]:
         """All that a result depends on besides the data: two results with equal settings are the same."""
@@ -48,6 +53,8 @@ class Stages:
             found["first_stage"] = {"run": revision(self.run_file(data.name))}
         else:
             found["first_stage"] = {"bm25": dataclasses.asdict(bm25.DEFAULT)}
+        if self.hybrid:
+            found["hybrid"] = _HYBRID
         if self.cross_encoder:
             found["cross_encoder"] = {**self.cross_encoder.identity, "rerank_depth": self.rerank_depth}
         return found
@@ -78,8 +85,16 @@ def measure(
             yield document
 
     ranked, first = first_stage(data, stages, depth, documents())
-    seconds = {"first_stage": time.perf_counter() - start}
     ranked, dropped = cut(ranked, max(CUTS), ignore_identical_ids=ignore_identical_ids)
+    if stages.hybrid:
+        by_words, _ = cut(
+            bm25.Bm25(documents()).search(data.queries, depth),
+            max(CUTS),
+            ignore_identical_ids=ignore_identical_ids,
+        )
+        ranked = fuse([ranked, by_words], max(CUTS))
+        first["hybrid"] = _HYBRID
+    seconds = {"first_stage": time.perf_counter() - start}
     evaluation = evaluate(data.qrels, ranked, queries=data.queries)
     evaluation.counts["identical_ids_dropped"] = dropped
     report = None

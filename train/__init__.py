@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .log import Callback
     from .loop import run
-    from .recipes import MSMARCO, NLI, PAIRS, TrainConfig
+    from .recipes import ADAPT, MSMARCO, NLI, PAIRS, TrainConfig
 
-__all__ = ["MSMARCO", "NLI", "PAIRS", "Callback", "TrainConfig", "run"]
+__all__ = ["ADAPT", "MSMARCO", "NLI", "PAIRS", "Callback", "TrainConfig", "run"]
 
 
 def __getattr__(name: str) -> Any:

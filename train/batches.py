@@ -166,7 +166,8 @@ class PackedBatches:
         Returns:
             `rows`: a `Batch` of packed texts; `indices`: of their vectors, see `pack`, int32, queries
             `[b]`, positives `[b]` and negatives `[b, K]`; `ids`: identities of the same texts, int32
-            `[..., 2]`; `negative_mask`: bool `[b, K]`; `scores`: float32 `[b, 1 + K]`; `tokens`: how many;
+            `[..., 2]`; `negative_mask`: bool `[b, K]`; `repeated`: bool `[b, K]`, texts that stand before among this
+            process's positives and negatives; `scores`: float32 `[b, 1 + K]`; `tokens`: how many are encoded;
             `examples`: their numbers, from 0 in the order of the data.
         """
         process, count = self.process
@@ -182,20 +183,29 @@ class PackedBatches:
         # Several processes need one length, and none knows the texts of the others: it is that of the limit.
         longest = max(map(len, tokens)) if count == 1 else self.encoder.max_seq_length
         length = row_length(longest, self.encoder.max_seq_length)
-        rows, vectors = pack(tokens, length, self.encoder.pad_id)
+        # A text that stands in several lists is encoded once.
+        distinct = dict.fromkeys(map(tuple, tokens))
+        rows, vectors = pack(list(distinct), length, self.encoder.pad_id)
+        numbers = {ids: number for number, ids in enumerate(distinct)}
+        vectors = vectors[[numbers[tuple(ids)] for ids in tokens]]
         size = len(examples)
         present = np.array([[k < len(example.negatives) for k in range(most)] for example in examples], bool)
         present = present.reshape(size, most)
         # An example with fewer negatives has index 0 in their place, which the mask keeps out of the loss.
         negative_indices = np.zeros((size, most), np.int32)
         negative_indices[present] = vectors[2 * size :]
+        texts = [text_key(text) for text in positives + negatives]
+        first = {key: number for number, key in reversed(list(enumerate(texts)))}
+        repeated = np.zeros((size, most), bool)
+        repeated[present] = [first[key] < size + number for number, key in enumerate(texts[size:])]
         return {
             "rows": rows,
             "indices": (vectors[:size], vectors[size : 2 * size], negative_indices),
             "ids": (_ids(queries), _ids(positives), _scatter(_ids(negatives), present)),
             "negative_mask": present,
+            "repeated": repeated,
             "scores": self._scores(examples, split, most),
-            "tokens": sum(map(len, tokens)),
+            "tokens": sum(map(len, distinct)),
             "examples": [index for index, _ in split],
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +12,7 @@ from scipy import stats
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.files.beir import DataSet
+from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.sts import read_sts
 from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import evaluate
@@ -18,9 +21,15 @@ _DEPTH = 10
 
 
 class DevEvaluator(Protocol):
-    """Measures a model, the higher the better."""
+    """Measures a model, the higher the better.
+
+    Attributes:
+        name: of the metric.
+        details: what else the last look found, by name.
+    """
 
     name: str
+    details: dict[str, float]
 
     def __call__(self, model: BiEncoder) -> float: ...
 
@@ -40,6 +49,7 @@ class StsEvaluator:
     name = "cosine Spearman"
 
     def __init__(self, path: str):
+        self.details: dict[str, float] = {}
         self._scores, self._first, self._second = zip(*read_sts(path), strict=True)
 
     def __call__(self, model: BiEncoder) -> float:
@@ -54,6 +64,7 @@ class RetrievalEvaluator:
     name = f"nDCG@{_DEPTH}"
 
     def __init__(self, folder: str, split: str):
+        self.details: dict[str, float] = {}
         self._data = DataSet(epath.Path(folder).name, epath.Path(folder), split).load()
         evaluate(self._data.qrels, {}, queries=self._data.queries, cuts=(_DEPTH,))  # fails now if it must
         for _ in self._data.documents():  # a line that cannot be read is found before training
@@ -64,3 +75,48 @@ class RetrievalEvaluator:
         run = search_corpus(model, data.queries, data.documents(), _DEPTH, show_progress=False)
         found = evaluate(data.qrels, run, queries=data.queries, cuts=(_DEPTH,))
         return found.metrics[f"ndcg@{_DEPTH}"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Pseudo queries that are not trained on.
+
+    Attributes:
+        queries: {id of the source: text}.
+        documents: what is searched, the sources among them.
+        found: the ids of the queries whose source BM25 finds.
+    """
+
+    queries: dict[str, str]
+    documents: list[Document]
+    found: frozenset[str]
+
+
+class PseudoEvaluator:
+    """MRR@10 of the source of each held-out query, in the mean of all; by kind, and with BM25's help, in the details.
+
+    Pseudo queries share more words with their source than real ones do. So those that BM25 misses are told apart.
+
+    Args:
+        kinds: {kind: its queries}.
+    """
+
+    name = f"MRR@{_DEPTH}"
+
+    def __init__(self, kinds: Mapping[str, HeldOut]):
+        self._kinds = kinds
+        self.details: dict[str, float] = {}
+
+    def __call__(self, model: BiEncoder) -> float:
+        values: dict[str, list[float]] = {}
+        for kind, held_out in self._kinds.items():
+            run = search_corpus(model, held_out.queries, held_out.documents, _DEPTH, show_progress=False)
+            for query, hits in run.items():
+                rank = next((rank for rank, id in enumerate(hits, 1) if id == query), None)
+                value = 1 / rank if rank else 0.0
+                whose = "found by BM25" if query in held_out.found else "missed by BM25"
+                for name in ("all", kind, whose):
+                    values.setdefault(name, []).append(value)
+        means = {name: sum(some) / len(some) for name, some in values.items()}
+        self.details = {name: mean for name, mean in means.items() if name != "all"}
+        return means["all"]

@@ -121,7 +121,7 @@ def bias_header(model: BiEncoder, record: Record) -> Mapping[str, Any]:
         )
     }
     training |= {
-        "data": epath.Path(config.data).name,
+        "data": config.data_name,
         "examples": record.examples,
         "steps": record.steps,
         "warmup_steps": record.warmup_steps,
@@ -143,7 +143,7 @@ def bias_header(model: BiEncoder, record: Record) -> Mapping[str, Any]:
 def _training_rows(record: Record, lora: Lora | None) -> dict[str, object]:
     config = record.config
     return {
-        "data": f"{epath.Path(config.data).name}, {record.examples:,} examples",
+        "data": f"{config.data_name}, {record.examples:,} examples",
         "trained parameters": config.trainable
         + (", zero biases added first" if config.add_biases else "")
         + (f"; rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.targets)}" if lora else ""),
@@ -160,9 +160,8 @@ def _training_rows(record: Record, lora: Lora | None) -> dict[str, object]:
 def _result_rows(record: Record) -> dict[str, object]:
     if record.dev is None:
         return {}
-    return {
-        f"{epath.Path(record.config.dev or '').name} (chose the checkpoint), {record.dev_metric}": f"{record.dev:.4f}"
-    }
+    dev = epath.Path(record.config.dev).name if record.config.dev else "held-out pseudo queries"
+    return {f"{dev} (chose the checkpoint), {record.dev_metric}": f"{record.dev:.4f}"}
 
 
 def _describe_loss(config: TrainConfig) -> str:
@@ -173,4 +172,6 @@ def _describe_loss(config: TrainConfig) -> str:
         text += f", Matryoshka sizes {json.dumps(config.matryoshka)}"
     if config.distill:
         text += f", distillation ({config.distill}, weight {config.distill_weight:g})"
+    if config.near is not None:
+        text += f", no negatives above the positive's score minus {config.near:g}"
     return text

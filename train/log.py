@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -99,12 +99,15 @@ class RunLog:
         for callback in self.callbacks:
             callback.on_step(step, loss, rate, speed)
 
-    def dev(self, step: int, name: str, value: float) -> None:
-        """Writes down the dev metric after a step."""
+    def dev(self, step: int, name: str, value: float, details: Mapping[str, float]) -> None:
+        """Writes down the dev metric after a step, and its details if it has any."""
         if self.active:
-            self._write(DEV, self.devs, {"step": step, "dev": value})
-            self._scalars(step, {"dev": value})
-            self.say(f"step {step + 1}: dev {name} {value:.4f}")
+            self._write(
+                DEV, self.devs, {"step": step, "dev": value, **({"details": details} if details else {})}
+            )
+            self._scalars(step, {"dev": value} | {f"dev/{name}": some for name, some in details.items()})
+            more = ", ".join(f"{name} {some:.4f}" for name, some in details.items())
+            self.say(f"step {step + 1}: dev {name} {value:.4f}" + (f" ({more})" if more else ""))
             for callback in self.callbacks:
                 callback.on_dev(step, name, value)
 

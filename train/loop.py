@@ -19,7 +19,7 @@ from sgpt_jax.runtime.platform import by_platform
 
 from .export import Record, export
 from .log import Callback, RunLog
-from .prepare import Run, prepare, write_config
+from .prepare import LOOKS, Run, prepare, write_config
 from .recipes import TrainConfig
 from .step import agree, place_batch
 
@@ -47,11 +47,13 @@ def run(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> bool:
         InputError: an option or a file does not fit.
         Diverged: NaN or infinite loss; the checkpoints before it are kept.
     """
-    prepared = prepare(config)
+    prepared = prepare(config.settled())
     with contextlib.ExitStack() as stack:
         stack.callback(prepared.checkpoints.close)
         log = stack.enter_context(
-            RunLog(config, prepared.total, prepared.start, callbacks, active=jax.process_index() == 0)
+            RunLog(
+                prepared.config, prepared.total, prepared.start, callbacks, active=jax.process_index() == 0
+            )
         )
         for note in prepared.notes:
             log.say(note)
@@ -70,6 +72,8 @@ def fit(run: Run, log: RunLog) -> bool:
     with _on_sigterm() as stopping, _quiet_truncation():
         log.start_clock()
         for step in range(run.start, total):
+            if run.exhausted:
+                break
             started.append(_start(run, step))
             done = step + 1
             stop = bool(agree(stopping.is_set())[0])
@@ -80,10 +84,15 @@ def fit(run: Run, log: RunLog) -> bool:
                 _log_step(started.popleft(), log)
             if run.evaluate is not None and evaluate:
                 value = run.evaluate(run.trained_model(run.state.trainable))
-                log.dev(step, run.evaluate.name, value)
+                log.dev(step, run.evaluate.name, value, run.evaluate.details)
                 run.checkpoints.save_best(done, run.state.trainable, value)
+                run.looks.append(value)
+                if run.exhausted:
+                    log.say(f"{config.patience} evaluations in a row were no better: the run ends")
+                    save = True
             if save:
-                run.checkpoints.save(done, run.state, run.batches.get_state())
+                position = run.batches.get_state() | {LOOKS: run.looks}
+                run.checkpoints.save(done, run.state, position)
             if evaluate or save:
                 log.start_clock()
             if stop:
@@ -101,7 +110,7 @@ def finish(run: Run, log: RunLog) -> None:
     record = Record(
         config=run.config,
         examples=run.examples,
-        steps=run.total,
+        steps=int(run.state.step),
         warmup_steps=run.warmup,
         chosen_step=step,
         dev_metric=run.evaluate.name if run.evaluate else None,

@@ -30,6 +30,8 @@ class LossConfig:
             given scores.
         distill_weight: what the distillation loss is multiplied by before it is added to the contrastive
             loss.
+        near: with given scores, a hard negative that scores above its positive's score minus this is no negative of
+            the contrastive loss, wherever its text stands in the batch; None: all are.
     """
 
     scale: float = 20.0
@@ -37,12 +39,15 @@ class LossConfig:
     matryoshka: tuple[int, ...] = ()
     distill: str | None = None
     distill_weight: float = 1.0
+    near: float | None = None
 
     def __post_init__(self) -> None:
         if self.distill is not None and self.distill not in DISTILLATIONS:
             raise ValueError(f"distill must be one of {', '.join(DISTILLATIONS)}, not {self.distill!r}")
         if any(size < 1 for size in self.matryoshka):
             raise ValueError(f"matryoshka sizes must be positive, not {self.matryoshka}")
+        if self.near is not None and self.distill is None:
+            raise ValueError("near is for scores that are fitted: it needs distill")
 
 
 def same_text(left: Array, right: Array) -> Array:
@@ -78,6 +83,7 @@ def contrastive_loss(
     *,
     scale: float = 20.0,
     both_directions: bool = False,
+    near_mask: Array | None = None,
 ) -> Array:
     """In-batch and hard negatives: cross-entropy of `scale * cosine` over all candidates of the batch.
 
@@ -93,6 +99,7 @@ def contrastive_loss(
         negative_mask: bool `[B, K]`, False where an example has fewer than K negatives.
         scale: factor on the cosine.
         both_directions: average with the loss of picking the query of each positive among all queries.
+        near_mask: bool `[B, K]`: hard negatives that are too good to be pushed away from their query.
 
     Returns:
         float32 scalar.
@@ -104,6 +111,9 @@ def contrastive_loss(
     candidate_ids = jnp.concatenate([positive_ids, negative_ids.reshape(batch * count, 2)])
     absent = jnp.concatenate([jnp.zeros(batch, bool), ~negative_mask.reshape(-1)])
     ignored = _not_negatives(query_ids, positive_ids, candidate_ids) | absent[None, :]
+    if near_mask is not None:
+        same = same_text(negative_ids.reshape(batch * count, 2), candidate_ids).reshape(batch, count, -1)
+        ignored |= jnp.any(same & near_mask[..., None], axis=1)
     loss = _classify(queries, candidates, ignored, scale)
     if both_directions:
         ignored = _not_negatives(positive_ids, query_ids, query_ids)
@@ -155,17 +165,27 @@ def total_loss(config: LossConfig, queries: Array, positives: Array, negatives: 
     Args:
         config: what to add up.
         queries, positives, negatives: float `[B, E]`, `[B, E]`, `[B, K, E]`.
-        batch: `ids` (three arrays), `negative_mask` and, for distillation, `scores`: see the functions above.
+        batch: `ids` (three arrays), `negative_mask` and, for distillation, `scores`: see the functions above;
+            `repeated`, bool `[B, K]`: negatives whose text stands among the batch's candidates before. It counts once
+            in the contrastive loss, however many lists it is in.
 
     Returns:
         float32 scalar.
     """
+    mask = batch["negative_mask"]
+    near = None
+    if config.near is not None:
+        near = mask & (batch["scores"][:, 1:] > batch["scores"][:, :1] - config.near)
     terms = []
     for size in config.matryoshka or (queries.shape[-1],):
         vectors = (queries[..., :size], positives[..., :size], negatives[..., :size])
-        mask = batch["negative_mask"]
         term = contrastive_loss(
-            *vectors, batch["ids"], mask, scale=config.scale, both_directions=config.both_directions
+            *vectors,
+            batch["ids"],
+            mask & ~batch["repeated"],
+            scale=config.scale,
+            both_directions=config.both_directions,
+            near_mask=near,
         )
         if config.distill:
             extra = distillation_loss(

@@ -1,62 +1,96 @@
-"""Hard negatives from BM25: the documents that a query's words find and that nobody judged relevant."""
+"""Hard negatives: the documents that a query finds, by its words or by a model, and that nobody judged relevant."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
+from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.bm25 import Bm25
+from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
+from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.lines import write_jsonl
+from sgpt_jax.index.streaming import search_corpus
+from sgpt_jax.metrics import Run
 from sgpt_jax.runtime.progress import progress
 
 
-def add_mine_parser(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
-    """Adds the subcommand `mine`."""
-    text = "Hard negatives from BM25 for a retrieval data set, as data for the recipe pairs."
-    command = commands.add_parser("mine", description=text, help=text.rstrip("."), formatter_class=formatter)
-    command.add_argument(
-        "--data", required=True, metavar="FOLDER", help="data set in BEIR's format (required)"
-    )
-    command.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write (required)")
-    command.add_argument(
-        "--split", default="train", metavar="NAME", help="judgements: qrels/NAME.tsv (default: train)"
-    )
-    command.add_argument(
-        "--negatives", type=int, default=1, metavar="N", help="negatives of an example (default: 1)"
-    )
-    command.add_argument(
-        "--depth",
-        type=int,
-        default=50,
-        metavar="N",
-        help="they are drawn from the N best documents (default: 50)",
-    )
-    command.add_argument(
-        "--skip",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave out the N best, which may be relevant and unjudged (default: 0)",
-    )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Which documents of a query's ranking may be its negatives.
+
+    Attributes:
+        depth: the rank of the last one, counted without what is judged relevant.
+        skip: the best that are left out, which may be relevant and unjudged.
+        margin: how far below the score of the positive a negative must be; None: no matter.
+        lowest, highest: scores that it may have; None: no matter.
+    """
+
+    depth: int = 50
+    skip: int = 0
+    margin: float | None = None
+    lowest: float | None = None
+    highest: float | None = None
+
+    @property
+    def by_score(self) -> bool:
+        """Whether scores matter, and not ranks alone."""
+        return (self.margin, self.lowest, self.highest) != (None, None, None)
+
+    def pool(self, ranked: Mapping[str, float], positive: float) -> list[str]:
+        """The documents that are left of a ranking without relevant ones; `positive` is the positive's score."""
+        most = np.inf if self.margin is None else positive - self.margin
+        most = most if self.highest is None else min(most, self.highest)
+        least = -np.inf if self.lowest is None else self.lowest
+        return [id for id in list(ranked)[self.skip : self.depth] if least <= ranked[id] <= most]
 
 
-def mine(data: str, output: str, split: str, negatives: int, depth: int, skip: int, seed: int) -> None:
-    """Writes one example for each relevant (query, document): query, positive, negatives.
-
-    The negatives are drawn from the ranks `skip` to `depth` of the query's BM25 ranking (that of evaluation, see
-    `sgpt_jax.bm25`), without the documents judged relevant.
+def mine_command(options: argparse.Namespace) -> None:
+    """Runs the subcommand `mine`.
 
     Raises:
-        InputError: the data are not as they should be.
+        InputError: see `mine`; or an option of the bi-encoder without one.
     """
-    if not 0 < negatives <= depth - skip or skip < 0:
-        raise InputError(f"--negatives {negatives} cannot be drawn from ranks {skip} to {depth}")
+    limits = Limits(options.depth, options.skip, options.margin, options.min_score, options.max_score)
+    encoder = None
+    if options.model:
+        encoder = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
+    else:
+        names = ("pooling", "brackets", "max_seq_length", "query_prompt", "document_prompt", "truncate_dim")
+        for name in (*names, "biases", "adapter", "weights", "mesh"):
+            if vars(options)[name] is not None:
+                raise InputError(f"--{name.replace('_', '-')} is for --model")
+    mine(options.data, options.output, options.split, options.negatives, limits, options.seed, encoder)
+
+
+def mine(
+    data: str,
+    output: str,
+    split: str,
+    negatives: int,
+    limits: Limits,
+    seed: int,
+    encoder: BiEncoder | None = None,
+) -> None:
+    """Writes one example for each relevant (query, document): query, positive, negatives.
+
+    The negatives are drawn from what `limits` leaves of the query's ranking, which is BM25's (that of evaluation, see
+    `sgpt_jax.bm25`) or the bi-encoder's exact search, without the documents judged relevant. Where ranks alone matter,
+    and a query finds too few documents, any others are taken; where scores do, an example may have fewer negatives.
+
+    Raises:
+        InputError: the data are not as they should be, or the limits leave nothing.
+    """
+    if not 0 < negatives <= limits.depth - limits.skip or limits.skip < 0:
+        raise InputError(
+            f"--negatives {negatives} cannot be drawn from ranks {limits.skip} to {limits.depth}"
+        )
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     folder = DataSet("", epath.Path(data), split).load()
     documents = list(folder.documents())
@@ -68,28 +102,69 @@ def mine(data: str, output: str, split: str, negatives: int, depth: int, skip: i
     relevant = {query: found for query, found in relevant.items() if found}
     if not relevant:
         raise InputError(f"{data}: no query of split {split!r} has a relevant document")
-    index = Bm25(documents)
+    queries = {query: folder.queries[query] for query in relevant}
+    run, scores = _ranked(queries, relevant, documents, limits, encoder)
     draw = np.random.default_rng(seed)
-    examples = []
-    with progress("mining", "query", len(relevant)) as bar:
-        for query, positives in relevant.items():
-            text = folder.queries[query]
-            found = index.candidates(text, depth + len(positives))
-            pool = [id for id in found if id not in positives][skip:depth]
-            if len(pool) < negatives:
-                # A query whose words hardly occur: any document will do.
-                others = [id for id in texts if id not in positives and id not in pool]
-                missing = min(negatives - len(pool), len(others))
-                pool += [others[row] for row in draw.choice(len(others), missing, replace=False)]
-            for positive in positives:
-                chosen = draw.choice(len(pool), min(negatives, len(pool)), replace=False)
-                examples.append(
-                    {
-                        "query": text,
-                        "positive": texts[positive],
-                        "negatives": [texts[pool[row]] for row in chosen],
-                    }
-                )
-            bar.update()
+    examples, short = [], 0
+    for query, positives in relevant.items():
+        others = {id: score for id, score in run[query].items() if id not in positives}
+        pools = [limits.pool(others, scores.get((query, positive), 0.0)) for positive in positives]
+        if not limits.by_score and len(pools[0]) < negatives:
+            # A query whose words hardly occur: any document will do.
+            rest = [id for id in texts if id not in positives and id not in pools[0]]
+            missing = min(negatives - len(pools[0]), len(rest))
+            pools = [pools[0] + [rest[row] for row in draw.choice(len(rest), missing, replace=False)]] * len(
+                positives
+            )
+        for positive, pool in zip(positives, pools, strict=True):
+            count = min(negatives, len(pool))
+            chosen: list[int] = draw.choice(len(pool), count, replace=False).tolist() if pool else []
+            short += len(chosen) < negatives
+            examples.append(
+                {
+                    "query": queries[query],
+                    "positive": texts[positive],
+                    "negatives": [texts[pool[row]] for row in chosen],
+                }
+            )
+    if not any(example["negatives"] for example in examples):
+        raise InputError(f"{data}: no document of the ranks and scores asked for is left as a negative")
     write_jsonl(output, examples)
-    print(f"{len(examples):,} examples of {len(relevant):,} queries: {output}")
+    note = f", {short:,} of them with fewer than {negatives} negatives" if short else ""
+    print(f"{len(examples):,} examples of {len(relevant):,} queries{note}: {output}")
+
+
+def _ranked(
+    queries: dict[str, str],
+    relevant: Mapping[str, Sequence[str]],
+    documents: list[Document],
+    limits: Limits,
+    encoder: BiEncoder | None,
+) -> tuple[Run, dict[tuple[str, str], float]]:
+    """The best documents of every query, and the scores of (query, relevant document) if a margin asks for them."""
+    depth = limits.depth + max(map(len, relevant.values()))
+    pairs = [(query, id) for query, ids in relevant.items() for id in ids]
+    if encoder is None:
+        index = Bm25(documents)
+        if limits.margin is None:
+            return index.search(queries, depth), {}
+        run: dict[str, dict[str, float]] = {}
+        scores: dict[tuple[str, str], float] = {}
+        with progress("BM25: queries", "query", len(queries)) as bar:
+            for query, text in queries.items():
+                found = index.candidates(text, len(documents))
+                scores |= {(query, id): found.get(id, 0.0) for id in relevant[query]}
+                run[query] = dict(list(found.items())[:depth])
+                bar.update()
+        return run, scores
+    run = search_corpus(encoder, queries, documents, depth)
+    if limits.margin is None:
+        return run, {}
+    texts = {document.id: document.text for document in documents}
+    shown = {id: row for row, id in enumerate(dict.fromkeys(id for _, id in pairs))}
+    asked = {query: row for row, query in enumerate(queries)}
+    left = encoder.encode_query(list(queries.values()), normalize=True, show_progress=False)
+    right = encoder.encode_document([texts[id] for id in shown], normalize=True, show_progress=False)
+    rows, columns = ([table[pair[side]] for pair in pairs] for side, table in ((0, asked), (1, shown)))
+    cosines = np.sum(left[rows] * right[columns], axis=1)
+    return run, dict(zip(pairs, cosines.tolist(), strict=True))

@@ -26,6 +26,7 @@ from sgpt_jax.files.hub_tables import is_hub
 from sgpt_jax.files.lines import write_json
 from sgpt_jax.folder.source import resolve
 
+from .adaptation import adaptation
 from .batches import BatchPlan, PackedBatches, iterate
 from .checkpoints import Checkpoints
 from .data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
@@ -48,6 +49,7 @@ from .recipes import FREE, TrainConfig
 from .step import TrainState, init_state, jit_step, make_step
 
 RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what transformers has there
+LOOKS = "looks"  # the key of the dev metrics so far in a checkpoint's facts, beside the position in the data
 ADAPTER_RUN = "run.json"  # where that is of a run that leaves adapters
 
 
@@ -75,6 +77,7 @@ class Run:
         total: steps of the whole run.
         warmup: how many of these are warm-up.
         notes: what the user should know before the first step.
+        looks: the dev metrics so far.
     """
 
     config: TrainConfig
@@ -96,6 +99,15 @@ class Run:
     total: int
     warmup: int
     notes: list[str]
+    looks: list[float]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last `patience` evaluations were no better than those before them."""
+        patience = self.config.patience
+        if patience is None or len(self.looks) <= patience:
+            return False
+        return max(self.looks[-patience:]) <= max(self.looks[:-patience])
 
     def trained_model(self, trainable: Any) -> BiEncoder:
         """The bi-encoder with these trained parameters."""
@@ -117,12 +129,12 @@ def prepare(config: TrainConfig) -> Run:
     shards = num_shards(mesh)
     if config.batch_size % shards or config.batch_size % jax.process_count():
         raise InputError(f"--batch-size {config.batch_size} cannot be split over {shards} devices (--mesh)")
-    examples = open_examples(config)
+    examples, evaluate, notes = _open_data(config)
     model = _load_model(config, mesh)
     graphdef, params = split(model.decoder)
     base_sha256 = load.base_sha256(load.open_model(resolve(config.model)).files, model.decoder)
     mask = trainable_mask(params, config.trainable)
-    notes = _check_export(model, mask, config)
+    notes += _check_export(model, mask, config)
     trainable, frozen = split_params(params, mask)
     notes.append(describe_split(trainable, frozen))
 
@@ -142,20 +154,19 @@ def prepare(config: TrainConfig) -> Run:
         dropout=config.dropout,
     )
     batches = _open_batches(config, examples, model, total)
-    evaluate = make_evaluator(config.dev, config.dev_split) if config.dev else None
-
     if first:
         write_config(config)
     checkpoints = Checkpoints(epath.Path(config.output), config.keep_best)
-    start = 0
+    start, looks = 0, []
     if config.resume and (found := checkpoints.restore(state)) is not None:
         start, state, position = found
+        looks = position.pop(LOOKS, [])
         batches.set_state(position)
     notes += _describe_steps(examples, total, warmup, start)
     return Run(
         config, mesh, model, base_sha256, graphdef, frozen, state, jit_step(step, state, mesh), chunk_rows, rate,
         len(examples), batches, evaluate, config.eval_every or max(1, total // 10), checkpoints, start, total,
-        warmup, notes,
+        warmup, notes, looks,
     )  # fmt: skip
 
 
@@ -165,12 +176,13 @@ def check(config: TrainConfig) -> None:
     Raises:
         InputError: naming the option.
     """
-    for name in ("model", "data", "output"):
+    for name in ("model", "corpus" if config.recipe == "adapt" else "data", "output"):
         if not getattr(config, name):
             raise InputError(f"--{name} is needed")
     at_least = {
         "batch_size": 1, "chunk_size": 0, "max_seq_length": 1, "negatives": 0, "warmup_steps": 0, "steps": 1,
         "eval_every": 1, "save_every": 1, "keep_best": 1, "negatives_per_system": 1, "seed": 0, "lora_rank": 1,
+        "patience": 1, "pseudo_queries": 1, "group_size": 2, "keep_rank": 1, "dev_queries": 0, "dev_documents": 1,
     }  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
@@ -194,7 +206,12 @@ def loss_config(config: TrainConfig) -> LossConfig:
     """
     try:
         return LossConfig(
-            config.scale, config.both_directions, config.matryoshka, config.distill, config.distill_weight
+            config.scale,
+            config.both_directions,
+            config.matryoshka,
+            config.distill,
+            config.distill_weight,
+            config.near,
         )
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -238,6 +255,15 @@ def write_config(config: TrainConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     model = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, model | {RUN: dataclasses.asdict(config)})
+
+
+def _open_data(config: TrainConfig) -> tuple[ExampleSource, DevEvaluator | None, list[str]]:
+    """The examples, what looks at the model between steps, and notes on both."""
+    if config.recipe == "adapt":
+        made = adaptation(config)
+        return made.examples, made.evaluator, made.notes
+    evaluate = make_evaluator(config.dev, config.dev_split) if config.dev else None
+    return open_examples(config), evaluate, []
 
 
 def open_examples(config: TrainConfig) -> ExampleSource:

@@ -6,6 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
+from etils import epath
+
+NO_TEACHER = "none"  # in place of a teacher's name
+
 
 def _option(default: Any, meaning: str, shown: str | None = None) -> Any:
     """A field that is also an option of the command line; `shown` explains a default that is worked out later."""
@@ -24,6 +28,12 @@ class TrainConfig:
 
     model: str = _option("", "base model: a folder, a hub id, or a .gguf file (required)")
     data: str = _option("", "training data (required); see the recipe's description")
+    corpus: str = _option("", "documents, of which nobody has to know what they answer (required)")
+    queries: str | None = _option(
+        None,
+        "texts of real queries, one a line or in BEIR's format: their documents need not be known",
+        "none",
+    )
     split: str | None = _option(None, "split of the data", "train; of an SNLI folder all")
     output: str = _option("", "folder of the run: model, biases, metrics, checkpoints (required)")
 
@@ -82,6 +92,11 @@ class TrainConfig:
     )
     distill: str | None = _option(None, "fit given scores too: margin or kl", "off")
     distill_weight: float = _option(1.0, "factor on the distillation loss")
+    near: float | None = _option(
+        None,
+        "of --distill: what scores above the positive's minus this is no negative of the contrastive loss",
+        "every hard negative is one",
+    )
 
     dev: str | None = _option(
         None,
@@ -93,6 +108,9 @@ class TrainConfig:
     eval_every: int | None = _option(None, "steps between evaluations on --dev", "a tenth of all steps")
     save_every: int = _option(100, "steps between checkpoints")
     keep_best: int = _option(1, "checkpoints kept by --dev")
+    patience: int | None = _option(
+        None, "evaluations in a row without a better one after which the run ends", "never"
+    )
 
     mesh: str | None = _option(
         None,
@@ -106,6 +124,41 @@ class TrainConfig:
     negatives_per_system: int = _option(5, "the most negatives that a mining system gives to a query")
     margin: float = _option(3.0, "cross-encoder score by which a negative must be below every positive")
 
+    teacher: str | None = _option(
+        None,
+        "cross-encoder or re-ranker that scores candidates; none trains without scores",
+        "the model itself",
+    )
+    pseudo: tuple[str, ...] = _option(
+        ("title", "sentence"),
+        "queries made of the corpus: title, sentence (taken out of the documents)",
+        "none",
+    )
+    pseudo_queries: int = _option(20_000, "queries of each kind that are drawn, at most")
+    group_size: int = _option(
+        8, "queries, found by BM25 for each other, whose documents are the candidates of each of them"
+    )
+    entropy: float = _option(
+        1.0, "nats: the temperature of the teacher's scores makes this the mean entropy of its lists"
+    )
+    keep_rank: int = _option(3, "a query is kept if its source is among so many best of the teacher's")
+    dev_queries: int = _option(
+        100,
+        "pseudo queries of each kind, at most a tenth, that are held out to choose the checkpoint (0: none)",
+    )
+    dev_documents: int = _option(1000, "documents, for each kind, among which their sources are searched")
+
+    def settled(self) -> TrainConfig:
+        """The same run without options that mean nothing in it: nothing fits scores where no teacher gives any."""
+        if self.teacher == NO_TEACHER:
+            return dataclasses.replace(self, distill=None, near=None)
+        return self
+
+    @property
+    def data_name(self) -> str:
+        """What the data are called in reports."""
+        return epath.Path(self.corpus or self.data).name
+
     def total_steps(self, examples: int) -> int:
         """How many steps the run has."""
         return max(1, int(self.epochs * examples) // self.batch_size) if self.steps is None else self.steps
@@ -116,11 +169,23 @@ class TrainConfig:
 
 
 # Options that only one recipe has.
-ONLY: dict[str, tuple[str, ...]] = {"msmarco": ("systems", "negatives_per_system", "margin")}
+ONLY: dict[str, tuple[str, ...]] = {
+    "msmarco": ("systems", "negatives_per_system", "margin"),
+    "adapt": (
+        "corpus", "queries", "teacher", "pseudo", "pseudo_queries", "group_size", "entropy", "keep_rank",
+        "dev_queries", "dev_documents",
+    ),
+}  # fmt: skip
+
+# Options that a recipe has not: it makes its own data, in an order of its own.
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "adapt": ("data", "split", "dev", "dev_split", "shuffle", "avoid_duplicates", "negatives")
+}
 
 # Options that may differ between a run and its continuation.
 FREE = (
     "output", "resume", "save_every", "keep_best", "eval_every", "dev", "dev_split", "wandb", "mesh", "chunk_size",
+    "patience",
 )  # fmt: skip
 
 NLI = TrainConfig(
@@ -153,6 +218,20 @@ MSMARCO = TrainConfig(
 
 PAIRS = TrainConfig(recipe="pairs", symmetric=False)
 
+ADAPT = TrainConfig(
+    recipe="adapt",
+    symmetric=False,
+    brackets=True,
+    max_seq_length=128,
+    batch_size=32,
+    add_biases=True,
+    lr=1.5e-3,
+    shuffle=False,
+    distill="kl",
+    near=1.0,
+    patience=3,
+)
+
 RECIPES: dict[str, tuple[TrainConfig, str]] = {
     "nli": (
         NLI,
@@ -171,5 +250,12 @@ RECIPES: dict[str, tuple[TrainConfig, str]] = {
         "Your own pairs. --data: JSONL with query, positive and perhaps negatives and scores, TSV, CSV or Parquet with "
         "these columns, a prepared TFDS folder with these features, tfds:NAME, or a data set of the Hugging Face hub, "
         "such as hf:sentence-transformers/all-nli:triplet:train.",
+    ),
+    "adapt": (
+        ADAPT,
+        "A search model for a corpus without labels. Titles and sentences stand for queries, BM25 finds their "
+        "candidates, a cross-encoder (the model itself, untrained) orders these, and the biases learn that order. "
+        "--corpus: JSONL in BEIR's format, a JSON array, CSV, TSV or one text a line. OUT/adapt holds what was made "
+        "of it; a run that was interrupted in these stages goes on where it was.",
     ),
 }

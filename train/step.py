@@ -189,6 +189,7 @@ def place_batch(
         ),
         "ids": batch["ids"],
         "negative_mask": batch["negative_mask"],
+        "repeated": batch["repeated"],
         "scores": batch["scores"],
     }
     if sharding is None:

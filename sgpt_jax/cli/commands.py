@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from sgpt_jax import demo as demonstration
+from sgpt_jax import hybrid
 from sgpt_jax import rerank as reranking
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.export import count_parameters
@@ -99,11 +100,16 @@ def search(options: argparse.Namespace) -> None:
         else read_queries(options.queries, **reading_of(options))
     )
     settings = _index_settings(index, options)
+    words = hybrid.bm25_of(index) if options.hybrid else None
     model = BiEncoder.from_settings(settings, mesh)
     index.check_model(model.fingerprint())
-    run, rows = _found(index, model, queries, max(k, options.rerank))
+    wanted = max(k, options.rerank)
+    run, rows = _found(index, model, queries, hybrid.DEPTH if words else wanted)
     if not processes.first():
         return
+    if words:
+        run = hybrid.fuse([run, words[0].search(queries, hybrid.DEPTH)], wanted)
+        rows = dict.fromkeys(queries, words[1])
     if options.rerank:
         run = _reranked(options, index, settings, queries, run, rows)
     run = {query: dict(list(hits.items())[:k]) for query, hits in run.items()}

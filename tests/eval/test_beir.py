@@ -14,7 +14,9 @@ import pytrec_eval
 import eval.beir
 from eval.__main__ import main
 from eval.datasets import AVERAGES, FORUMS
+from eval.report import label
 from sgpt_jax.files.runs import read_qrels, read_run
+from sgpt_jax.hybrid import fuse
 
 
 @pytest.fixture
@@ -69,6 +71,25 @@ def test_the_run_file_gives_the_metrics_to_trec_eval(small, tmp_path, models):
     metrics = read(tmp_path / "out/small.json")["metrics"]
     assert metrics["ndcg@10"] == pytest.approx(np.mean([v["ndcg_cut_10"] for v in values.values()]), abs=1e-6)
     assert metrics["map@100"] == pytest.approx(np.mean([v["map_cut_100"] for v in values.values()]), abs=1e-6)
+
+
+def test_hybrid(small, tmp_path, models):
+    """Both rankings fused, before re-ranking; a run's own result says what it is."""
+    for name, options in {
+        "model": ("--model", "fake"),
+        "bm25": (),
+        "both": ("--model", "fake", "--hybrid"),
+        "from run": ("--first-stage", tmp_path / "model", "--hybrid"),
+        "reranked": ("--first-stage", tmp_path / "both", "--cross-encoder", "fake", "--rerank-depth", 3),
+    }.items():
+        assert run(small, *options, "--output", tmp_path / name) == 0
+    runs = {name: read_run(tmp_path / name / "small.trec") for name in ("model", "bm25", "both", "from run")}
+    assert runs["both"] == runs["from run"] == fuse([runs["model"], runs["bm25"]], 1000)
+    result, reranked = read(tmp_path / "both/small.json"), read(tmp_path / "reranked/small.json")
+    assert result["settings"]["hybrid"]["fusion"] == {"constant": 60, "depth": 1000}
+    assert " on org/fake + BM25 (reciprocal rank fusion), top 3, " in label(reranked)
+    assert reranked["first_stage"]["metrics"] == result["metrics"]
+    assert run(small, "--hybrid", "--output", tmp_path / "none") == 1
 
 
 def test_reranking_bm25(small, tmp_path, models):

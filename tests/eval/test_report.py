@@ -81,6 +81,36 @@ def test_systems_by_data_sets_with_published_rows_and_commands(tmp_path, capsys)
     assert any(line.startswith("5. published: SGPT paper") for line in lines)
 
 
+def test_any_two_rows_are_compared(tmp_path, capsys):
+    """The difference, and the p-value of `eval significance`; rows without values for every query are left out."""
+    draw = np.random.default_rng(0)
+    queries = [f"q{n}" for n in range(40)]
+    values = [draw.random(40), draw.random(40), draw.random(40)]
+    order = draw.permutation(40)
+    results = [
+        beir(value=0.5, queries=queries, per_query={"ndcg@10": values[0].tolist()}),
+        beir(value=0.5, queries=queries, per_query={"ndcg@10": values[1].tolist()}, model=model()),
+        beir(
+            value=0.5,
+            queries=[queries[n] for n in order],
+            per_query={"ndcg@10": values[2][order].tolist()},
+            model=model(pooling="mean"),
+        ),
+        {key: value for key, value in beir(value=0.7, **cross()).items() if key != "per_query"},
+    ]
+    folder = write(tmp_path / "r", *results)
+    assert main(["report", str(folder), "--no-published", "--significance"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("scifact: row minus column"))
+    assert lines[start + 2] == "| | [1] | [2] |"
+    cells = {}
+    for row, column in ((1, 0), (2, 0), (2, 1)):
+        found = compare(values[column], values[row])
+        cells[row, column] = f"{found.difference:+.4f} ({found.p_bootstrap:.4f})"
+    assert lines[start + 4] == f"| [2] | {cells[1, 0]} |  |"
+    assert lines[start + 5] == f"| [3] | {cells[2, 0]} | {cells[2, 1]} |"
+
+
 def test_no_published_rows_on_request_or_for_other_metrics(tmp_path, capsys):
     folder = write(tmp_path / "r", beir())
     for option in (["--no-published"], ["--metric", "recall@100"]):

@@ -12,9 +12,10 @@ from sgpt_jax.files.lines import write_jsonl
 from sgpt_jax.packing.rows import most_texts
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.tokenizer import load_tokenizer
+from train.__main__ import main
 from train.batches import BatchPlan, PackedBatches, iterate
 from train.data import Example, ListExamples, read_pairs
-from train.mine import mine
+from train.mine import Limits, mine
 
 DATA = os.environ.get("SGPT_DATA")
 
@@ -174,7 +175,7 @@ def test_mining(tmp_path):
     (tmp_path / "qrels/train.tsv").write_text("q\t1\t1\nr\t6\t2\nq\t4\t1\nt\t3\t0\n")
     found = set()
     for seed in range(4):
-        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, 2, 0, seed)
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, Limits(2), seed)
         mined = read_pairs(str(tmp_path / "out.jsonl"))
         assert [(e.query, e.positive) for e in mined] == [
             (queries["q"], documents["1"]), (queries["q"], documents["4"]), (queries["r"], documents["6"]),
@@ -185,10 +186,10 @@ def test_mining(tmp_path):
         found.add(mined[2].negatives)
     assert len(found) > 1  # no words in common: any document but the relevant one
     with pytest.raises(InputError, match="--negatives"):
-        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 3, 2, 0, 0)
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 3, Limits(2), 0)
     (tmp_path / "qrels/empty.tsv").write_text("t\t3\t0\n")
     with pytest.raises(InputError, match="no query"):
-        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "empty", 1, 2, 0, 0)
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "empty", 1, Limits(2), 0)
 
 
 def test_mining_ranks_as_evaluation_does(tmp_path):
@@ -199,15 +200,63 @@ def test_mining_ranks_as_evaluation_does(tmp_path):
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels/train.tsv").write_text("q\t1\t1\n")
     for seed in range(3):
-        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, 2, 0, seed)
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 1, Limits(2), seed)
         assert read_pairs(str(tmp_path / "out.jsonl")) == [
             Example("cat sleeping", "the cats", ("it sleeps",))
         ]
 
 
+class ByAngle:
+    """A bi-encoder of texts that are numbers: their cosine falls with their distance."""
+
+    def encode_query(self, texts, **_):
+        return np.array([[np.cos(float(text)), np.sin(float(text))] for text in texts], np.float32)
+
+    encode_document = encode_query
+
+
+def mined_by_angle(folder, limits, negatives=2):
+    mine(str(folder), str(folder / "out.jsonl"), "train", negatives, limits, 0, ByAngle())
+    return [(e.positive, set(e.negatives)) for e in read_pairs(str(folder / "out.jsonl"))]
+
+
+def test_mining_with_a_model(tmp_path, capsys):
+    """Ranks, the positive's margin and limits of the score; what is judged relevant is never a negative."""
+    documents = [0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7]
+    write_jsonl(
+        tmp_path / "corpus.jsonl", [{"_id": f"d{n}", "text": str(t)} for n, t in enumerate(documents)]
+    )
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "0"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("q\td0\t1\nq\td2\t1\n")  # at 0.5 and 0.2
+    assert mined_by_angle(tmp_path, Limits(2)) == [("0.5", {"0.1", "0.3"}), ("0.2", {"0.1", "0.3"})]
+    assert mined_by_angle(tmp_path, Limits(3, skip=1)) == [("0.5", {"0.3", "0.4"}), ("0.2", {"0.3", "0.4"})]
+    # Below the cosine of the positive by this much: cos 0.5 is 0.878, cos 0.2 0.980.
+    found = dict(mined_by_angle(tmp_path, Limits(5, margin=0.05), negatives=5))
+    assert found == {"0.5": {"0.6", "0.7"}, "0.2": {"0.4", "0.6", "0.7"}}
+    assert "2 of them with fewer than 5 negatives" in capsys.readouterr().out
+    limits = Limits(5, lowest=float(np.cos(0.65)), highest=float(np.cos(0.35)))
+    assert dict(mined_by_angle(tmp_path, limits)) == {"0.5": {"0.4", "0.6"}, "0.2": {"0.4", "0.6"}}
+    with pytest.raises(InputError, match="left as a negative"):
+        mined_by_angle(tmp_path, Limits(5, lowest=0.9999))
+
+
+def test_mining_by_words_with_a_margin(tmp_path):
+    """A positive without the query's words scores 0, and nothing is below that."""
+    documents = {"1": "cats purr", "2": "cats hunt mice", "3": "cats", "4": "dogs"}
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "text": t} for i, t in documents.items()])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "cats purr"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("q\t1\t1\nq\t4\t1\n")
+    mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 2, Limits(3, margin=0.01), 0)
+    mined = {e.positive: set(e.negatives) for e in read_pairs(str(tmp_path / "out.jsonl"))}
+    assert mined == {"cats purr": {"cats", "cats hunt mice"}, "dogs": set()}
+    assert main(["mine", "--data", str(tmp_path), "--output", str(tmp_path / "x"), "--brackets"]) == 1
+
+
 @pytest.mark.skipif(not DATA, reason="SGPT_DATA does not name the folder with the real data sets")
 def test_mining_scifact(tmp_path):
-    mine(f"{DATA}/scifact", str(tmp_path / "out.jsonl"), "train", 2, 30, 0, 0)
+    mine(f"{DATA}/scifact", str(tmp_path / "out.jsonl"), "train", 2, Limits(30), 0)
     mined = read_pairs(str(tmp_path / "out.jsonl"))
     assert len(mined) == 919
     assert all(len(set(e.negatives) - {e.positive}) == 2 for e in mined)

@@ -138,7 +138,7 @@ def test_both_directions_with_a_positive_that_is_another_rows_query():
 
 
 def test_matryoshka_is_the_mean_over_leading_sizes():
-    batch = {"ids": tuple(ids_of(t) for t in distinct()), "negative_mask": ALL}
+    batch = {"ids": tuple(ids_of(t) for t in distinct()), "negative_mask": ALL, "repeated": ~ALL}
     value = total_loss(LossConfig(matryoshka=(2, 8)), *ARRAYS, batch)
     short = by_hand(*(a[..., :2] for a in ARRAYS), distinct(), ALL)
     assert float(value) == pytest.approx((short + by_hand(*ARRAYS, distinct(), ALL)) / 2, rel=1e-5)
@@ -159,7 +159,12 @@ def test_distillation():
     margin, kl = (distillation_loss(*ARRAYS, scores, present, kind=kind) for kind in ("margin", "kl"))
     assert float(margin) == pytest.approx(np.mean(margins), rel=1e-5)
     assert float(kl) == pytest.approx(np.mean(divergences), rel=1e-5)
-    batch = {"ids": tuple(ids_of(t) for t in distinct()), "negative_mask": present, "scores": scores}
+    batch = {
+        "ids": tuple(ids_of(t) for t in distinct()),
+        "negative_mask": present,
+        "repeated": ~ALL,
+        "scores": scores,
+    }
     both = total_loss(LossConfig(distill="margin", distill_weight=0.5), *ARRAYS, batch)
     assert float(both) == pytest.approx(
         by_hand(*ARRAYS, distinct(), present) + 0.5 * np.mean(margins), rel=1e-5

@@ -1,0 +1,66 @@
+"""Hybrid search: the formula, and the words of an index's own texts beside its vectors."""
+
+import decoders
+import pytest
+
+pytest.importorskip("bm25s", reason="the eval extra is not installed")
+
+from sgpt_jax.bm25 import Bm25
+from sgpt_jax.cli.parser import main
+from sgpt_jax.files.corpora import Document, read_corpus
+from sgpt_jax.files.lines import write_jsonl
+from sgpt_jax.files.runs import read_run
+from sgpt_jax.hybrid import fuse
+from sgpt_jax.metrics import rank
+
+
+def test_the_formula():
+    first = {"q": {"a": 9.0, "b": 8.0, "c": 7.0}, "r": {"x": 1.0}}
+    second = {"q": {"c": 0.3, "d": 0.2, "a": 0.1}, "s": {"y": -1.0}}
+    fused = fuse([first, second], 3)
+    assert list(fused["q"]) == ["c", "a", "d"]  # a and c tie, as do b and d: ids descend, at the cut too
+    assert fused["q"]["a"] == fused["q"]["c"] == pytest.approx(1 / 61 + 1 / 63)
+    assert fused["q"]["d"] == pytest.approx(1 / 62)
+    assert fused["r"] == {"x": pytest.approx(1 / 61)} and fused["s"] == {"y": pytest.approx(1 / 61)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = decoders.write_checkpoint("llama", tmp_path_factory.mktemp("hybrid") / "tiny")
+    return str(decoders.write_tokenizer(folder))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    words = "heron ferry market bay water night shallow day".split()  # noqa: SIM905
+    texts = [f"{words[i % 8]} {words[(3 * i + 1) % 8]} {words[(i * i + 2) % 8]}" for i in range(20)]
+    write_jsonl(path, [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)])
+    return path
+
+
+def test_search_joins_both(model, corpus, tmp_path, capsys):
+    index = str(tmp_path / "index")
+    assert main(["index", str(corpus), "-o", index, "--model", model]) == 0
+    (tmp_path / "queries.tsv").write_text("q\theron at night\nnothing\tzebra\n")
+    common = ["search", index, "--queries", str(tmp_path / "queries.tsv"), "-o", str(tmp_path / "run.trec")]
+    assert main([*common, "-k", "20"]) == 0
+    by_vectors = read_run(tmp_path / "run.trec")
+    assert main([*common, "-k", "5", "--hybrid"]) == 0
+    found = read_run(tmp_path / "run.trec")
+    words = Bm25(Document(one.id, one.text) for one in read_corpus(corpus))
+    expected = fuse([by_vectors, words.search({"q": "heron at night", "nothing": "zebra"}, 1000)], 5)
+    assert {query: list(hits) for query, hits in found.items()} == {q: list(h) for q, h in expected.items()}
+    assert list(found["q"]) != list(rank(by_vectors["q"], 5))
+    assert list(found["nothing"]) == list(rank(by_vectors["nothing"], 5))
+    capsys.readouterr()
+    assert main(["search", index, "heron at night", "--hybrid", "-k", "3", "--rerank", "4"]) == 0
+    listing = capsys.readouterr().out.splitlines()[1:]
+    assert len(listing) == 3 and all(line.split()[2] in list(expected["q"])[:4] for line in listing)
+
+
+def test_an_index_without_texts_is_refused(model, corpus, tmp_path, capsys):
+    index = str(tmp_path / "index")
+    assert main(["index", str(corpus), "-o", index, "--model", model, "--no-texts"]) == 0
+    assert main(["search", index, "heron", "--hybrid"]) == 1
+    assert "this index holds no texts" in capsys.readouterr().err
