@@ -233,7 +233,7 @@ def comparisons(rows: list[Row]) -> list[str]:
     The p-value is that of the paired bootstrap of ``python -m eval significance``, two-sided. No correction is made
     for how many pairs there are.
     """
-    from eval.significance import compare  # imports scipy.stats, which a report does not need otherwise
+    from .significance import compare  # imports scipy.stats, which a report does not need otherwise
 
     lines = []
     for column in dict.fromkeys(name for row in rows for name in row.per_query):
