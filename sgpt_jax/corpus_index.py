@@ -100,13 +100,14 @@ def index_corpus(
             if isinstance(documents, Documents):
                 documents = documents.read(0, sys.maxsize)
             return add_documents(folder, documents, encode, **how)
+        dtype: Any = store or (there.dtype if there else "float32")
         if texts is None:
             texts = there is None or there.store_texts
         return build_index(
             folder,
             documents,
             encode,
-            dtype=store or (there.dtype if there else "float32"),
+            dtype=dtype,
             similarity="dot" if model.similarity_name == "dot" else "cosine",
             chunk_size=chunk_size or (there.chunk_size if there else 1024),
             store_texts=texts,

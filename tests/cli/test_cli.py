@@ -253,7 +253,7 @@ def test_an_index_of_several_files_grows_loses_documents_and_is_compacted(model,
         ([str(news), "-o", folder, "--compact"], "--remove and --compact take none"),
         (["-o", folder], "give a corpus to index or to --add"),
         (["-o", folder, "--compact", "--remove", "x"], "are two commands"),
-        ([str(news), "-o", str(tmp_path / "none"), "--add"], "is no index yet, to which"),
+        ([str(news), "-o", str(tmp_path / "none"), "--add", "--model", model], "is no index yet, to which"),
         ([str(news), "-o", str(tmp_path / "none")], "give the --model"),
         (
             [str(news), "-o", folder, "--add", "--store", "int8"],
