@@ -16,7 +16,7 @@ from etils import epath
 
 from sgpt_jax.errors import InputError
 
-from .pictures import check_path, legend, panels, save
+from .pictures import check_path, legend, panels, save, style
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,18 +38,19 @@ def main(args: argparse.Namespace) -> None:
         if not losses[run.name]:
             raise InputError(f"{run}: holds no run of python -m train (metrics.jsonl)")
     devs = {name: records for name, records in devs.items() if records}
-    figure, axes = panels(2 if devs else 1)
-    for number, (name, records) in enumerate(losses.items()):
-        steps, values = zip(*records, strict=True)
-        axes[0].plot(steps, _smooth(np.array(values)), color=f"C{number}", label=name)
-        if name in devs:
-            axes[1].plot(*zip(*devs[name], strict=True), "o-", color=f"C{number}", label=name)
-    for each, title in zip(axes, ("loss", "dev metric"), strict=False):
-        each.set_xlabel("step")
-        each.set_ylabel(title)
-        each.grid(alpha=0.3)
-    legend(figure, axes)
-    save(figure, args.plot)
+    with style():
+        figure, axes = panels(2 if devs else 1)
+        for number, (name, records) in enumerate(losses.items()):
+            steps, values = zip(*records, strict=True)
+            axes[0].plot(steps, _smooth(np.array(values)), color=f"C{number}", label=name)
+            if name in devs:
+                axes[1].plot(*zip(*devs[name], strict=True), "o-", color=f"C{number}", label=name)
+        for each, title in zip(axes, ("loss", "dev metric"), strict=False):
+            each.set_xlabel("step")
+            each.set_ylabel(title)
+            each.grid(alpha=0.3)
+        legend(figure, axes)
+        save(figure, args.plot)
 
 
 def _records(path: epath.Path, key: str) -> list[tuple[int, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 from etils import epath
@@ -23,6 +24,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sgpt",
 }
+_LABEL = 60  # characters of a legend's line
 MARKERS = "osD^vP*X<>"
 
 
@@ -32,23 +34,36 @@ def check_path(path: epath.Path) -> None:
         raise InputError(f"{path}: a figure ends in {', '.join('.' + each for each in FORMATS)}")
 
 
-def panels(count: int, height: float = 2.3) -> tuple[Any, list[Any]]:
-    """A figure with so many axes: one is as wide as a column, several are two in a row over the page's width."""
+def style() -> Any:
+    """What a figure is drawn and saved in: a context manager."""
     import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def panels(count: int, height: float = 2.7) -> tuple[Any, list[Any]]:
+    """A figure with so many axes: one is as wide as a column, several are two in a row over the page's width."""
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        columns = min(2, count)
-        rows = math.ceil(count / columns)
-        figure = Figure(figsize=(COLUMN * columns, height * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-        for unused in grid[count:]:
-            unused.remove()
+    columns = min(2, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(COLUMN * columns, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for unused in grid[count:]:
+        unused.remove()
     return figure, grid[:count]
 
 
+def sizes(value: float, _: object = None) -> str:
+    """A number of parameters or documents as papers write it: 135M, 1.3B, 100."""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:,.6g}"
+
+
 def legend(figure: Any, axes: list[Any]) -> None:
-    """One legend below all axes, one entry for each label."""
+    """One legend below all axes, one entry for each label, which is broken where a column would be too narrow."""
     found: dict[str, Any] = {}
     for each in axes:
         handles, labels = each.get_legend_handles_labels()
@@ -56,12 +71,11 @@ def legend(figure: Any, axes: list[Any]) -> None:
     if found:
         figure.legend(
             found.values(),
-            found.keys(),
+            [textwrap.fill(label, _LABEL) for label in found],
             loc="outside lower center",
-            ncols=1 if len(axes) == 1 else 2,
+            ncols=min(2, len(axes)),
             fontsize=6,
-            frameon=False,
-            handlelength=1.5,
+            handlelength=1.8,
         )
 
 
@@ -71,10 +85,8 @@ def save(figure: Any, path: epath.Path) -> None:
     Raises:
         InputError: the suffix is none of `FORMATS`.
     """
-    import matplotlib
-
     check_path(path)
     kind = path.suffix.lower().lstrip(".")
     undated: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind, {})
-    with matplotlib.rc_context(_STYLE), atomic_write(path) as stream:
+    with atomic_write(path) as stream:
         figure.savefig(stream, format=kind, dpi=300, metadata=undated)

@@ -24,7 +24,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import atomic_write
 
 from .datasets import AVERAGES
-from .pictures import MARKERS, check_path, legend, panels, save
+from .pictures import MARKERS, check_path, legend, panels, save, sizes, style
 from .provenance import command
 from .results import Result, find_results, mean_metrics
 
@@ -294,59 +294,69 @@ def plot(rows: list[Row], metric: str, x: str, path: epath.Path) -> None:
     """A figure of the metric over model size, time or re-rank depth, a panel for each data set.
 
     A system has one colour and marker in all panels and one entry in the legend; published points are hollow, bars are
-    the 95 % interval of the bootstrap over queries. A system without a value for the x axis, such as BM25, is a line.
+    the 95 % interval of the bootstrap over queries. What is no model, such as BM25, is a line; a model without a value
+    for the x axis is left out.
 
     Raises:
         InputError: no row has a value for the x axis.
     """
-    from matplotlib.ticker import EngFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if not any(_x(row, x, column) for row in rows for column in row.values):
         raise InputError(f"no result has {x} for the x axis of a plot")
+    rows = [row for row in rows if row.parameters is None or any(_x(row, x, name) for name in row.values)]
     columns = dict.fromkeys(name for row in rows for name in row.values)
     ours = dict.fromkeys(name for row in rows if not row.published for name in row.values)
     shown = [name for name in ours or columns if not name.endswith(")")] or list(columns)
     systems = list(dict.fromkeys(_series(row, x) for row in rows))
-    figure, grid = panels(len(shown))
-    for axes, column in zip(grid, shown, strict=True):
-        for number, system in enumerate(systems):
-            members = [row for row in rows if _series(row, x) == system and column in row.values]
-            style = {"color": f"C{number % 10}", "label": system}
-            placed = sorted((_x(row, x, column), row) for row in members if _x(row, x, column))
-            for row in members:
-                if not _x(row, x, column):
-                    axes.axhline(row.values[column], linestyle=":" if row.published else "--", **style)
-            if not placed:
-                continue
-            values = [row.values[column] for _, row in placed]
-            bounds = [
-                row.intervals.get(column, (value,) * 2)
-                for (_, row), value in zip(placed, values, strict=True)
-            ]
-            hollow = placed[0][1].published is not None
-            axes.errorbar(
-                [place for place, _ in placed],
-                values,
-                yerr=[
-                    [value - low for value, (low, _) in zip(values, bounds, strict=True)],
-                    [high - value for value, (_, high) in zip(values, bounds, strict=True)],
-                ],
-                marker=MARKERS[number % len(MARKERS)],
-                markerfacecolor="white" if hollow else None,
-                linestyle=":" if hollow else "-",
-                capsize=1.5,
-                elinewidth=0.6,
-                **style,
+    with style():
+        figure, grid = panels(len(shown))
+        for axes, column in zip(grid, shown, strict=True):
+            for number, system in enumerate(systems):
+                members = [row for row in rows if _series(row, x) == system and column in row.values]
+                _draw(axes, members, x, column, number, system)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(sizes))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xlabel(
+                {"parameters": "parameters", "depth": "documents re-ranked", "seconds": "seconds"}[x]
             )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel({"parameters": "parameters", "depth": "documents re-ranked", "seconds": "seconds"}[x])
-        axes.set_ylabel(metric)
-        axes.set_title(column, fontsize=7)
-        axes.grid(alpha=0.3)
-    legend(figure, grid)
-    save(figure, path)
+            axes.set_ylabel(metric)
+            axes.set_title(column, fontsize=7)
+            axes.grid(alpha=0.3)
+        legend(figure, grid)
+        save(figure, path)
+
+
+def _draw(axes: Any, members: list[Row], x: str, column: str, number: int, label: str) -> None:
+    """One system in one panel."""
+    look = {"color": f"C{number % 10}", "label": label}
+    for row in members:
+        if not _x(row, x, column):
+            axes.axhline(row.values[column], linestyle=":" if row.published else "--", **look)
+    placed = sorted(
+        ((_x(row, x, column), row) for row in members if _x(row, x, column)), key=lambda pair: pair[0] or 0
+    )
+    if not placed:
+        return
+    values = [row.values[column] for _, row in placed]
+    bounds = [row.intervals.get(column, (row.values[column],) * 2) for _, row in placed]
+    hollow = placed[0][1].published is not None
+    axes.errorbar(
+        [place for place, _ in placed],
+        values,
+        yerr=[
+            [value - low for value, (low, _) in zip(values, bounds, strict=True)],
+            [high - value for value, (_, high) in zip(values, bounds, strict=True)],
+        ],
+        marker=MARKERS[number % len(MARKERS)],
+        markerfacecolor="white" if hollow else None,
+        linestyle=":" if hollow else "-",
+        capsize=1.5,
+        elinewidth=0.6,
+        **look,
+    )
 
 
 def _x(row: Row, x: str, column: str) -> float | None:

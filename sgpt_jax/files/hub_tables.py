@@ -11,11 +11,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from etils import epath
-
 from sgpt_jax.errors import InputError
-
-PathLike = str | os.PathLike[str]
+from sgpt_jax.files.lines import PathLike
+from sgpt_jax.files.parquet import is_parquet, open_parquet
 
 _PREFIX = "hf:"
 # Rows of a Parquet file that are turned into Python objects at a time.
@@ -29,7 +27,7 @@ def is_hub(source: PathLike) -> bool:
 
 def is_table(source: PathLike) -> bool:
     """Whether `read_rows` reads it: a source of the hub, or a name that ends in .parquet."""
-    return is_hub(source) or os.fspath(source).lower().endswith(".parquet")
+    return is_hub(source) or is_parquet(source)
 
 
 def read_rows(source: PathLike, split: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -164,12 +162,5 @@ def _failed(source: PathLike, error: Exception) -> InputError:
 
 
 def _parquet_rows(source: PathLike) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise InputError(
-            f"{source}: Parquet files need the package pyarrow: pip install 'sgpt-jax[datasets]'"
-        ) from None
-    with epath.Path(source).open("rb") as stream:
-        for batch in parquet.ParquetFile(stream).iter_batches(batch_size=_ROWS):
-            yield from batch.to_pylist()
+    for batch in open_parquet(source).iter_batches(_ROWS):
+        yield from batch.to_pylist()

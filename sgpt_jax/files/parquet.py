@@ -24,7 +24,7 @@ def row_groups(path: PathLike) -> int:
     Raises:
         InputError: pyarrow is not installed, or the file cannot be read.
     """
-    return _open(path).num_row_groups
+    return open_parquet(path).num_row_groups
 
 
 def read_row_group(path: PathLike, group: int, columns: Columns) -> Iterator[tuple[int, Named]]:
@@ -35,7 +35,7 @@ def read_row_group(path: PathLike, group: int, columns: Columns) -> Iterator[tup
     """
     from pyarrow import ArrowException
 
-    file = _open(path)
+    file = open_parquet(path)
     names = file.schema_arrow.names
     known = {key for keys in columns.spellings.values() for key in keys}
     row = 0
@@ -52,7 +52,12 @@ def read_row_group(path: PathLike, group: int, columns: Columns) -> Iterator[tup
         raise InputError(f"{display_name(path)}: {error}") from error
 
 
-def _open(path: PathLike) -> Any:
+def open_parquet(path: PathLike) -> Any:
+    """The file, as `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        InputError: pyarrow is not installed, or the file cannot be read.
+    """
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
