@@ -1,6 +1,13 @@
 """What holds for all tests."""
 
+import os
 import signal
+
+from devices import QUICK
+
+# JAX reads it when it first looks for devices.
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 # A shell starts what runs behind `&` with interrupts ignored, and a program inherits that: tests that interrupt
 # themselves, or a command, would wait for ever.

@@ -3,9 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 import warnings
 
 import decoders
@@ -13,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import run_on_eight
 from etils import epath
 from flax import nnx
 
@@ -186,11 +184,7 @@ for spec in ("data=8", "data=2,fsdp=2,tensor=2"):
 def test_scores_on_a_mesh(tmp_path):
     decoders.write_checkpoint("llama", tmp_path)
     decoders.write_tokenizer(tmp_path)
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES, str(tmp_path)], check=True, env=environment)
+    run_on_eight(ON_EIGHT_DEVICES, tmp_path)
 
 
 @pytest.mark.parametrize("prefix", [1, 20, 300])

@@ -13,6 +13,7 @@ import decoders
 import eval_cases
 import numpy as np
 import pytest
+from devices import cpus
 
 from sgpt_jax import rerank
 from sgpt_jax.cli.parser import main
@@ -80,11 +81,10 @@ class Job:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
+            **cpus(1),
             "SGPT_COMPILATION_CACHE": str(scratch / "compiled"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }
-        environment.pop("XLA_FLAGS", None)
         self.outputs = [
             (scratch / f"{port}-{number}").with_suffix(end)
             for number in range(count)

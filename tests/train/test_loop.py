@@ -14,7 +14,7 @@ from pathlib import Path
 import decoders
 import numpy as np
 import pytest
-from devices import SHAPES
+from devices import SHAPES, cpus
 from safetensors.numpy import load_file
 from training import (
     ROOT,
@@ -316,8 +316,7 @@ def test_eight_devices(tmp_path):
     for mesh in meshes:
         chunk = "8" if mesh.startswith("data=2") else "0"
         runs.append([*options, "--output", str(tmp_path / mesh), "--mesh", mesh, "--chunk-size", chunk])
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    code, output, errors = Process(tmp_path, [json.dumps(runs)], SEVERAL, **flags).wait()
+    code, output, errors = Process(tmp_path, [json.dumps(runs)], SEVERAL, **cpus(8)).wait()
     assert code == 0, output + errors
     for mesh in meshes:
         check_run(tmp_path / mesh, before, wanted)
@@ -348,8 +347,7 @@ def test_two_processes(base, pairs, sts, tmp_path):
         "SLURM_NTASKS": "2",
         "SLURM_STEP_NUM_TASKS": "2",
     }
-    job |= {"JAX_COORDINATOR_PORT": str(port), "JAX_PLATFORMS": "cpu"}
-    job |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    job |= {"JAX_COORDINATOR_PORT": str(port)} | cpus(2)
     processes = [
         Process(
             tmp_path, [json.dumps(runs)], SEVERAL, **job, SLURM_PROCID=str(number), SLURM_LOCALID=str(number)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from devices import cpus
+
 CODE = """
 import json, sys
 import jax
@@ -64,12 +66,11 @@ def test_texts_are_found_where_they_were_put():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", CODE, address, str(number)],
             cwd=Path(__file__).parents[2],
-            env=os.environ | flags,
+            env=os.environ | cpus(2),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
