@@ -37,6 +37,12 @@ def test_a_row_without_tokens_gives_zeros(mode):
     np.testing.assert_array_equal(pool(HIDDEN, np.zeros((2, 4), int), mode), np.zeros((2, 2)))
 
 
+@pytest.mark.parametrize("mode", EXPECTED)
+def test_a_text_that_its_row_has_not_gives_zeros(mode):
+    masks = np.stack([MASK, np.zeros_like(MASK)], axis=1)
+    np.testing.assert_array_equal(pool_texts(HIDDEN, masks, mode)[:, 1], np.zeros((2, 2)))
+
+
 def test_position_weights_are_exact_in_bfloat16():
     # As bfloat16, weights above 256 would lose their last digits.
     length = 2048

@@ -201,6 +201,7 @@ def test_configs_are_not_changed():
         ("mistral", ["sliding_window"], lambda c: c.windows == (4096, 4096)),
         ("qwen2_window", ["sliding_window"], lambda c: c.windows == (None, 4096, 4096)),
         ("gptj", ["rotary_dim"], lambda c: c.rotary.dim == min(64, c.head_dim)),
+        ("llama", ["max_position_embeddings"], lambda c: c.max_positions == 2048),
         ("llama", ["rope_theta"], lambda c: (c.rotary.base, c.rotary.dim) == (10_000, c.head_dim)),
         (
             "gpt_neox",
