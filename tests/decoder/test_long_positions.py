@@ -41,7 +41,7 @@ def test_bfloat16_beyond_position_256(variant, tmp_path):
         for dtype in ("float32", "bfloat16")
     )
     torch = json.loads(TORCH.read_text())[variant]
-    np.testing.assert_allclose(exact[list(SAMPLED)], torch["float32"], atol=2e-5)
+    np.testing.assert_allclose(exact[list(SAMPLED)], torch["float32"], atol=1e-4)  # of angles near 899
     near, far = errors(rounded, exact)
     assert far < 1.5 * near < 0.1, (near, far)
     assert near < 1.1 * torch["near"] and far < 1.1 * torch["far"], (near, far)

@@ -242,9 +242,9 @@ def test_help_and_wrong_usage(capsys):
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
-    def missing(path):
+    def missing(path, package):
         raise ModuleNotFoundError("No module named 'bm25s'", name="bm25s")
 
     monkeypatch.setattr("eval.__main__.importlib.import_module", missing)
     assert main(["beir", "x", "--output", "y"]) == 1
-    assert capsys.readouterr().err == "error: beir needs bm25s: pip install -e '.[eval]'\n"
+    assert capsys.readouterr().err == "error: beir needs bm25s: pip install 'sgpt-jax[eval]'\n"

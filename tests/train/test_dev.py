@@ -13,6 +13,8 @@ from train.dev import make_evaluator
 class Vectors:
     """A model that knows its texts' vectors by heart."""
 
+    similarity_name = "cosine"
+
     def __init__(self, table):
         self.table = table
 
