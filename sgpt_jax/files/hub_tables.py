@@ -44,6 +44,8 @@ def read_rows(source: PathLike, split: str | None = None) -> Iterator[tuple[int,
     while True:
         try:
             row = next(rows, None)
+        except InputError:
+            raise
         except Exception as error:  # the layers below raise what they like
             raise _failed(source, error) from error
         if row is None:
