@@ -122,6 +122,8 @@ def test_held_out_queries():
     """MRR by kind, and apart for those that BM25 finds."""
 
     class Vectors:
+        similarity_name = "cosine"
+
         def encode_query(self, texts, **_):
             return np.array([[np.cos(float(text)), np.sin(float(text))] for text in texts], np.float32)
 

@@ -209,6 +209,8 @@ def test_mining_ranks_as_evaluation_does(tmp_path):
 class ByAngle:
     """A bi-encoder of texts that are numbers: their cosine falls with their distance."""
 
+    similarity_name = "cosine"
+
     def encode_query(self, texts, **_):
         return np.array([[np.cos(float(text)), np.sin(float(text))] for text in texts], np.float32)
 
