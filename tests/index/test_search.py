@@ -274,7 +274,7 @@ def test_every_cut_or_missing_file_is_noticed(tmp_path, dtype):
     vectors = np.random.default_rng(5).standard_normal((30, 4)).astype(np.float32)
     build_index(tmp_path / "i", documents(30), table(vectors), dtype=dtype)
     files = sorted((tmp_path / "i").iterdir())
-    assert len(files) == (7 if dtype == "float32" else 9)
+    assert len(files) == (8 if dtype == "float32" else 10)
     for file in files:
         content = file.read_bytes()
         for damaged in (content[:-1], content[: len(content) // 2], None):
@@ -337,7 +337,9 @@ def test_info(tmp_path):
         "dtype": "float32",
         "similarity": "cosine",
         "texts": True,
-        "bytes": 4 * 12 + 4 * (2 + 8) + 4 * (6 + 8) + 5 * 4,  # the last for five checksums
+        "removed": 0,
+        "shards": 1,
+        "bytes": 4 * 12 + 4 * (2 + 8) + 4 * (6 + 8) + 4 * 4 + 6 * 4,  # the last for six checksums
         "vector_bytes": 48,
         "recall": None,
         "metadata": {"model": "m", "n": 1},

@@ -71,9 +71,9 @@ def test_searches(models):
     scores, rows = models.index.search(vectors, 3)
     for item, hits, wanted, row in zip(items, found, scores, rows, strict=True):
         k = min(3, item.k)
-        assert hits.ids == models.index.ids(row[:k])
-        assert hits.texts == models.index.texts(row[:k])
-        np.testing.assert_allclose(hits.scores, wanted[:k], atol=1e-6)
+        assert [hit.id for hit in hits] == models.index.ids(row[:k])
+        assert [hit.text for hit in hits] == models.index.texts(row[:k])
+        np.testing.assert_allclose([hit.score for hit in hits], wanted[:k], atol=1e-6)
 
 
 @pytest.mark.parametrize(

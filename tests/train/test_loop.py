@@ -511,6 +511,6 @@ def test_help_has_every_option(capsys):
         assert stop.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
         assert "default: None" not in text
-        assert ("--margin" in text) == (recipe == "msmarco")
+        assert ("--margin" in text) == (recipe in ("msmarco", "mine"))
         for value in {"nli": ["1024", "0.00032"], "msmarco": ["256", "0.0004", "1000"]}.get(recipe, []):
             assert f"(default: {value})" in text
