@@ -119,8 +119,8 @@ class TokenPair:
         return max(len(self.context) + len(self.query) - 1, len(self.query))
 
 
-class Scorer:
-    """`TokenPair`s to the log-probabilities of their query tokens, float32 [n]."""
+class _PairLane:
+    """What both ways to score pairs share: a row for each pair, and few shapes."""
 
     name = "score"
 
@@ -136,15 +136,16 @@ class Scorer:
     def compile(self) -> Iterator[Shape]:
         """Makes the programs, one at a time; yields the shape of each."""
         for shape in self.shapes:
-            arrays, _ = self._arrays([], shape.holding([]))
-            lowered = score_tokens.lower(
-                self._graphdef,
-                self._params,
-                *_structs(arrays, _sharding(self.model.mesh)),
-                mesh=self.model.mesh,
-            )
-            self._programs[shape] = lowered.compile()
+            self._programs[shape] = self._lower(shape.holding([])).compile()
             yield shape
+
+    def _lower(self, plan: PlannedBatch) -> Any:
+        """The program for batches like an empty one, not compiled."""
+        raise NotImplementedError
+
+
+class Scorer(_PairLane):
+    """`TokenPair`s to the log-probabilities of their query tokens, float32 [n]."""
 
     def plan(self, sizes: Sequence[int]) -> PlannedBatch:
         """Which of the waiting pairs run now, a row each."""
@@ -164,6 +165,11 @@ class Scorer:
         ends = np.cumsum([len(items[item].query) for item in plan.texts])
         return lambda: np.split(np.asarray(result)[owners >= 0], ends[:-1])
 
+    def _lower(self, plan: PlannedBatch) -> Any:
+        arrays, _ = self._arrays([], plan)
+        placed = _structs(arrays, _sharding(self.model.mesh))
+        return score_tokens.lower(self._graphdef, self._params, *placed, mesh=self.model.mesh)
+
     def _arrays(self, items: Sequence[TokenPair], plan: PlannedBatch) -> tuple[tuple[Any, Any], np.ndarray]:
         contexts, queries = [item.context for item in items], [item.query for item in items]
         # A query's last token is predicted, but not read.
@@ -173,33 +179,12 @@ class Scorer:
         return (batch, targets), owners
 
 
-class PairReader:
+class PairReader(_PairLane):
     """Token ids of pairs to scores, float32 [], as a re-ranker's folder says."""
 
-    name = "score"
-
     def __init__(self, model: CrossEncoder, own: OwnScoring) -> None:
-        self.model = model
+        super().__init__(model)
         self.own = own
-        self.budget = by_platform(cpu=cross_encoder.CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
-        lengths = [length for length in row_lengths(model.text.max_seq_length) if length > 32]
-        self.shapes = shapes(lengths, self.budget, num_shards(model.mesh), lengths)
-        self._graphdef, self._params = split(model.decoder)
-        self.programs = len(self.shapes)
-        self._programs: dict[Shape, Any] = {}
-
-    def compile(self) -> Iterator[Shape]:
-        """Makes the programs, one at a time; yields the shape of each."""
-        for shape in self.shapes:
-            lowered = read_scores.lower(
-                self._graphdef,
-                self._params,
-                *_structs(self._arrays([], shape.holding([])), _sharding(self.model.mesh)),
-                self.own.readout,
-                mesh=self.model.mesh,
-            )
-            self._programs[shape] = lowered.compile()
-            yield shape
 
     def plan(self, sizes: Sequence[int]) -> PlannedBatch:
         """Which of the waiting pairs run now, a row each."""
@@ -212,6 +197,12 @@ class PairReader:
         placed = jax.device_put(self._arrays(items, plan), _sharding(self.model.mesh))
         result = self._programs[Shape.of(plan)](self._params, *placed, self.own.readout)
         return lambda: list(self.own.activate(np.asarray(result)[: len(plan.texts), 0]))
+
+    def _lower(self, plan: PlannedBatch) -> Any:
+        placed = _structs(self._arrays([], plan), _sharding(self.model.mesh))
+        return read_scores.lower(
+            self._graphdef, self._params, *placed, self.own.readout, mesh=self.model.mesh
+        )
 
     def _arrays(self, items: Sequence[list[int]], plan: PlannedBatch) -> tuple[Any, np.ndarray]:
         tokens = np.zeros((plan.num_rows, 1), np.int32)
