@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 import typing
+import warnings
 from typing import Any
 
 from sgpt_jax import __version__
@@ -119,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code, see `run_command`."""
     options = make_parser().parse_args(arguments)
     keep_freed_memory()
+    # What orbax had not begun when a disk was full. Here, since Python says it at the very end of the process.
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     if getattr(options, "distributed", False) or getattr(options, "coordinator", None):
         import jax
 

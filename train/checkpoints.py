@@ -35,13 +35,14 @@ for _logger in ("absl", "asyncio"):
     logging.getLogger(_logger).addFilter(lambda record: not record.exc_info)
 
 
-def _skip_closed_loops(show: Any, unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _skip_abandoned(show: Any, unraisable: Any) -> None:
+    code = getattr(unraisable.object, "cr_code", None)  # a coroutine's
+    if str(unraisable.exc_value) != "Event loop is closed" and (code is None or "orbax" not in code.co_filename):
         show(unraisable)
 
 
-# Nor the stack of each write of tensorstore's that ends after one of them failed and its event loop was closed.
-sys.unraisablehook = functools.partial(_skip_closed_loops, sys.unraisablehook)
+# Nor what orbax's and tensorstore's other coroutines say that were running, or waited, when one of them failed.
+sys.unraisablehook = functools.partial(_skip_abandoned, sys.unraisablehook)
 
 # Newest checkpoints kept: one to go on from, and one in case the newest is damaged.
 _NEWEST = 2
