@@ -59,7 +59,7 @@ def test_search_joins_both(model, corpus, tmp_path, capsys):
     assert len(listing) == 3 and all(line.split()[2] in list(expected["q"])[:4] for line in listing)
     best = next(iter(expected["q"]))
     (tmp_path / "ids.txt").write_text(best + "\n")
-    assert main(["index", "-o", index, "--remove", str(tmp_path / "ids.txt")]) == 0
+    assert main(["index", "-o", index, "--remove", f"@{tmp_path}/ids.txt"]) == 0
     assert main([*common, "-k", "20", "--hybrid"]) == 0
     assert len(left := read_run(tmp_path / "run.trec")["q"]) == 19 and best not in left
 

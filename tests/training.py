@@ -79,7 +79,7 @@ class Process:
     def __init__(
         self, folder, arguments, code="from train.__main__ import main; sys.exit(main(sys.argv[1:]))", **more
     ):
-        self.files = [tempfile.NamedTemporaryFile("w+", dir=folder) for _ in range(2)]  # noqa: SIM115
+        self.files = [tempfile.NamedTemporaryFile("w+", dir=folder, delete=False) for _ in range(2)]  # noqa: SIM115
         command = [sys.executable, "-c", f"import sys; {code}", *arguments]
         output, errors = self.files
         self.popen = subprocess.Popen(command, cwd=ROOT, env=os.environ | more, stdout=output, stderr=errors)

@@ -37,7 +37,9 @@ for _logger in ("absl", "asyncio"):
 
 def _skip_abandoned(show: Any, unraisable: Any) -> None:
     code = getattr(unraisable.object, "cr_code", None)  # a coroutine's
-    if str(unraisable.exc_value) != "Event loop is closed" and (code is None or "orbax" not in code.co_filename):
+    if str(unraisable.exc_value) != "Event loop is closed" and (
+        code is None or "orbax" not in code.co_filename
+    ):
         show(unraisable)
 
 

@@ -20,6 +20,7 @@ from sgpt_jax.runtime.platform import by_platform
 from .export import Record, export
 from .log import Callback, RunLog
 from .prepare import LOOKS, Run, prepare, write_config
+from .programs import StepPrograms
 from .recipes import TrainConfig
 from .step import agree, place_batch
 
@@ -69,12 +70,13 @@ def fit(run: Run, log: RunLog) -> bool:
     # On an accelerator one step runs while the host reads the loss of the step before. A CPU has no such overlap.
     in_flight = by_platform(cpu=0, accelerator=1)
     started: collections.deque[_Started] = collections.deque()
+    programs = StepPrograms(run.run_step, run.chunk_rows, log.say)
     with _on_sigterm() as stopping, _quiet_truncation():
         log.start_clock()
         for step in range(run.start, total):
             if run.exhausted:
                 break
-            started.append(_start(run, step))
+            started.append(_start(run, programs, step))
             done = step + 1
             stop = bool(agree(stopping.is_set())[0])
             evaluate = run.evaluate is not None and (done % run.eval_every == 0 or done == total)
@@ -138,14 +140,14 @@ class _Started:
     examples: list[int]
 
 
-def _start(run: Run, step: int) -> _Started:
+def _start(run: Run, programs: StepPrograms, step: int) -> _Started:
     """Starts a step on the devices with the next batch."""
     batch = next(run.batches)
     (rows,) = agree(len(batch["rows"].segments))
     arrays = place_batch(
         batch, rows=rows, chunk_rows=run.chunk_rows, pad_id=run.model.text.pad_id, mesh=run.mesh
     )
-    run.state, loss, norm = run.run_step(run.state, run.frozen, arrays)
+    run.state, loss, norm = programs(run.state, run.frozen, arrays)
     rate = float(f"{run.rate(step):.7g}")
     return _Started(step, loss, norm, rate, batch["tokens"] * jax.process_count(), batch["examples"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,7 +86,7 @@ class Run:
     graphdef: Any
     frozen: Any
     state: TrainState
-    run_step: Callable[..., Any]
+    run_step: jax.stages.Wrapped
     chunk_rows: int
     rate: optax.Schedule
     examples: int

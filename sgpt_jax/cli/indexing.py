@@ -47,13 +47,22 @@ def index(options: argparse.Namespace) -> None:
 
 
 def _remove(options: argparse.Namespace) -> None:
-    removed, unknown = remove_documents(options.output, read_ids(options.remove, **reading_of(options)))
+    removed, unknown = remove_documents(options.output, _ids(options))
     known = "" if not unknown else f"; {len(unknown)} ids are not in the index, such as {unknown[0]!r}"
     print(
         printable(
             f"{options.output}: {removed} documents removed, {len(Index.open(options.output))} left{known}"
         )
     )
+
+
+def _ids(options: argparse.Namespace) -> Iterator[str]:
+    """The ids that --remove gives, those of files among them."""
+    for given_id in options.remove:
+        if given_id.startswith("@"):
+            yield from read_ids(given_id[1:], **reading_of(options))
+        else:
+            yield given_id
 
 
 def _compact(options: argparse.Namespace) -> None:

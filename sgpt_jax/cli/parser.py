@@ -86,8 +86,10 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
             ),
             option(
                 "--remove",
-                metavar="IDS",
-                help="remove the documents whose ids this file has: one a line, or in records like the corpus's",
+                nargs="+",
+                metavar="ID",
+                help="remove the documents with these ids; @FILE stands for the ids of a file: one a line, or in "
+                "records like the corpus's",
             ),
             option(
                 "--compact",

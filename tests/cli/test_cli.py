@@ -235,8 +235,8 @@ def test_an_index_of_several_files_grows_loses_documents_and_is_compacted(model,
     news.write_text(lines[0] + json.dumps({"_id": "d1", "text": "a ferry"}) + "\n")
     assert main(["index", str(news), "-o", folder, "--add"]) == 0
     assert "1 encoded" in capsys.readouterr().out
-    (tmp_path / "ids.txt").write_text("d2\nd99\n")
-    assert main(["index", "-o", folder, "--remove", str(tmp_path / "ids.txt")]) == 0
+    (tmp_path / "ids.txt").write_text("d99\n")
+    assert main(["index", "-o", folder, "--remove", "d2", f"@{tmp_path}/ids.txt"]) == 0
     assert (
         "1 documents removed, 11 left; 1 ids are not in the index, such as 'd99'" in capsys.readouterr().out
     )

@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from devices import cpus
 from training import Process, data, wait_for_steps, write_model
 
 STEPS = 60
@@ -27,8 +28,7 @@ def start(folder, base, out, *more):
         f"pairs --model {base} --data {data(1)} --output {out} --batch-size 8 --max-seq-length 75 --lr 1e-2 "
         f"--steps {STEPS} --save-every 5 --mesh data=2,fsdp=2 --coordinator localhost:{port} --processes 2"
     ).split()
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    return [Process(folder, [*arguments, "--process", str(number), *more], **flags) for number in range(2)]
+    return [Process(folder, [*arguments, "--process", str(number), *more], **cpus(2)) for number in range(2)]
 
 
 def finish(processes):

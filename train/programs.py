@@ -1,0 +1,70 @@
+"""The compiled programs of the training step, one for each shape of a batch, and what they say of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from sgpt_jax.runtime.memory import free_memory
+from sgpt_jax.runtime.platform import by_platform
+
+from .step import TrainState
+
+_GIB = 2**30
+_SHARE = 0.9  # of what is free, for a suggestion: a program's memory grows a little faster than its rows
+
+
+class StepPrograms:
+    """A jitted step that is compiled before it runs, and says then what memory that takes against what is free.
+
+    It says so of the first shape, and of a later one that needs more than is free: what would run out of memory is
+    ended by the system without a word.
+
+    Args:
+        step: from `train.step.jit_step`.
+        chunk_rows: rows encoded at a time, 0 for the whole batch.
+        say: takes a note for the user.
+    """
+
+    def __init__(self, step: jax.stages.Wrapped, chunk_rows: int, say: Callable[[str], None]):
+        self._step, self._chunk_rows, self._say = step, chunk_rows, say
+        self._programs: dict[tuple, jax.stages.Compiled] = {}
+        self._free = 0
+
+    def __call__(self, state: TrainState, frozen: Any, batch: dict) -> tuple[TrainState, Array, Array]:
+        """(new state, loss, gradient norm), see `train.step.make_step`."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._programs:
+            program = self._step.lower(state, frozen, batch).compile()
+            self._describe(program, len(batch["rows"].segments))
+            self._programs[shapes] = program
+        return self._programs[shapes](state, frozen, batch)
+
+    def _describe(self, program: jax.stages.Compiled, rows: int) -> None:
+        memory = program.memory_analysis()
+        if memory is None:
+            return
+        needed = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed *= by_platform(cpu=jax.local_device_count(), accelerator=1)  # CPU devices share one memory
+        if first := not self._programs:
+            self._free = free_memory(jax.local_devices()[0])
+        if needed <= self._free:
+            if first:
+                self._say(
+                    f"a step takes {needed / _GIB:.1f} GiB beside the model; {_amount(self._free)} free"
+                )
+            return
+        at_a_time = min(rows, self._chunk_rows or rows)
+        fits = int(_SHARE * at_a_time * self._free / needed)
+        advice = f"--chunk-size {fits} should fit" if fits else "not even one row at a time should fit"
+        self._say(
+            f"a step takes {needed / _GIB:.1f} GiB beside the model, but only {_amount(self._free)} free: it may be "
+            f"ended for want of memory. It encodes {at_a_time} rows at a time; {advice}"
+        )
+
+
+def _amount(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB are"
