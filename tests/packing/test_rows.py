@@ -153,9 +153,12 @@ def test_a_text_has_the_vector_that_it_has_alone(variant, pooling, tmp_path):
     """Learned positions, windows, ALiBi and rotary positions: none sees its neighbours in the row."""
     folder = decoders.write_tokenizer(decoders.write_checkpoint(variant, tmp_path))
     model = sgpt.BiEncoder.from_pretrained(folder, pooling=pooling)
-    texts = ["a heron", "", "the ferry crosses the bay", "night " * 9, "people stay at night", "x"] * 3
-    together = model.encode(texts, show_progress=False)
-    alone = np.stack([model.encode(text, show_progress=False) for text in texts])
+    texts = ["a heron", "", "the ferry crosses the bay", "night " * 9, "people stay at night", "x"]
+    lengths = [len(ids) for ids in model.text.ids(texts)] * 30
+    plans = plan_texts(lengths, batch_tokens=4096, max_length=model.text.max_seq_length)
+    assert sum(len(plan.rows) for plan in plans) < len(lengths) / 2  # fewer texts would have a row each
+    together = model.encode(texts * 30, batch_tokens=4096, show_progress=False)
+    alone = np.stack([model.encode(text, show_progress=False) for text in texts] * 30)
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max())
 
 
