@@ -39,8 +39,19 @@ def rotary(
     old.taken = new.taken = rope.taken  # one set: what is read of `rope` counts as read of both
     if nested := [key for key, value in rope.values.items() if isinstance(value, dict)]:
         raise InputError(f"{rope.what} by layer type ({', '.join(nested)}) are not supported in this family")
+    for one, other in ((old, new), (hf, rope)):
+        _check_agreement(one, other)
     base = hf.number("rope_theta", "rotary_emb_base", default=10_000.0, above=0)
     return _settings(hf, rope, head_dim, share, base, scalings)
+
+
+def _check_agreement(one: ConfigReader, other: ConfigReader) -> None:
+    """Checks that what two places say of the same thing is the same."""
+    for key in sorted(one.values.keys() & other.values.keys()):
+        if None not in (values := (one.values[key], other.values[key])) and values[0] != values[1]:
+            raise InputError(
+                f"{one.what} contradicts itself: {key} is {values[0]!r}, and {values[1]!r} elsewhere"
+            )
 
 
 def rotary_by_kind(

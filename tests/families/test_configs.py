@@ -95,6 +95,12 @@ def test_sizes_are_whole_numbers_in_range(key, value):
         ("llama", {"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor is 2"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "by layer type"),
         (
+            "llama",
+            {"rope_theta": 777.0},
+            r"llama contradicts itself: rope_theta is 777\.0, and 500\.0 elsewhere",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "contradicts itself: rope_type"),
+        (
             "llama3",
             {"rope_parameters": decoders.config("llama3")["rope_parameters"] | {"low_freq_factor": 4.0}},
             "low_",
