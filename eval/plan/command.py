@@ -3,8 +3,9 @@
 The programs are this project's own: the training step, the encoding of the bi-encoder, the scoring of the
 cross-encoder, in bfloat16, and exact search. Memory and time are worked out from the model's config; where libtpu is
 installed, or the GPUs are here, the program is compiled for the target as well, which needs no TPU. Without --full, two
-shallow versions are compiled and the other layers extrapolated: a deep program takes a CPU many minutes. The time is
-the least that published peaks allow; real programs reach perhaps half of it.
+shallow versions are compiled and the other layers extrapolated, unless that comes near the memory (a whole program was
+seen to need twice as much): a deep program takes a CPU many minutes. The time is the least that published peaks allow;
+real programs reach perhaps half of it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from .table import describe, write_table
 
 # Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
 TEXTS = 3
+# The share of the usable memory from which a program is compiled whole.
+NEAR = 0.4
 # Rows of a device that the search tries; more make no matmul faster.
 MOST_ROWS = 512
 
@@ -128,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option("--mesh", metavar="SPEC", help="such as fsdp=8 (default: what is suggested)"),
         dtype(default="bfloat16", of="of weights and matmuls (default: bfloat16)"),
         WEIGHTS,
-        option("--full", action="store_true", help="compile all layers, however long it takes"),
+        option("--full", action="store_true", help="compile all layers, however much memory is left"),
         option("--no-compile", action="store_true", help="the analytic part alone"),
         option("--output", metavar="FOLDER", help="write a JSON file a plan, and README.md of all in there"),
     )
@@ -374,6 +377,13 @@ def _compile(
         print(f"compiling for {target.name}, {mesh_spec(plan.sizes)} ...", file=sys.stderr, flush=True)
         try:
             found = compiler.compile_work(config, plan.work, mesh_spec(plan.sizes), devices, full=args.full)
+            if len(found.layers) > 1 and plan.memory.resident + found.temporaries > NEAR * target.chip.usable:
+                print(
+                    f"near the limit: compiling all {config.num_layers} layers ...",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                found = compiler.compile_work(config, plan.work, mesh_spec(plan.sizes), devices, full=True)
         except compiler.DoesNotFit as error:
             total, result = error.needed, {"layers": [error.layers], "total": error.needed, "fits": False}
             notes.append(f"the compiler refuses: {error}")

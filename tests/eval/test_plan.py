@@ -345,6 +345,24 @@ def test_two_depths_tell_the_third(tmp_path):
     assert line.temporaries == pytest.approx(whole.temporaries, rel=0.1)
 
 
+@pytest.mark.parametrize(("share", "depths"), [(0.3, [False]), (0.5, [False, True])])
+def test_what_comes_near_the_memory_is_compiled_whole(share, depths, monkeypatch, capsys):
+    asked = []
+    usable = plan_devices.parse_target("v5e-1").chip.usable
+
+    def compile_work(config, work, mesh, devices, *, full):
+        asked.append(full)
+        layers = (config.num_layers,) if full else (1, 2)
+        return plan_compile.Compiled(share * usable, 1.0, 0.0, layers, (0.0,) * len(layers))
+
+    monkeypatch.setattr(plan_compile, "compile_work", compile_work)
+    monkeypatch.setattr(plan_compile, "devices_of", lambda target: [])
+    arguments = ["plan", "--model", "gpt-neo-125m", "--topology", "v5e-1", "--task", "encode"]
+    assert main(arguments) == 0
+    assert asked == depths
+    assert ("12 layers compiled" in capsys.readouterr().out) == depths[-1]
+
+
 ON_TPU = """
     import sys, jax
     jax.config.update("jax_platforms", "cpu")
