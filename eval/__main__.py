@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from sgpt_jax import __version__
 from sgpt_jax.runtime.command import run_command
+from sgpt_jax.runtime.malloc import keep_freed_memory
 
 # task -> (its module, with add_arguments(parser) and main(args); what it does)
 TASKS = {
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(task)
     options = parser.parse_args(arguments)
     assert module is not None  # argparse has left otherwise
+    if options.task == "speed" and options.part in (None, "train"):
+        keep_freed_memory()  # as `python -m train` does
     # These two measure compiling, or compile for machines that are not here.
     cache = options.task not in ("speed", "plan")
     return run_command(functools.partial(module.main, options), options, cache_programs=cache)

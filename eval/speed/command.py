@@ -3,30 +3,38 @@
   encode  texts to vectors: sentence-transformers, and a plain loop over transformers
   score   query log-probabilities of pairs: one by one with all logits, as the SGPT repository does, and in batches
   train   a step that trains biases alone: the same in torch, and our own step that trains everything
-  search  the best 100 of many vectors: FAISS flat, and NumPy
+  search  the best of many vectors: FAISS flat, usearch's exact search, and NumPy
+  start   a new process until it has searched a small index, with warm caches; sentence-transformers' until it has a
+          query's vector
 
-All of them when none is named. What is not installed is left out by name. Torch runs on the GPU if it finds one. "of
+All but start when none is named. What is not installed is left out by name. Torch runs on the GPU if it finds one. "of
 limit" is the share of the rate of large matmuls in the same dtype, measured in the same rounds; useful matmuls alone
 are counted. "compile s" is how much longer the first call took, "peak MB" what one more call adds to this
 process's memory, or the device's peak.
 
 On a machine that does other work too, set OMP_WAIT_POLICY=passive: torch's threads otherwise wait for each other by
 spinning, which can make torch several times slower than it is.
+
+Before a release: --against FILE, the figures of the release before. A peer that this project is now less ahead of than
+it was there, by more than a tenth, ends the command with code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.options import SOURCE, add_options, dtype, option, positive
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.lines import write_json
+from sgpt_jax.files.lines import parse_json, write_json
 
 from ..plan.models import MODELS
 from ..provenance import provenance
@@ -34,8 +42,10 @@ from .benchmark import Benchmark, measure, print_table, threads
 from .encode import encode_benchmark
 from .models import mixed_texts, open_data, write_shape
 from .search import search_benchmark
+from .start import start_benchmark
 
-PARTS = ("encode", "score", "train", "search")
+PARTS = ("encode", "score", "train", "search", "start")
+SLOWER = 0.9  # of a stored factor: what --against lets pass, since medians of five differ by a few percent
 TRAIN_LENGTH = 75  # of the SGPT paper's NLI models
 
 
@@ -45,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     here = "$SGPT_DATA/{}" if data is None else os.path.join(data, "{}")
     add_options(
         parser,
-        option("part", nargs="?", choices=PARTS, help="what to measure (default: all)"),
+        option("part", nargs="?", choices=PARTS, help="what to measure (default: all but start)"),
         option("--model", help=f"{SOURCE}; search needs none"),
         option(
             "--shape",
@@ -78,15 +88,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("pairs", 200, "score: pairs of query and document"),
         ("batch-size", 32, "train: triplets a step"),
         ("vectors", 100_000, "search: vectors of dimension 768"),
+        ("queries", 100, "search: queries of a batch"),
+        ("results", 100, "search: results of a query"),
     ):
         text = f"{what} (default: {default})"
         option(f"--{name}", type=positive, default=default, metavar="N", help=text).add_to(parser)
     option("--output", metavar="FILE", help="write the figures to this JSON file").add_to(parser)
+    option("--json", action="store_true", help="print the figures as JSON, and no table").add_to(parser)
+    option("--against", metavar="FILE", help="compare with the figures of an earlier --output").add_to(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """Measures, prints and writes."""
-    parts = [args.part] if args.part else list(PARTS)
+    before = None if args.against is None else parse_json(epath.Path(args.against).read_text())
+    parts = [args.part] if args.part else [part for part in PARTS if part != "start"]
     if parts != ["search"] and (args.model is None) == (args.shape is None):
         raise InputError("give a model: either --model or --shape")
     result: dict[str, Any] = {"left_out": {}}
@@ -103,27 +118,46 @@ def main(args: argparse.Namespace) -> None:
                 if args.part:
                     raise
                 result["left_out"][part] = str(error)
-                print(f"left out: {part}: {error}")
+                if not args.json:
+                    print(f"left out: {part}: {error}")
                 continue
             result[part] = measure(benchmark, args.rounds)
-            print_table(part, benchmark, result[part])
+            if not args.json:
+                print_table(part, benchmark, result[part])
             del benchmark  # and its models
+    loads = {"threads": threads(), "load_average": os.getloadavg()}
+    loads["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
+    peers = ("torch", "sentence-transformers", "faiss-cpu", "faiss-gpu", "usearch")
+    figures = result | loads | provenance(*peers)
     if args.output:
-        loads = {"threads": threads(), "load_average": os.getloadavg()}
-        loads["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
-        peers = ("torch", "sentence-transformers", "faiss-cpu", "faiss-gpu")
-        write_json(args.output, result | loads | provenance(*peers))
+        write_json(args.output, figures)
+    if args.json:
+        print(json.dumps(figures, indent=2))
+    if before is not None and (slower := list(_slower(before, result))):
+        raise InputError(f"slower than {args.against}: " + "; ".join(slower))
+
+
+def _slower(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Of what both measured, the peers that this project is less ahead of now; seconds would tell of the machine."""
+    for part in PARTS:
+        old, new = (figures.get(part, {}).get("ways", {}) for figures in (before, now))
+        for name in old.keys() & new.keys() - {"ours"}:
+            factors = [ways[name]["ours_over"] for ways in (old, new)]
+            if not name.startswith("ours") and factors[1] < SLOWER * factors[0]:
+                yield f"{part}: {factors[1]:.2f} times {name}, {factors[0]:.2f} before"
 
 
 def _benchmark(part: str, args: argparse.Namespace, source: str, folder: str) -> Benchmark:
     if part == "search":
-        return search_benchmark(args.vectors, folder)
+        return search_benchmark(args.vectors, args.queries, args.results, folder)
     if part == "score":
         with _extra("eval"):
             from .score import score_benchmark
         return score_benchmark(source, open_data(args.data), args.pairs, args.dtype, args.max_seq_length)
     length = args.max_seq_length or (TRAIN_LENGTH if part == "train" else None)
     model = BiEncoder.from_pretrained(source, dtype=args.dtype, max_seq_length=length)
+    if part == "start":
+        return start_benchmark(model, open_data(args.data), folder)
     if part == "encode":
         return encode_benchmark(model, mixed_texts(open_data(args.data), args.texts))
     with _extra("train"):

@@ -16,20 +16,22 @@ from sgpt_jax.index.search import Index
 from .benchmark import Benchmark, threads
 
 DIMENSION = 768
-QUERIES = 100
-RESULTS = 100
 
 
-def search_benchmark(count: int, folder: str) -> Benchmark:
-    """All runs that find the best 100 of `count` vectors for each of 100 queries, float32, by inner product.
+def search_benchmark(count: int, num_queries: int, results: int, folder: str) -> Benchmark:
+    """All runs that find the best of `count` vectors for each query, float32, by inner product.
 
     Args:
         count: vectors of dimension 768 and length 1.
+        num_queries: Q.
+        results: of a query.
         folder: an empty one, for the index.
     """
     random = np.random.default_rng(0)
-    vectors, queries = (_unit(random.standard_normal((n, DIMENSION), np.float32)) for n in (count, QUERIES))
-    results = min(RESULTS, count)
+    vectors, queries = (
+        _unit(random.standard_normal((n, DIMENSION), np.float32)) for n in (count, num_queries)
+    )
+    results = min(results, count)
     index = build_index(
         Path(folder) / "index",
         (Document(f"{row:09}", str(row)) for row in range(count)),
@@ -47,21 +49,22 @@ def search_benchmark(count: int, folder: str) -> Benchmark:
         return np.take_along_axis(best, order, axis=1)
 
     benchmark = Benchmark(
-        work={"vectors": count, "queries": QUERIES, "results": results},
+        work={"vectors": count, "queries": num_queries, "results": results},
         unit="queries",
         runs={
             "ours": lambda: index.search(queries, results)[1],
             "ours, resident": lambda: resident.search(queries, results)[1],
             "numpy": by_numpy,
         },
-        flops={"": 2.0 * count * QUERIES * DIMENSION},
+        flops={"": 2.0 * count * num_queries * DIMENSION},
         dtype="float32",
         compare=_overlap,
     )
-    try:
-        benchmark.runs["faiss"] = _faiss(vectors, queries, results)
-    except ModuleNotFoundError as error:
-        benchmark.left_out["faiss"] = f"{error.name} is not installed"
+    for name, peer in (("faiss", _faiss), ("usearch", _usearch)):
+        try:
+            benchmark.runs[name] = peer(vectors, queries, results)
+        except ModuleNotFoundError as error:
+            benchmark.left_out[name] = f"{error.name} is not installed"
     return benchmark
 
 
@@ -81,6 +84,15 @@ def _faiss(vectors: np.ndarray, queries: np.ndarray, results: int) -> Callable[[
     return lambda: flat.search(queries, results)[1]
 
 
+def _usearch(vectors: np.ndarray, queries: np.ndarray, results: int) -> Callable[[], np.ndarray]:
+    from usearch.index import MetricKind, search
+
+    return lambda: np.reshape(
+        search(vectors, queries, results, MetricKind.IP, exact=True, threads=threads()).keys,
+        (len(queries), -1),
+    )
+
+
 def _overlap(found: Mapping[str, Any]) -> dict[str, Any]:
     ours = found["ours"]
     return {
@@ -88,5 +100,5 @@ def _overlap(found: Mapping[str, Any]) -> dict[str, Any]:
             np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(ours, found[name], strict=True)])
         )
         for name in found
-        if name in ("ours, resident", "numpy", "faiss")
+        if name in ("ours, resident", "numpy", "faiss", "usearch")
     }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,8 +71,10 @@ def train_benchmark(model: BiEncoder, data: DataSet, batch_size: int) -> Benchma
         torch = Torch(model.decoder.dtype.name)
         benchmark.runs["torch"] = _in_torch(torch, model, examples)
         benchmark.facts |= torch.facts()
+        benchmark.runs["sentence-transformers"] = _by_trainer(torch, model, examples)
     except ModuleNotFoundError as error:
-        benchmark.left_out["torch"] = f"{error.name} is not installed"
+        name = "sentence-transformers" if "torch" in benchmark.runs else "torch"
+        benchmark.left_out[name] = f"{error.name} is not installed"
     except InputError as error:  # transformers has no such biases
         benchmark.left_out["torch"] = str(error)
     return benchmark
@@ -168,6 +173,83 @@ def _in_torch(torch: Torch, model: BiEncoder, examples: list[Example]) -> Callab
         t.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         return loss.item()
+
+    return run
+
+
+def _by_trainer(torch: Torch, model: BiEncoder, examples: list[Example]) -> Callable[[], float]:
+    """A step of the trainer that sentence-transformers has, tokenising included: each of its epochs is this batch."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers import TrainerCallback
+
+    begin, end = threading.Semaphore(0), threading.Semaphore(0)
+    losses: list[Any] = []
+
+    class OneByOne(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            begin.acquire()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            end.release()
+
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    net = torch.best_attention(
+        lambda attention: SentenceTransformer(
+            folder, device=torch.device, model_kwargs={"dtype": torch.dtype, "attn_implementation": attention}
+        )
+    )
+    net.max_seq_length = model.text.max_seq_length
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("bias" in name)
+    loss = MultipleNegativesRankingLoss(net)
+    loss.register_forward_hook(lambda _, __, value: losses.append(value.detach()))
+    trainer = SentenceTransformerTrainer(
+        model=net,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=len(examples),
+            max_steps=1_000_000,
+            learning_rate=RATE,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=torch.device == "cpu",
+        ),
+        train_dataset=Dataset.from_dict(
+            {
+                "anchor": [e.query for e in examples],
+                "positive": [e.positive for e in examples],
+                "negative": [e.negatives[0] for e in examples],
+            }
+        ),
+        loss=loss,
+        callbacks=[OneByOne()],
+    )
+    shutil.rmtree(folder)
+
+    def train() -> None:
+        try:
+            trainer.train()
+        except Exception as error:
+            losses.append(error)
+            end.release()
+
+    threading.Thread(target=train, daemon=True).start()
+
+    def run() -> float:
+        begin.release()
+        end.acquire()
+        if isinstance(losses[-1], Exception):
+            raise losses[-1]
+        return float(losses[-1])
 
     return run
 
