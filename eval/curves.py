@@ -32,10 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Draws the figure."""
     check_path(args.plot)
-    losses = {run.name: _records(run / "metrics.jsonl", "loss") for run in args.runs}
-    devs = {run.name: _records(run / "dev.jsonl", "dev") for run in args.runs}
-    for run in args.runs:
-        if not losses[run.name]:
+    ends = [run.name for run in args.runs]
+    names = {run: run.name if ends.count(run.name) == 1 else str(run) for run in args.runs}  # a/out and b/out
+    losses = {name: _records(run / "metrics.jsonl", "loss") for run, name in names.items()}
+    devs = {name: _records(run / "dev.jsonl", "dev") for run, name in names.items()}
+    for run, name in names.items():
+        if not losses[name]:
             raise InputError(f"{run}: holds no run of python -m train (metrics.jsonl)")
     devs = {name: records for name, records in devs.items() if records}
     with style():

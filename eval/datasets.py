@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 from etils import epath
-from tqdm import tqdm
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.hub_tables import is_hub
+from sgpt_jax.runtime.progress import progress
 
 URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
 
@@ -128,12 +128,12 @@ def download(url: str, target: Path) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with urllib.request.urlopen(url, timeout=60) as response, target.open("wb") as stream:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=target.name, disable=None, delay=1) as bar:
-                while block := response.read(1 << 20):
+            size = int(response.headers.get("Content-Length") or 0)
+            with progress(f"downloading {target.name}", "MB", -(-size // 1_000_000) or None) as bar:
+                while block := response.read(1_000_000):
                     digest.update(block)
                     stream.write(block)
-                    bar.update(len(block))
+                    bar.update()
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise InputError(f"{url}: cannot be downloaded ({reason}); give a local folder instead") from error

@@ -25,7 +25,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "sgpt",
 }
 _LABEL = 60  # characters of a legend's line
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^v<>"  # those that can be hollow
 
 
 def check_path(path: epath.Path) -> None:
@@ -41,8 +41,11 @@ def style() -> Any:
     return matplotlib.rc_context(_STYLE)
 
 
-def panels(count: int, height: float = 2.7) -> tuple[Any, list[Any]]:
-    """A figure with so many axes: one is as wide as a column, several are two in a row over the page's width."""
+def panels(count: int, height: float = 2.1) -> tuple[Any, list[Any]]:
+    """A figure with so many axes: one is as wide as a column, several are two in a row over the page's width.
+
+    `height` is that of a row in inches; `legend` adds its own.
+    """
     from matplotlib.figure import Figure
 
     columns = min(2, count)
@@ -69,7 +72,7 @@ def legend(figure: Any, axes: list[Any]) -> None:
         handles, labels = each.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     if found:
-        figure.legend(
+        box = figure.legend(
             found.values(),
             [textwrap.fill(label, _LABEL) for label in found],
             loc="outside lower center",
@@ -77,6 +80,7 @@ def legend(figure: Any, axes: list[Any]) -> None:
             fontsize=6,
             handlelength=1.8,
         )
+        figure.set_figheight(figure.get_figheight() + box.get_window_extent().height / figure.dpi)
 
 
 def save(figure: Any, path: epath.Path) -> None:

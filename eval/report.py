@@ -316,13 +316,14 @@ def plot(rows: list[Row], metric: str, x: str, path: epath.Path) -> None:
                 members = [row for row in rows if _series(row, x) == system and column in row.values]
                 _draw(axes, members, x, column, number, system)
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axes.get_xlim()
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
             axes.xaxis.set_major_formatter(FuncFormatter(sizes))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(
                 {"parameters": "parameters", "depth": "documents re-ranked", "seconds": "seconds"}[x]
             )
-            axes.set_ylabel(metric)
+            axes.set_ylabel(metric.replace("ndcg", "nDCG"))
             axes.set_title(column, fontsize=7)
             axes.grid(alpha=0.3)
         legend(figure, grid)
@@ -343,13 +344,14 @@ def _draw(axes: Any, members: list[Row], x: str, column: str, number: int, label
     values = [row.values[column] for _, row in placed]
     bounds = [row.intervals.get(column, (row.values[column],) * 2) for _, row in placed]
     hollow = placed[0][1].published is not None
+    errors = [
+        [value - low for value, (low, _) in zip(values, bounds, strict=True)],
+        [high - value for value, (_, high) in zip(values, bounds, strict=True)],
+    ]
     axes.errorbar(
         [place for place, _ in placed],
         values,
-        yerr=[
-            [value - low for value, (low, _) in zip(values, bounds, strict=True)],
-            [high - value for value, (_, high) in zip(values, bounds, strict=True)],
-        ],
+        yerr=errors if any(map(any, errors)) else None,
         marker=MARKERS[number % len(MARKERS)],
         markerfacecolor="white" if hollow else None,
         linestyle=":" if hollow else "-",
@@ -365,6 +367,8 @@ def _x(row: Row, x: str, column: str) -> float | None:
 
 def _series(row: Row, x: str) -> str:
     """What a row is one point of: a model at several depths, or the published models of one kind in several sizes."""
+    if row.published and x == "depth" and row.depth:
+        return f"{row.name.replace(f'@{row.depth}', '')}, published"
     if row.published and row.parameters:
         return f"{_SIZE.sub('', row.name)}, published"
     if row.published:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import PathLike, write_jsonl
 from sgpt_jax.index.search import Index
+from sgpt_jax.runtime.progress import progress
 
 _ROWS = 1 << 15  # at a time
 
@@ -62,7 +62,7 @@ def _blocks(index: Index) -> Iterator[np.ndarray]:
 
 def _vectors(index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows and their vectors, float32 [n, E]."""
-    with tqdm(desc="exporting", unit="doc", total=len(index), delay=1, disable=None) as bar:
+    with progress("exporting", "doc", len(index)) as bar:
         for rows in _blocks(index):
             yield rows, index.vectors(rows)
             bar.update(len(rows))

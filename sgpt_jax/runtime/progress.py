@@ -50,13 +50,14 @@ class Progress:
         sys.stdout.flush()
 
     def _line(self, seconds: float) -> str:
+        units = self._unit if self._unit.isupper() else f"{self._unit}s"  # 3 MB, 3 docs
         rate = (self.n - self._initial) / seconds
-        speed = f"{rate:,.1f} {self._unit}s/s" if rate >= 1 or not rate else f"{1 / rate:,.1f} s/{self._unit}"
+        speed = f"{rate:,.1f} {units}/s" if rate >= 1 or not rate else f"{1 / rate:,.1f} s/{self._unit}"
         done = f"{self.n:,}"
         if self._total:
-            done += f" of {self._total:,} {self._unit}s ({self.n / self._total:.0%})"
+            done += f" of {self._total:,} {units} ({self.n / self._total:.0%})"
         else:
-            done += f" {self._unit}s"
+            done += f" {units}"
         parts = [f"{self._what}: {done}", *([self.note] if self.note else []), speed]
         if self._total and rate:
             parts.append(f"{_duration((self._total - self.n) / rate)} left")

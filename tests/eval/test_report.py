@@ -190,6 +190,10 @@ def test_intervals_and_series():
     assert {_series(row, "parameters") for row in rows} == {
         "BM25 (Elasticsearch), published", "SGPT-CE, published", "SGPT-BE, published",
     }  # fmt: skip
+    # No line over the depth joins models of two sizes.
+    assert {_series(row, "depth") for row in rows if row.depth} == {
+        "SGPT-CE-125M, published", "SGPT-CE-6.1B, published",
+    }  # fmt: skip
 
 
 def test_names_of_models_and_not_of_files():
@@ -219,17 +223,18 @@ def test_results_of_mteb(tmp_path, capsys):
     assert "| org/model, by mteb [1] | 0.2500 | 0.6000 |" in lines and "1. `mteb 2.1`" in lines
 
 
-def test_curves_of_training(tmp_path, capsys):
+def test_curves_of_training(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two", "more/two"):
+        (tmp_path / name).mkdir(parents=True)
         lines = [json.dumps({"step": step, "loss": 1 / (1 + step), "lr": 0.1}) for step in range(120)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
     (tmp_path / "one" / "dev.jsonl").write_text('{"step": 10, "dev": 0.5}\n')
-    runs, figure = [str(tmp_path / name) for name in ("one", "two")], tmp_path / "c.svg"
+    runs, figure = ["one", "two", "more/two"], tmp_path / "c.svg"
     assert main(["curves", *runs, "--plot", str(figure)]) == 0
     text = figure.read_text()
-    assert text.count(">one<") == 1 and ">dev metric<" in text
+    assert all(text.count(f">{run}<") == 1 for run in runs) and ">dev metric<" in text
     assert main(["curves", str(tmp_path), "--plot", str(figure)]) == 1
     assert "holds no run" in capsys.readouterr().err
     assert main(["curves", *runs, "--plot", "c.jpeg"]) == 1

@@ -42,6 +42,10 @@ def test_lines_of_work_without_an_end(clock, capsys):
         bar.say("half of it")
     found = capsys.readouterr()
     assert found.err == "indexing: 10,000 docs, 200.0 docs/s\n" and found.out == "half of it\n"
+    with progress("downloading x.zip", "MB", 90) as bar:
+        clock.now += 30
+        bar.update(45)
+    assert capsys.readouterr().err == "downloading x.zip: 45 of 90 MB (50%), 1.5 MB/s, 0:30 left\n"
 
 
 def test_a_bar_on_a_terminal_and_nothing_when_told(clock, monkeypatch, capsys):
