@@ -112,14 +112,15 @@ def _apart(name: str, a: Result, b: Result, metric: str, count: int, texts: dict
         "",
         f"{name}: the queries that differ most",
         "",
-        "| query | text | A | B | B - A |",
-        "|--|--|--:|--:|--:|",
+        f"| query |{' text |' if texts else ''} A | B | B - A |",
+        f"|--|{'--|' if texts else ''}--:|--:|--:|",
     ]
     for index in order:
         query = a["queries"][index]
         text = textwrap.shorten(texts.get(query, ""), 90, placeholder=" ...").replace("|", "\\|")
+        named = f"{query} | {text}" if texts else query
         values = f"{first[index]:.4f} | {second[index]:.4f} | {second[index] - first[index]:+.4f}"
-        lines.append(f"| {query} | {text} | {values} |")
+        lines.append(f"| {named} | {values} |")
     return lines
 
 

@@ -220,8 +220,12 @@ def check_output(config: TrainConfig) -> None:
     """Looks at what is in the folder of the run: nothing, or the run to resume, with the same options.
 
     Raises:
-        InputError: there is a run already and `resume` is off, or it had other options.
+        InputError: there is a run already and `resume` is off, or it had other options; or it is a bucket.
     """
+    if "://" in config.output:
+        raise InputError(
+            f"{config.output}: logs and checkpoints grow step by step and must be in a local folder"
+        )
     output = epath.Path(config.output)
     paths = [output / "config.json", output / ADAPTER_RUN]
     path = next((path for path in paths if path.exists()), paths[0])

@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 
 from sgpt_jax.checkpoint.gguf_reader import open_gguf
 from sgpt_jax.errors import InputError
+from sgpt_jax.runtime.transformers import import_transformers
 
 if TYPE_CHECKING:  # transformers takes most of a second to import
     from transformers import PreTrainedTokenizerFast
@@ -63,8 +64,6 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
     Raises InputError when the file is no GGUF file, holds no tokenizer, or one of a kind not listed here.
     """
-    from transformers import PreTrainedTokenizerFast
-
     path = Path(path)
     meta = _read_metadata(path)
     tokens = meta.get("tokens")
@@ -98,7 +97,7 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     add_bos = meta.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
     add_eos = meta.get("add_eos_token", False)
     backend.post_processor = _template(special, tokens, add_bos, add_eos)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, padding_side="right", **special
     )
     tokenizer.chat_template = meta.get("chat_template")

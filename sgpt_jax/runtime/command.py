@@ -31,8 +31,6 @@ def run_command(
             `output`, if it has one, is named where the system does not say which file it could not write.
         cache_programs: keep compiled programs on disk.
     """
-    # transformers would tell that there is no torch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _tell(f"note: {message}")  # type: ignore[assignment]

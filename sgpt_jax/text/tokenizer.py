@@ -15,6 +15,7 @@ from sgpt_jax.checkpoint.gguf_tokenizer import load_gguf_tokenizer
 from sgpt_jax.checkpoint.untrusted import read_object
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
+from sgpt_jax.runtime.transformers import import_transformers
 
 if TYPE_CHECKING:  # transformers takes most of a second to import
     from transformers import PreTrainedTokenizerFast
@@ -38,13 +39,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         raise InputError(
             f"{path}: no tokenizer in this folder (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)"
         )
-    from transformers import PreTrainedTokenizerFast
-
+    fast = import_transformers().PreTrainedTokenizerFast
     try:
         tokenizer = _tokenizer_class(path).from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing more special for a broken file
         raise InputError(f"{path}: the tokenizer in this folder cannot be loaded: {error}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if not isinstance(tokenizer, fast):
         raise InputError(
             f"{path}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json is missing)"
         )
@@ -125,8 +125,7 @@ def _surround(tokenizer: PreTrainedTokenizerFast, before: list[int], after: list
 
 def _tokenizer_class(path: Path) -> Any:
     """AutoTokenizer, or where that is sure the class it chooses: AutoTokenizer imports torch if it is installed."""
-    import transformers
-
+    transformers = import_transformers()
     try:
         settings, config = (
             json.loads((path / name).read_text(encoding="utf-8"))
