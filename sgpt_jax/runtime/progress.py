@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import Self
 
@@ -10,6 +11,8 @@ from tqdm import tqdm
 
 # Seconds between two lines where standard error is no terminal: a log of an hour has some hundred of them.
 LINE_SECONDS = 30.0
+# Seconds after which a bar is shown, and between two looks of it while a batch takes longer than that.
+BAR_SECONDS = 1.0
 
 
 class Progress:
@@ -26,7 +29,12 @@ class Progress:
         terminal = sys.stderr.isatty()
         self._bar: tqdm | None = None
         if show or (show is None and terminal):
-            self._bar = tqdm(desc=what, unit=unit, total=total, initial=initial, delay=1, smoothing=0.1)
+            self._bar = tqdm(
+                desc=what, unit=unit, total=total, initial=initial, delay=BAR_SECONDS, smoothing=0.1
+            )
+            self._closed = threading.Event()
+            self._clock = threading.Thread(target=self._move, args=(self._bar,), daemon=True, name="progress")
+            self._clock.start()
         self._lines = show is None and not terminal
         self._begin = self._last = time.monotonic()
 
@@ -63,9 +71,17 @@ class Progress:
             parts.append(f"{_duration((self._total - self.n) / rate)} left")
         return ", ".join(parts)
 
+    def _move(self, bar: tqdm) -> None:
+        """Shows the bar's clock going, until it is closed."""
+        while not self._closed.wait(BAR_SECONDS):
+            bar.delay = 0  # else closing it would leave the cursor in its line
+            bar.refresh()
+
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
+            self._closed.set()
+            self._clock.join()
             self._bar.close()
 
     def __enter__(self) -> Self:

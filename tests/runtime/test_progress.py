@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 
@@ -48,11 +49,23 @@ def test_lines_of_work_without_an_end(clock, capsys):
     assert capsys.readouterr().err == "downloading x.zip: 45 of 90 MB (50%), 1.5 MB/s, 0:30 left\n"
 
 
-def test_a_bar_on_a_terminal_and_nothing_when_told(clock, monkeypatch, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_a_bar_moves_while_a_batch_takes_long(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(module, "BAR_SECONDS", 0.01)
+    end = time.monotonic() + 10
+    with progress("indexing", "doc", 8):
+        while sys.stderr.getvalue().count("indexing:   0%") < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+    shown = sys.stderr.getvalue()
+    assert shown.count("indexing:   0%") >= 3 and shown.endswith("\n")
+
+
+def test_a_bar_on_a_terminal_and_nothing_when_told(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with progress("scoring", "pair", 8, show=False) as bar:
         clock.now += 100
