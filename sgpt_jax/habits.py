@@ -72,6 +72,7 @@ _ATTRIBUTES = {
     "prompts": "text.prompts",
     "device": "mesh (None is the first device)",
     "similarity_fn_name": "similarity_name",
+    "similarity_pairwise": "(a * b).sum(axis=-1), of vectors of length 1",
     "save": "save_pretrained",
     "encode_multi_process": "encode, of a model loaded with mesh=sgpt.make_mesh()",
     "start_multi_process_pool": "encode, of a model loaded with mesh=sgpt.make_mesh()",
