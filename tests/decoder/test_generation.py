@@ -1,12 +1,14 @@
 """Greedy as transformers (fixtures/generation/make.py), the shared prefix, what a token is drawn from."""
 
 import json
+from pathlib import Path
 
 import decoders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import run_on_eight
 
 from sgpt_jax.decoder.generation import GREEDY, Sampling, choose, generate_tokens, read_prefix
 from sgpt_jax.decoder.model import split
@@ -108,3 +110,32 @@ def test_what_a_token_is_drawn_from():
 def test_sampling_is_checked(options):
     with pytest.raises(InputError, match=next(iter(options))):
         Sampling(**options)
+
+
+def test_on_a_mesh(tmp_path):
+    """Rows and weights over eight devices: the same tokens."""
+    code = """
+        import sys
+        sys.path.append(sys.argv[2])
+        import decoders, jax, numpy as np
+        import sgpt_jax as sgpt
+        from sgpt_jax.decoder.sharding import batch_sharding
+        from test_generation import GREEDY, PROMPTS, generate_tokens, read_prefix, split
+        folder = decoders.write_checkpoint("qwen3_window", sys.argv[1])
+        mesh = sgpt.make_mesh("data=2,fsdp=2,tensor=2")
+        ids = np.array([row[:5] for row in PROMPTS] + [[0] * 5], np.int32)
+        lengths, seeds = np.array([5, 5, 5, 0], np.int32), np.zeros(4, np.uint32)
+        found = []
+        for there in (None, mesh):
+            graphdef, params = split(sgpt.load_decoder(folder, mesh=there))
+            prefix = read_prefix(graphdef, params, np.array([PROMPTS[2]], np.int32), mesh=there)
+            rows = jax.device_put((ids, lengths, seeds), None if there is None else batch_sharding(there))
+            found.append(generate_tokens(
+                graphdef, params, prefix, *rows, np.zeros(384, bool), steps=6, sampling=GREEDY, mesh=there
+            ))
+        np.testing.assert_array_equal(*(tokens for tokens, _ in found))
+        np.testing.assert_allclose(*(log_probs for _, log_probs in found), atol=1e-5)
+        print("same", int((np.array(found[1][0]) >= 0).sum()))
+    """
+    done = run_on_eight(code, tmp_path / "model", Path(__file__).parent)
+    assert done.stdout.split() == ["same", "18"]
