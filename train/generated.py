@@ -75,7 +75,7 @@ def check_generator(source: str) -> None:
 
 def settings(config: TrainConfig) -> dict[str, Any]:
     """What the queries depend on besides the corpus and the seed."""
-    own = {"source": generator_of(config), "instruction": INSTRUCTION, "examples": EXAMPLES}
+    own: dict[str, Any] = {"source": generator_of(config), "instruction": INSTRUCTION, "examples": EXAMPLES}
     own |= {"sampling": dataclasses.asdict(SAMPLING), "new_tokens": NEW_TOKENS}
     return own | {name: getattr(config, name) for name in ("dtype", "weights", "max_seq_length")}
 
