@@ -84,6 +84,12 @@ def test_draws_do_not_depend_on_the_batch(tiny):
     others = np.array(write(tiny, PROMPTS, sampling=sampling, seeds=(6, 5, 7))[0])
     assert (others[:2] != together[:2]).any(axis=1).all()
     np.testing.assert_array_equal(others[2], together[2])
+    # Nor is the draw of every step the same: hot, it would take the same rank each time.
+    hot = np.array(write(tiny, PROMPTS, sampling=Sampling(1e6, top_k=decoders.VOCAB_SIZE))[0])[2]
+    whole = jnp.array([PROMPTS[2] + hot.tolist()])
+    logits = tiny.logits(tiny(whole, jnp.ones_like(whole)))[0, len(PROMPTS[2]) - 1 : -1]
+    ranks = (logits > logits[jnp.arange(10), hot][:, None]).sum(axis=-1)
+    assert len(set(ranks.tolist())) > 5
 
 
 def test_what_a_token_is_drawn_from():
