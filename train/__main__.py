@@ -99,6 +99,8 @@ def _add_option(command: argparse.ArgumentParser, field: dataclasses.Field, kind
         options["metavar"] = "A,B,..."
     else:
         options |= {"type": kinds[0], "metavar": {str: "TEXT", int: "N", float: "X"}[kinds[0]]}
+    if field.metadata["bare"] is not None:
+        options |= {"nargs": "?", "const": field.metadata["bare"]}
     if default == "" and kinds == [str]:
         options = {"required": True, "metavar": "PATH"}
     else:

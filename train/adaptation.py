@@ -1,9 +1,10 @@
 """Training data from a corpus without labels: what `python -m train adapt` does before the first step.
 
-Under OUT/adapt, and each stage is passed over when its file is there already: KIND.queries.jsonl (the pseudo queries),
-KIND.lists.json (their candidates, found by BM25, in the order of training), KIND.dev.json (what is held out),
-KIND.teacher.json (the teacher's scores; KIND.teacher.partial while they are being made), and, made anew at every start,
-examples.jsonl and counts.json, which tells what every filter kept.
+Under OUT/adapt, and each stage is passed over when its file is there already: generated.jsonl (with --generate, what a
+decoder wrote; generated.partial while it writes), KIND.queries.jsonl (the pseudo queries), KIND.lists.json (their
+candidates, found by BM25, in the order of training), KIND.dev.json (what is held out), KIND.teacher.json (the teacher's
+scores; KIND.teacher.partial while they are being made), and, made anew at every start, examples.jsonl and counts.json,
+which tells what every filter kept.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from sgpt_jax.rerank_job import rerank_job
 
 from .data import Example, text_key
 from .dev import HeldOut, PseudoEvaluator
+from .generated import KIND as GENERATED
+from .generated import check_generator, generated, generator_of, settings
 from .pseudo import KINDS, PseudoQueries, given, make
 from .recipes import NO_TEACHER, TrainConfig
 from .teaching import group, source_ranks, temperature
@@ -93,11 +96,15 @@ def adaptation(config: TrainConfig) -> Adaptation:
     sides = {kind: make(kind, documents, config.seed) for kind in config.pseudo}
     if config.queries:
         sides["query"] = given({str(number): text for number, text in enumerate(real, 1)}, documents)
-    if not any(side.queries for side in sides.values()):
+    if config.generate is not None:
+        check_generator(generator_of(config))
+    elif not any(side.queries for side in sides.values()):
         counts_of = {kind: side.counts for kind, side in sides.items()}
         raise InputError(f"{config.corpus}: no query is left ({_sentence(counts_of)})")
     folder = epath.Path(config.output) / FOLDER
     _open(folder, _describe(config, documents, real))
+    if config.generate is not None:
+        sides[GENERATED] = generated(config, folder, documents)
     lists: dict[str, dict[str, dict[str, float]]] = {}
     held_out: dict[str, HeldOut] = {}
     counts: dict[str, dict[str, int | float]] = {}
@@ -132,9 +139,9 @@ def check_adaptation(config: TrainConfig) -> None:
     for kind in config.pseudo:
         if kind not in KINDS:
             raise InputError(f"--pseudo {kind}: the kinds are {', '.join(KINDS)}")
-    if not config.pseudo and not config.queries:
+    if not config.pseudo and not config.queries and config.generate is None:
         raise InputError(
-            "no queries: name kinds of pseudo queries (--pseudo), or a file of real ones (--queries)"
+            "no queries: name kinds of pseudo queries (--pseudo), a file of real ones (--queries), or --generate"
         )
     if not 0 < config.entropy < np.log(config.group_size):
         raise InputError(
@@ -152,9 +159,11 @@ def _describe(config: TrainConfig, documents: list[Document], real: Iterable[str
         digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
     asked = hashlib.blake2b("\n".join(real).encode("utf-8", "surrogatepass"), digest_size=16)
     options = ("pseudo", "pseudo_queries", "group_size", "dev_queries", "dev_documents", "seed")
-    described = {"corpus": digest.hexdigest(), "queries": asked.hexdigest()}
+    described: dict[str, Any] = {"corpus": digest.hexdigest(), "queries": asked.hexdigest()}
     described |= {name: getattr(config, name) for name in options}
     teacher = {"source": config.teacher or config.model}
+    if config.generate is not None:
+        described["generator"] = settings(config)
     if config.teacher != NO_TEACHER:
         teacher |= {name: getattr(config, name) for name in ("dtype", "weights", "max_seq_length")}
     return json.loads(json.dumps(described | {"teacher": teacher}))
@@ -169,7 +178,8 @@ def _open(folder: epath.Path, description: dict[str, Any]) -> None:
         return
     try:
         found = json.loads(file.read_text())
-        changed = [name for name, value in description.items() if found.get(name) != value]
+        names = dict.fromkeys([*description, *found])
+        changed = [name for name in names if found.get(name) != description.get(name)]
     except (ValueError, AttributeError):
         raise InputError(f"{file}: damaged; remove {folder} to start again") from None
     if changed:

@@ -26,7 +26,7 @@ class PseudoQueries:
     """The queries of one kind.
 
     Attributes:
-        kind: "title", "sentence", or "query" for given texts.
+        kind: "title", "sentence", "generated", or "query" for given texts.
         queries: {id: text}; the id of a pseudo query is that of its source.
         documents: {document id: text}, without what became a query.
         counts: how many documents there were, and how many each rule kept or dropped, in order.
@@ -49,7 +49,7 @@ def titles(documents: Iterable[Document]) -> PseudoQueries:
         document.id: (document.title.strip(), document.text.removeprefix(document.title).strip())
         for document in documents
     }
-    return _checked("title", found, "without a title")
+    return checked("title", found, "without a title")
 
 
 def sentences(documents: Iterable[Document], seed: int) -> PseudoQueries:
@@ -67,7 +67,7 @@ def sentences(documents: Iterable[Document], seed: int) -> PseudoQueries:
         chosen = usable[draw.integers(len(usable))]
         rest = [document.title.strip(), *parts[:chosen], *parts[chosen + 1 :]]
         found[document.id] = parts[chosen].strip(), " ".join(filter(None, rest))
-    return _checked("sentence", found, "without a sentence of that length")
+    return checked("sentence", found, "without a sentence of that length")
 
 
 def given(queries: Mapping[str, str], documents: Iterable[Document]) -> PseudoQueries:
@@ -98,14 +98,29 @@ def make(kind: str, documents: Iterable[Document], seed: int) -> PseudoQueries:
     raise InputError(f"--pseudo {kind}: the kinds are {', '.join(KINDS)}")
 
 
-def _checked(kind: str, found: Mapping[str, tuple[str, str]], missing: str) -> PseudoQueries:
-    """Applies the rules to {document id: (query, the rest of the document)}."""
+def checked(
+    kind: str,
+    found: Mapping[str, tuple[str, str]],
+    missing: str,
+    *,
+    others: Mapping[str, str] | None = None,
+    known: Iterable[str] = (),
+) -> PseudoQueries:
+    """Applies the rules.
+
+    Args:
+        kind: of the queries.
+        found: {document id: (query, the rest of the document)}; the query is empty where there is none.
+        missing: what to call it that there is none.
+        others: {document id: text} of more documents, before those.
+        known: queries that are dropped as repeated.
+    """
     counts = {"documents": len(found), missing: 0, "too short or too long": 0, "no letter": 0}
     counts |= {"too little beside it": 0, "stands in the rest too": 0, "repeated": 0}
     queries: dict[str, str] = {}
-    seen: set[str] = set()
+    seen = set(map(_plain, known))
     for id, (query, rest) in found.items():
-        same = " ".join(query.lower().split())
+        same = _plain(query)
         if not query:
             reason = missing
         elif not SHORTEST <= len(query.split()) <= LONGEST:
@@ -114,7 +129,7 @@ def _checked(kind: str, found: Mapping[str, tuple[str, str]], missing: str) -> P
             reason = "no letter"
         elif len(rest.split()) < SHORTEST_REST:
             reason = "too little beside it"
-        elif same in " ".join(rest.lower().split()):
+        elif same in _plain(rest):
             reason = "stands in the rest too"
         elif same in seen:
             reason = "repeated"
@@ -123,5 +138,10 @@ def _checked(kind: str, found: Mapping[str, tuple[str, str]], missing: str) -> P
             queries[id] = query
             continue
         counts[reason] += 1
-    documents = {id: rest for id, (_, rest) in found.items() if rest}
+    documents = {**(others or {}), **{id: rest for id, (_, rest) in found.items() if rest}}
     return PseudoQueries(kind, queries, documents, counts)
+
+
+def _plain(text: str) -> str:
+    """Without case and runs of spaces."""
+    return " ".join(text.lower().split())

@@ -9,11 +9,15 @@ from typing import Any
 from etils import epath
 
 NO_TEACHER = "none"  # in place of a teacher's name
+ITSELF = ""  # in place of a generator's name: the model itself
 
 
-def _option(default: Any, meaning: str, shown: str | None = None) -> Any:
-    """A field that is also an option of the command line; `shown` explains a default that is worked out later."""
-    return dataclasses.field(default=default, metadata={"help": meaning, "shown": shown})
+def _option(default: Any, meaning: str, shown: str | None = None, bare: Any = None) -> Any:
+    """A field that is also an option of the command line.
+
+    `shown` explains a default that is worked out later; `bare` is what the option means without a value.
+    """
+    return dataclasses.field(default=default, metadata={"help": meaning, "shown": shown, "bare": bare})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,13 @@ class TrainConfig:
         "queries made of the corpus: title, sentence (taken out of the documents)",
         "none",
     )
+    generate: str | None = _option(
+        None,
+        "a decoder also writes queries, one for each document that is drawn; best is one that follows instructions, of "
+        "1B parameters or more. Without a value it is the model itself",
+        "off",
+        ITSELF,
+    )
     pseudo_queries: int = _option(20_000, "queries of each kind that are drawn, at most")
     group_size: int = _option(
         8, "queries, found by BM25 for each other, whose documents are the candidates of each of them"
@@ -172,7 +183,7 @@ class TrainConfig:
 ONLY: dict[str, tuple[str, ...]] = {
     "msmarco": ("systems", "negatives_per_system", "margin"),
     "adapt": (
-        "corpus", "queries", "teacher", "pseudo", "pseudo_queries", "group_size", "entropy", "keep_rank",
+        "corpus", "queries", "teacher", "pseudo", "generate", "pseudo_queries", "group_size", "entropy", "keep_rank",
         "dev_queries", "dev_documents",
     ),
 }  # fmt: skip
@@ -253,8 +264,9 @@ RECIPES: dict[str, tuple[TrainConfig, str]] = {
     ),
     "adapt": (
         ADAPT,
-        "A search model for a corpus without labels. Titles and sentences stand for queries, BM25 finds their "
-        "candidates, a cross-encoder (the model itself, untrained) orders these, and the biases learn that order. "
+        "A search model for a corpus without labels. Titles, sentences and what --generate writes stand for queries, "
+        "BM25 finds their candidates, a cross-encoder (the model itself, untrained) orders these, and the biases learn "
+        "that order. "
         "--corpus: JSONL in BEIR's format, a JSON array, CSV, TSV or one text a line. OUT/adapt holds what was made "
         "of it; a run that was interrupted in these stages goes on where it was.",
     ),

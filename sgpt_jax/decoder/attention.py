@@ -86,7 +86,8 @@ def attend(
         [B, T, N, H] in the dtype of v. What a query that sees no key gets is finite, and has no meaning.
     """
     length = q.shape[1]
-    if v.dtype == jnp.bfloat16 and (major := _gpu_major()) is not None:
+    # What goes on from a cache has more keys than queries, and `_attend_cudnn` pads both to one length.
+    if length == k.shape[1] and v.dtype == jnp.bfloat16 and (major := _gpu_major()) is not None:
         reason = why_not_cudnn(
             major, q.shape[-1], alibi=bias is not None, capped=cap is not None, dropout=drop is not None
         )
@@ -103,7 +104,7 @@ def attend(
     blocks = []
     for start in range(0, length, step):
         block = slice(start, min(start + step, length))
-        end = block.stop if causal else length  # keys after the block's last query are not seen
+        end = block.stop if causal else k.shape[1]  # keys after the block's last query are not seen
         part = _attend_block(
             q[:, block],
             k[:, :end],

@@ -12,6 +12,7 @@ from flax import nnx
 
 from sgpt_jax.decoder.attention import attend, attention_mask_matrix
 from sgpt_jax.decoder.build import Build
+from sgpt_jax.decoder.cache import GrowingCache
 from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
 from sgpt_jax.decoder.layers import MLP, Dropout, Linear, Norm
 from sgpt_jax.decoder.positions import alibi_slopes, rotary_angles, rotate
@@ -22,11 +23,12 @@ class Context:
     """What the layers of one forward pass share.
 
     Attributes:
-        masks: window -> bool [B, T, T].
+        masks: window -> bool [B, T, S], where S is T, or the slots of the cache.
         angles: rotation -> its cosines and signed sines.
-        alibi: float32 [B, N, 1, T].
+        alibi: float32 [B, N, 1, S].
         query_factors: float32 [B, T, 1, 1], of `query_scaling`.
         dropout: None for none.
+        cache: what was read before these tokens, and takes their keys and values; None for none.
     """
 
     masks: dict[int | None, jax.Array]
@@ -34,29 +36,40 @@ class Context:
     alibi: jax.Array | None
     query_factors: jax.Array | None
     dropout: Dropout | None
+    cache: GrowingCache | None = None
 
 
 def make_context(
-    config: DecoderConfig, segments: jax.Array, positions: jax.Array, dropout: Dropout | None
+    config: DecoderConfig,
+    segments: jax.Array,
+    positions: jax.Array,
+    dropout: Dropout | None,
+    cache: GrowingCache | None = None,
 ) -> Context:
-    """Masks, angles and factors for all layers, from segments and positions, int [B, T] (see `Batch`)."""
+    """Masks, angles and factors for all layers, from segments and positions, int [B, T] (see `Batch`).
+
+    With a cache, each row goes on with the text that the cache has in it.
+    """
     layers = range(config.num_layers)
     windows, rotations = {config.window(i) for i in layers}, {config.rotation(i) for i in layers}
     alibi = factors = None
     if config.positions == "alibi":
-        alibi = _alibi(config, positions)
+        alibi = _alibi(config, positions if cache is None else cache.positions)
     if config.query_scaling is not None:
         beta, period = config.query_scaling
         factors = 1 + beta * jnp.log1p(jnp.floor(positions.astype(jnp.float32) / period))[..., None, None]
     return Context(
         masks={
             w: attention_mask_matrix(segments, positions, w, bidirectional=config.bidirectional)
+            if cache is None
+            else cache.seen(positions, w)
             for w in windows
         },
         angles={r: rotary_angles(r, positions, segments) for r in rotations if r is not None},
         alibi=alibi,
         query_factors=factors,
         dropout=dropout,
+        cache=cache,
     )
 
 
@@ -107,6 +120,8 @@ class Attention(nnx.Module):
             q, k = (rotate(part, context.angles[rotation], rotation) for part in (q, k))
         if context.query_factors is not None:
             q = (q * context.query_factors).astype(q.dtype)
+        if context.cache is not None:
+            k, v = context.cache.add(self.layer, k, v)
         drop = None
         if context.dropout is not None and config.attn_dropout:
             drop = functools.partial(_drop_at, context.dropout, config.attn_dropout, (self.layer, 1))
@@ -118,7 +133,7 @@ class Attention(nnx.Module):
             scale=config.attn_scale / (self.layer + 1 if config.scale_by_layer else 1),
             bias=context.alibi,
             cap=config.attn_softcap,
-            causal=not config.bidirectional,
+            causal=not config.bidirectional and context.cache is None,
             drop=drop,
         )  # [B, T, N, H]
         return self.o(out.reshape(*x.shape[:2], -1))

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sgpt_jax.decoder.block import Block, make_context
+from sgpt_jax.decoder.block import Block, Context, make_context
 from sgpt_jax.decoder.build import Build
+from sgpt_jax.decoder.cache import Cache, GrowingCache
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.layers import ACTIVATIONS, Dropout, Linear, Norm, TokenTable, softcap
 from sgpt_jax.decoder.matmul import matmul
@@ -149,8 +150,40 @@ class Decoder(nnx.Module):
         elif config.positions == "learned":
             _check_range(positions, config.max_positions or 0, "position", "positions")
         dropout = None if dropout_keys is None else Dropout(dropout_keys)
-        context = make_context(config, segments, positions, dropout)
-        x = by_rows(self.embed(input_ids, positions, dropout))
+        return self._run(input_ids, positions, make_context(config, segments, positions, dropout))
+
+    def extend(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        cache: Cache,
+        start: jax.Array | int,
+    ) -> tuple[jax.Array, Cache]:
+        """Hidden states of tokens that continue the texts in a cache, one in each row, and the cache with them.
+
+        Args:
+            input_ids: int [B, T].
+            positions: int [B, T], of the tokens in their texts.
+            valid: bool [B, T]; False is padding, on any side.
+            cache: of these rows, with T slots free from `start` on.
+            start: the slot of the first of the T tokens; may be traced. Slots are filled in order.
+
+        Returns:
+            [B, T, E] as `__call__` gives them for the whole texts, and the new cache.
+
+        Raises:
+            ValueError: the decoder is bidirectional: what was read before would change.
+        """
+        if self.config.bidirectional:
+            raise ValueError("a bidirectional decoder cannot continue a text")
+        growing = GrowingCache(cache, start, positions, valid)
+        context = make_context(self.config, jnp.where(valid, 0, -1), positions, None, growing)
+        return self._run(input_ids, positions, context), growing.cache()
+
+    def _run(self, input_ids: jax.Array, positions: jax.Array, context: Context) -> jax.Array:
+        """Embedding, blocks and what follows them: [B, T] to [B, T, E]."""
+        x = by_rows(self.embed(input_ids, positions, context.dropout))
         for block in self.blocks:
             x = by_rows(block(x, context))
         if self.final_norm is not None:
