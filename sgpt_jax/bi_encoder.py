@@ -225,6 +225,10 @@ class BiEncoder:
         pooled = len(pooling_modes(self.pooling)) * self.decoder.config.hidden_dim
         return self.truncate_dim or output_dimension(pooled, self.modules)
 
+    def skip(self, prompt: str, side: Side | None = None) -> int:
+        """How many first tokens of a text with this prompt are left out of the pooling."""
+        return 0 if self.include_prompt else self.text.prompt_length(prompt, side)
+
     def fingerprint(self) -> str:
         """What tells this model and its settings from any other, see `model_fingerprint`: 40 hexadecimal digits.
 
@@ -443,7 +447,6 @@ class BiEncoder:
         batch_size: int | None = None,
     ) -> Chunk:
         check_ids(ids, self.decoder.config.vocab_size)
-        skip = 0 if self.include_prompt else self.text.prompt_length(prompt, side)
         plans = plan_texts(
             [len(text) for text in ids],
             batch_tokens=batch_tokens or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS),
@@ -451,7 +454,9 @@ class BiEncoder:
             row_multiple=num_shards(self.mesh),
             batch_texts=batch_size,
         )
-        return Chunk(ids, plans, skip, np.zeros((len(ids), self._kept(truncate_dim)), np.float32))
+        return Chunk(
+            ids, plans, self.skip(prompt, side), np.zeros((len(ids), self._kept(truncate_dim)), np.float32)
+        )
 
 
 def _bar(total: int, show: bool | Progress | None) -> contextlib.AbstractContextManager[Progress]:

@@ -138,6 +138,7 @@ class PackedBatches:
         steps: how many batches there are.
         process: (this process's number, number of processes).
         scores: every example must have a teacher's scores.
+        include_prompt: whether the tokens of a prompt are pooled.
     """
 
     def __init__(
@@ -150,12 +151,13 @@ class PackedBatches:
         steps: int,
         process: tuple[int, int] = (0, 1),
         scores: bool = False,
+        include_prompt: bool = True,
     ):
         # A tokenizer of its own: the threads of grain and the evaluation between steps must not share one.
         self.encoder = copy.copy(encoder)
         self.encoder.tokenizer = copy.deepcopy(encoder.tokenizer)
         self.plan, self.steps, self.process, self.scores = plan, steps, process, scores
-        self.vocab_size, self.symmetric = vocab_size, symmetric
+        self.vocab_size, self.symmetric, self.include_prompt = vocab_size, symmetric, include_prompt
 
     def __len__(self) -> int:
         return self.steps
@@ -164,8 +166,9 @@ class PackedBatches:
         """One batch, b being this process's share of it and K the most negatives that any example has.
 
         Returns:
-            `rows`: a `Batch` of packed texts; `indices`: of their vectors, see `pack`, int32, queries
-            `[b]`, positives `[b]` and negatives `[b, K]`; `ids`: identities of the same texts, int32
+            `rows`: a `Batch` of packed texts; `skip`: int32 [R, S], how many first tokens of each are left out of the
+            pooling; `indices`: of their vectors, see `pack`, int32, queries `[b]`, positives `[b]` and negatives
+            `[b, K]`; `ids`: identities of the same texts, int32
             `[..., 2]`; `negative_mask`: bool `[b, K]`; `repeated`: bool `[b, K]`, texts that stand before among this
             process's positives and negatives; `scores`: float32 `[b, 1 + K]`; `tokens`: how many are encoded;
             `examples`: their numbers, from 0 in the order of the data.
@@ -177,37 +180,46 @@ class PackedBatches:
         queries = [example.query for example in examples]
         positives = [example.positive for example in examples]
         negatives = [text for example in examples for text in example.negatives]
+        size = len(examples)
         sides: tuple[Any, Any] = (None, None) if self.symmetric else ("query", "document")
         tokens = self.encoder.ids(queries, sides[0]) + self.encoder.ids(positives + negatives, sides[1])
+        skips = [self._skip(sides[0])] * size + [self._skip(sides[1])] * (len(tokens) - size)
         check_ids(tokens, self.vocab_size)
         # Several processes need one length, and none knows the texts of the others: it is that of the limit.
         longest = max(map(len, tokens)) if count == 1 else self.encoder.max_seq_length
         length = row_length(longest, self.encoder.max_seq_length)
         # A text that stands in several lists is encoded once.
-        distinct = dict.fromkeys(map(tuple, tokens))
-        rows, vectors = pack(list(distinct), length, self.encoder.pad_id)
-        numbers = {ids: number for number, ids in enumerate(distinct)}
-        vectors = vectors[[numbers[tuple(ids)] for ids in tokens]]
-        size = len(examples)
+        texts = list(zip(map(tuple, tokens), skips, strict=True))
+        distinct = dict.fromkeys(texts)
+        rows, vectors = pack([ids for ids, _ in distinct], length, self.encoder.pad_id)
+        skip = np.zeros((len(rows.segments), most_texts(length)), np.int32)
+        skip.flat[vectors] = [skipped for _, skipped in distinct]
+        numbers = {text: number for number, text in enumerate(distinct)}
+        vectors = vectors[[numbers[text] for text in texts]]
         present = np.array([[k < len(example.negatives) for k in range(most)] for example in examples], bool)
         present = present.reshape(size, most)
         # An example with fewer negatives has index 0 in their place, which the mask keeps out of the loss.
         negative_indices = np.zeros((size, most), np.int32)
         negative_indices[present] = vectors[2 * size :]
-        texts = [text_key(text) for text in positives + negatives]
-        first = {key: number for number, key in reversed(list(enumerate(texts)))}
+        keys = [text_key(text) for text in positives + negatives]
+        first = {key: number for number, key in reversed(list(enumerate(keys)))}
         repeated = np.zeros((size, most), bool)
-        repeated[present] = [first[key] < size + number for number, key in enumerate(texts[size:])]
+        repeated[present] = [first[key] < size + number for number, key in enumerate(keys[size:])]
         return {
             "rows": rows,
+            "skip": skip,
             "indices": (vectors[:size], vectors[size : 2 * size], negative_indices),
             "ids": (_ids(queries), _ids(positives), _scatter(_ids(negatives), present)),
             "negative_mask": present,
             "repeated": repeated,
             "scores": self._scores(examples, split, most),
-            "tokens": sum(map(len, distinct)),
+            "tokens": sum(len(ids) for ids, _ in distinct),
             "examples": [index for index, _ in split],
         }
+
+    def _skip(self, side: Any) -> int:
+        """How many first tokens of a side's texts are left out of the pooling."""
+        return 0 if self.include_prompt else self.encoder.prompt_length(self.encoder.prompt(side), side)
 
     def _scores(self, examples: list[Example], split: list[tuple[int, int]], most: int) -> np.ndarray:
         values = np.zeros((len(examples), 1 + most), np.float32)

@@ -136,6 +136,10 @@ def prepare(config: TrainConfig) -> Run:
     notes += _check_export(model, mask, config)
     trainable, frozen = split_params(params, mask)
     notes.append(describe_split(trainable, frozen))
+    if any(isinstance(module, Dense) for module in model.modules):
+        notes.append(
+            "the Dense modules behind the pooling stay as they are; vectors are compared behind them"
+        )
 
     total = config.total_steps(len(examples))
     warmup = config.warmup(total)
@@ -146,6 +150,7 @@ def prepare(config: TrainConfig) -> Run:
     step = make_step(
         graphdef,
         pooling=model.pooling,
+        modules=model.modules,
         loss=loss_config(config),
         optimizer=optimizer,
         dtype=compute_dtype(config.dtype),
@@ -304,11 +309,6 @@ def _load_model(config: TrainConfig, mesh: Mesh | None) -> BiEncoder:
         mesh=mesh,
         weights=config.weights,
     )
-    if any(isinstance(module, Dense) for module in model.modules) or not model.include_prompt:
-        raise InputError(
-            f"{config.model}: it has Dense modules or prompts that are left out of the pooling, which training "
-            "does not know: train its decoder (a copy of the folder without modules.json)"
-        )
     decoder = add_zero_biases(model.decoder) if config.add_biases else model.decoder
     lora = lora_of(decoder.config, config.trainable, config.lora_rank, config.lora_alpha, config.lora_targets)
     if lora is not None:
@@ -364,6 +364,7 @@ def _open_batches(config: TrainConfig, examples: ExampleSource, model: BiEncoder
         steps=total,
         process=(jax.process_index(), jax.process_count()),
         scores=config.distill is not None,
+        include_prompt=model.include_prompt,
     )
     batches[0]
     return iterate(batches)

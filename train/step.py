@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgpt_jax.decoder.batch import Batch
+from sgpt_jax.decoder.modules import Modules, apply_modules
 from sgpt_jax.decoder.sharding import batch_sharding, leaf_path, num_shards, on_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import round_up
@@ -89,6 +90,7 @@ def make_step(
     graphdef: Any,
     *,
     pooling: str,
+    modules: Modules = (),
     loss: LossConfig,
     optimizer: optax.GradientTransformation,
     dtype: Any,
@@ -102,6 +104,7 @@ def make_step(
     Args:
         graphdef: the decoder's structure.
         pooling: see `sgpt_jax.pool`.
+        modules: what follows it, as it is: none of it trains.
         loss: what is minimised.
         optimizer: from `train.optimizer.make_optimizer`.
         dtype: compute dtype, to which trainable leaves are cast.
@@ -120,13 +123,17 @@ def make_step(
         def loss_of(trainable: Any) -> Array:
             params = join_params(trainable, frozen, dtype)
             vectors = encode_in_chunks(
-                lambda params, rows: encode_rows(graphdef, params, rows, pooling, most_texts(length)),
+                lambda params, part: encode_rows(
+                    graphdef, params, part[0], pooling, most_texts(length), part[1]
+                ),
                 params,
-                rows,
+                (rows, batch["skip"]),
                 chunk_rows,
             )
             vectors = vectors.reshape(-1, vectors.shape[-1])  # [R * S, E]
-            queries, positives, negatives = (vectors[indices] for indices in batch["indices"])
+            queries, positives, negatives = (
+                apply_modules(vectors[indices], modules) for indices in batch["indices"]
+            )
             return total_loss(loss, queries, positives, negatives, batch)
 
         value, gradient = jax.value_and_grad(loss_of)(state.trainable)
@@ -183,6 +190,7 @@ def place_batch(
     room = most_texts(batch["rows"].segments.shape[1])
     arrays = {
         "rows": pad_rows(batch["rows"], local, pad_id),
+        "skip": np.pad(batch["skip"], ((0, local - len(batch["skip"])), (0, 0))),
         "indices": tuple(
             (global_rows[indices // room] * room + indices % room).astype(np.int32)
             for indices in batch["indices"]

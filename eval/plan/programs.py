@@ -16,7 +16,7 @@ from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder
 from sgpt_jax.decoder.sharding import batch_sharding, num_shards, param_shardings
-from sgpt_jax.packing.rows import embed
+from sgpt_jax.packing.rows import embed, most_texts
 
 from ..training import (
     LossConfig,
@@ -138,6 +138,7 @@ def _batch(mesh: Mesh, work: Work) -> dict[str, Any]:
     count = work.examples
     return {
         "rows": _packed(mesh, work),
+        "skip": _rows(mesh, work.rows, most_texts(work.length)),
         "indices": (_rows(mesh, count), _rows(mesh, count), _rows(mesh, count, 1)),
         "ids": (_rows(mesh, count, 2), _rows(mesh, count, 2), _rows(mesh, count, 1, 2)),
         "negative_mask": _rows(mesh, count, 1, dtype=jnp.bool_),

@@ -212,11 +212,19 @@ class GgufFile:
 
 
 def _decode(tensor: gguf.ReaderTensor) -> np.ndarray:
-    """A tensor as float32, decoded some rows at a time: decoding takes several times the memory of its result."""
+    """A tensor as float32, decoded some rows at a time: decoding takes several times the memory of its result.
+
+    Raises:
+        InputError: the gguf package does not decode its kind (Q8_1 and Q8_K, which are for activations, among them).
+    """
     values = np.empty([int(size) for size in reversed(tensor.shape)], np.float32)
     for start in range(0, len(values), DECODE_ROWS):
         part = slice(start, start + DECODE_ROWS)
-        values[part] = gguf.dequantize(tensor.data[part], tensor.tensor_type)
+        try:
+            values[part] = gguf.dequantize(tensor.data[part], tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise InputError(f"{tensor.name} is stored as {kind}, which is not supported") from None
     return values
 
 

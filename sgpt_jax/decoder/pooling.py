@@ -55,7 +55,7 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str, skip: jax.Array |
         hidden: [B, T, E], any float dtype.
         masks: int or bool [B, S, T], non-zero at the tokens of each of a row's S texts, no two of which share any.
         mode: see `pool`.
-        skip: int []; so many first tokens of each text are left out. The weights of weightedmean count them.
+        skip: int [] or [B, S]; so many first tokens of each text are left out. The weights of weightedmean count them.
 
     Returns:
         float32 [B, S, M E].
@@ -64,6 +64,7 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str, skip: jax.Array |
         ValueError: for an unknown mode.
     """
     modes = pooling_modes(mode)
+    skip = jnp.asarray(skip)[..., None]
     valid = (masks != 0).astype(jnp.int32)
     order = jnp.cumsum(valid, axis=-1) * valid  # 1, 2, ... at valid tokens, 0 at padding
     order = jnp.where(order > skip, order, 0)
@@ -76,7 +77,7 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str, skip: jax.Array |
     return jnp.concatenate(vectors, axis=-1)
 
 
-def _weights(order: jax.Array, mode: str, skip: jax.Array | int) -> jax.Array:
+def _weights(order: jax.Array, mode: str, skip: jax.Array) -> jax.Array:
     """Float32 weights [B, S, T] of the tokens, from their numbers in their texts, 0 for those that do not count."""
     if mode == "weightedmean":
         weights = order
@@ -111,10 +112,10 @@ def _largest(hidden: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def normalize(vectors: jax.Array) -> jax.Array:
-    """Vectors [..., E] scaled to length 1 in float32; zero vectors stay zero."""
+    """Vectors [..., E] scaled to length 1 in float32; zero vectors stay zero, and their gradient is finite."""
     vectors = vectors.astype(jnp.float32)
-    norms = jnp.sqrt(jnp.sum(vectors * vectors, axis=-1, keepdims=True))
-    return vectors / jnp.maximum(norms, 1e-12)
+    squares = jnp.sum(vectors * vectors, axis=-1, keepdims=True)
+    return vectors / jnp.sqrt(jnp.maximum(squares, 1e-24))  # the slope of the root at 0 is infinite
 
 
 def similarities(a: jax.Array, b: jax.Array, name: str) -> jax.Array:

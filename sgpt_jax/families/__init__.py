@@ -46,6 +46,7 @@ from sgpt_jax.families import (
 from sgpt_jax.families.family import Family, HfConfig
 from sgpt_jax.families.keys import check_untaken
 from sgpt_jax.families.reading import ConfigReader, short
+from sgpt_jax.families.unsupported import REASONS
 
 _MODULES = (
     gpt2,
@@ -92,6 +93,8 @@ def family_of(hf: HfConfig) -> Family:
         InputError: for a `model_type` that is not supported.
     """
     kind = hf.get("model_type")
+    if isinstance(kind, str) and kind in REASONS:
+        raise InputError(f"model_type {kind!r} is not supported: {REASONS[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"model_type {short(kind)} is not supported; known: {', '.join(FAMILIES)}")
     return FAMILIES[kind]

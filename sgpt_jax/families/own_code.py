@@ -1,7 +1,13 @@
 """Published folders with modelling code of their own: what that code makes of a decoder that a family describes.
 
 The code itself is never run. A folder is known by the class that its config.json names in `auto_map`, or by its
-`model_type`; what is known of it becomes keys that the families read.
+`model_type`; what is known of it becomes keys that the families read. Any other `auto_map` is refused (`keys.py`).
+
+The names below are those by which public code and file listings of these models call them: gte-Qwen2's and stella's
+`modeling_qwen.Qwen2Model`, `modeling_llama_encoder.LlamaEncoderModel` of LLM2Vec, `llama_bidirectional_model`,
+`modeling.PPLXQwen3Model` with its `model_type`, and the files `modeling_gritlm7b`, `modeling_mistral_gritlm` and
+`modeling_nvembed`. Those that were not seen there, and follow from the names of their siblings, are marked; a wrong
+name costs a refusal.
 """
 
 from __future__ import annotations
@@ -67,9 +73,7 @@ OWN_CODES = (
         "LLM2Vec",
         (
             "modeling_llama_encoder.",
-            "modeling_mistral_encoder.",
-            "modeling_qwen2_encoder.",
-            "modeling_gemma_encoder.",
+            *("modeling_mistral_encoder.", "modeling_qwen2_encoder.", "modeling_gemma_encoder."),  # not seen
         ),
         config=_NO_WINDOW,
         pooling="mean",

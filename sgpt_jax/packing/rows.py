@@ -207,7 +207,7 @@ def encode_rows(
         batch: R rows, without prefixes.
         pooling: see `sgpt_jax.pool`.
         room: S, how many texts a row has room for.
-        skip: so many first tokens of each text are left out of the pooling, see `pool_texts`.
+        skip: int [] or [R, S]; so many first tokens of each text are left out of the pooling, see `pool_texts`.
 
     Returns:
         float32 [R, S, M E]; zeros where there is no text.

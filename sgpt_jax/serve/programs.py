@@ -19,7 +19,6 @@ from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import split
 from sgpt_jax.decoder.readout import read_scores
 from sgpt_jax.decoder.sharding import batch_sharding, num_shards
-from sgpt_jax.errors import InputError
 from sgpt_jax.index.search import Index
 from sgpt_jax.own_scoring import OwnScoring
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, Row, lay_out
@@ -40,14 +39,20 @@ def _structs(arrays: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
 
 
+@dataclass(frozen=True)
+class TokenText:
+    """Token ids of a text, never none, and how many first ones are left out of the pooling."""
+
+    ids: list[int]
+    skip: int = 0
+
+
 class Embedder:
-    """Token ids of texts (at most the model's limit each) to vectors, float32 [E], as the model's folder has them."""
+    """`TokenText`s (at most the model's limit each) to vectors, float32 [E], as the model's folder has them."""
 
     name = "embed"
 
     def __init__(self, model: BiEncoder) -> None:
-        if not model.include_prompt and any(model.text.prompts.values()):
-            raise InputError(f"{model.name}: prompts that are left out of the pooling cannot be served")
         self.model = model
         # On a CPU, a batch of seconds would keep everybody waiting who comes next.
         self.budget = by_platform(cpu=bi_encoder.CPU_BATCH_TOKENS // 4, accelerator=BATCH_TOKENS)
@@ -65,8 +70,7 @@ class Embedder:
                 self._graphdef,
                 self._params,
                 self.model.modules,
-                _structs(lay_out(shape.holding([]), [], 0), _sharding(self.model.mesh)),
-                np.int32(0),
+                *_structs(self._arrays([], shape.holding([])), _sharding(self.model.mesh)),
                 pooling=self.model.pooling,
                 room=most_texts(shape.length),
                 dimension=self.model.dimension,
@@ -85,12 +89,12 @@ class Embedder:
 
         return choose(sizes, self.shapes, self.budget, fill)
 
-    def start(self, items: Sequence[list[int]], plan: PlannedBatch) -> Fetch:
+    def start(self, items: Sequence[TokenText], plan: PlannedBatch) -> Fetch:
         """Starts a batch of some of the items. One whose vector is not finite leaves the others theirs."""
 
         def run(plan: PlannedBatch) -> Callable[[], np.ndarray]:
-            batch = jax.device_put(lay_out(plan, items, self.model.text.pad_id), _sharding(self.model.mesh))
-            result = self._programs[Shape.of(plan)](self._params, self.model.modules, batch, np.int32(0))
+            placed = jax.device_put(self._arrays(items, plan), _sharding(self.model.mesh))
+            result = self._programs[Shape.of(plan)](self._params, self.model.modules, *placed)
             indices = vector_indices(plan, most_texts(plan.length))
             return lambda: np.asarray(result).reshape(-1, self.model.dimension)[indices]
 
@@ -104,6 +108,12 @@ class Embedder:
             return list(found.values())
 
         return fetch
+
+    def _arrays(self, items: Sequence[TokenText], plan: PlannedBatch) -> tuple[Any, np.ndarray]:
+        room = most_texts(plan.length)
+        skip = np.zeros((plan.num_rows, room), np.int32)
+        skip.flat[vector_indices(plan, room)] = [items[item].skip for item in plan.texts]
+        return lay_out(plan, [item.ids for item in items], self.model.text.pad_id), skip
 
 
 @dataclass(frozen=True)

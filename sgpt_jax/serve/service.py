@@ -17,7 +17,7 @@ from sgpt_jax.index.hits import Hit
 from sgpt_jax.index.search import Index
 from sgpt_jax.serve.batching import BatchReport, Job, Queue, Worker
 from sgpt_jax.serve.errors import ApiError
-from sgpt_jax.serve.programs import Embedder, PairReader, Scorer, Searcher, TokenPair, Wanted
+from sgpt_jax.serve.programs import Embedder, PairReader, Scorer, Searcher, TokenPair, TokenText, Wanted
 from sgpt_jax.serve.requests import Texts
 from sgpt_jax.text.encoder import Side, TextEncoder
 from sgpt_jax.text.pairs import query_tokens, tokenise_pairs
@@ -138,14 +138,14 @@ class Service:
             ApiError: a token id is not in the vocabulary, a text is too long, the queue is full, or a vector is not
                 finite.
         """
-        ids, too_long = await self._in_thread(self._ids, texts, side, param)
+        items, too_long = await self._in_thread(self._token_texts, texts, side, param)
         if too_long and not cut:
             limit = self.models.encoder.text.max_seq_length
             raise ApiError(
                 413, f"{too_long} texts have more than {limit} tokens", param=param, code="text_too_long"
             )
-        sizes = [len(row) for row in ids]
-        vectors = np.stack(await self._run(Job(Embedder.name, caller, ids, sizes)))
+        sizes = [len(item.ids) for item in items]
+        vectors = np.stack(await self._run(Job(Embedder.name, caller, items, sizes)))
         if not np.isfinite(vectors).all():
             number = int(np.argmin(np.isfinite(vectors).all(axis=1)))
             raise ApiError(
@@ -202,6 +202,12 @@ class Service:
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, function, *arguments)
+
+    def _token_texts(self, texts: Texts, side: Side, param: str) -> tuple[list[TokenText], int]:
+        """Texts as the model reads them, and how many were cut."""
+        ids, cut = self._ids(texts, side, param)
+        skip = self.models.encoder.skip(self.models.encoder.text.prompt(side), side)
+        return [TokenText(row, skip) for row in ids], cut
 
     def _ids(self, texts: Texts, side: Side, param: str) -> tuple[list[list[int]], int]:
         """Token ids as the model reads them, and how many texts were cut."""

@@ -156,6 +156,57 @@ def test_k_quants_are_decoded_in_parts(kind, tmp_path):
     assert np.unique(decoded).size > 10
 
 
+def write_k_quants(path, kinds, decoded):
+    """A Llama of one layer, width 256, its matrices of these kinds and of random contents; or the same as float32."""
+    writer = GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_block_count, 1), (writer.add_context_length, 64), (writer.add_embedding_length, 256),
+        (writer.add_feed_forward_length, 512), (writer.add_head_count, 4), (writer.add_head_count_kv, 4),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+    ):  # fmt: skip
+        add(value)
+    draw = np.random.RandomState(0)
+    for name in ("attn_norm", "ffn_norm", "output_norm"):
+        layer = "" if name == "output_norm" else "blk.0."
+        writer.add_tensor(f"{layer}{name}.weight", draw.randn(256).astype(np.float32))
+    sizes = {"token_embd": (24, 256), "ffn_gate": (512, 256), "ffn_up": (512, 256), "ffn_down": (256, 512)}
+    for name, kind in kinds.items():
+        quantisation = GGMLQuantizationType[kind]
+        rows, columns = sizes.get(name, (256, 256))
+        values, size = GGML_QUANT_SIZES[quantisation]
+        stored = draw.randint(0, 60, (rows, columns // values * size), np.uint8)
+        name = name if name == "token_embd" else f"blk.0.{name}"
+        if decoded:
+            writer.add_tensor(f"{name}.weight", dequantize(stored, quantisation))
+        else:
+            writer.add_tensor(f"{name}.weight", stored, raw_dtype=quantisation)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_file_of_k_quants_is_what_the_gguf_package_decodes(tmp_path):
+    kinds = {
+        "token_embd": "Q6_K", "attn_q": "Q4_K", "attn_k": "Q5_K", "attn_v": "Q3_K", "attn_output": "Q2_K",
+        "ffn_gate": "IQ4_XS", "ffn_up": "Q8_0", "ffn_down": "Q4_K",
+    }  # fmt: skip
+    ids = np.arange(24)[None]
+    stored, decoded = (
+        decoders.hidden_states(
+            load_decoder(write_k_quants(tmp_path / f"{plain}.gguf", kinds, plain)), ids, np.ones_like(ids)
+        )
+        for plain in (False, True)
+    )
+    np.testing.assert_array_equal(stored, decoded)
+    assert np.isfinite(stored).all() and stored.std() > 0.1
+    opened = gguf_reader.open_gguf(tmp_path / "False.gguf")
+    tensor = next(tensor for tensor in opened.tensors if "attn_q" in tensor.name)
+    with pytest.raises(InputError, match=r"blk.0.attn_q.weight is stored as Q8_K, which is not supported"):
+        gguf._decode(tensor._replace(tensor_type=GGMLQuantizationType.Q8_K))
+
+
 def test_split_files(tmp_path):
     first = decoders.write_gguf("llama", tmp_path / "model.gguf", split=7)
     parts = gguf_reader.parts_of(first)

@@ -41,6 +41,54 @@ def test_vectors_and_scores_on_every_mesh(variant, tmp_path):
         assert max(errors) < 1e-5, (sizes, errors)
 
 
+def test_features_of_today_on_a_mesh(tmp_path):
+    """Norms on both sides, soft caps, q/k norm over all heads, multipliers, windows of both directions, Dense modules,
+    prompts that are not pooled: vectors, log-probabilities, and two steps of training.
+    """
+    code = """
+        import json, sys, warnings
+        from pathlib import Path
+        import numpy as np
+        import decoders, folders
+        import sgpt_jax as sgpt
+        from train.__main__ import main
+        from training import data
+        warnings.simplefilter("ignore")
+        root, texts = Path(sys.argv[1]), ["", "a heron", "the ferry crosses the bay", "people stay at night"] * 2
+        pairs = [("night market", text) for text in texts]
+        sources = {name: folders.write_folder(name, root / name) for name in ("embeddinggemma", "gritlm")}
+        for name in ("gemma2", "olmo2", "granite"):
+            sources[name] = decoders.write_tokenizer(decoders.write_checkpoint(name, root / name))
+        pooling = sources["embeddinggemma"] / "1_Pooling" / "config.json"
+        folders.dump(pooling, json.loads(pooling.read_text()) | {"include_prompt": False})
+
+        def run(name, mesh):
+            encoder = sgpt.BiEncoder.from_pretrained(sources[name], mesh=mesh)
+            found = [encoder.encode_query(texts), encoder.encode_document(texts)]
+            if not encoder.decoder.config.bidirectional:
+                found.append(sgpt.CrossEncoder.from_pretrained(sources[name], mesh=mesh).predict(pairs))
+            return found
+
+        def losses(mesh):
+            out = root / mesh.replace(",", "")
+            asked = f"pairs --model {sources['embeddinggemma']} --data {data(1)} --output {out} --mesh {mesh}"
+            asked += " --batch-size 8 --chunk-size 8 --max-seq-length 40 --lr 1e-2 --warmup-steps 0 --steps 2"
+            assert main([*asked.split(), "--trainable", "all"]) == 0
+            return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+        results = {}
+        for name in sources:
+            ours, theirs = run(name, sgpt.make_mesh("data=2,fsdp=2,tensor=2")), run(name, None)
+            results[name] = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs)]
+        results["training"] = np.abs(np.subtract(losses("data=2,fsdp=2,tensor=2"), losses("data=8"))).tolist()
+        print(json.dumps(results))
+    """
+    results = json.loads(run_on_eight(code, tmp_path).stdout.splitlines()[-1])
+    assert len(results) == 6
+    for what, errors in results.items():
+        assert max(errors) < (1e-4 if what == "training" else 1e-5), (what, errors)
+
+
 def test_default_of_a_command():
     """One CPU device; all accelerators of this process on data."""
     assert device_mesh(None) is None

@@ -14,6 +14,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.families import FAMILIES, read_config
 from sgpt_jax.families.keys import REFUSED
 from sgpt_jax.families.reading import ConfigReader
+from sgpt_jax.families.unsupported import REASONS
 
 DAMAGE = [
     *(None, True, False, 0, 1, -1, 3, 2**31, 10**9, 10**30, -(10**9)),
@@ -167,6 +168,23 @@ def test_own_code_is_refused(value):
     with pytest.raises(InputError, match="auto_map names code of its own"):
         read_config(decoders.config("qwen2") | {"auto_map": value})
     read_config(decoders.config("qwen2") | {"auto_map": {}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("qwen3_5_text", "three of four layers are gated delta nets: .* no softmax attention"),
+        ("embedding_gemma2_text", r"an input of its own from the embedding \(per-layer inputs\)"),
+        ("lfm2", "short convolutions, in place of attention"),
+        ("qwen3_moe", "it is a mixture of experts"),
+        ("xlm-roberta", "it is an encoder, and not a decoder"),
+        ("unheard_of", "known: gpt2, gpt_neo"),
+    ],
+)
+def test_other_families_are_refused_with_the_reason(kind, reason):
+    with pytest.raises(InputError, match=f"model_type '{kind}' is not supported[:;] .*{reason}"):
+        read_config(decoders.config("llama") | {"model_type": kind})
+    assert not REASONS.keys() & FAMILIES.keys()
 
 
 def test_unknown_keys_are_listed_in_one_line():

@@ -1,13 +1,17 @@
 """What the device computes for a server, beside what the library gives for the same texts; also on a mesh."""
 
+import asyncio
 import warnings
 
+import folders
 import numpy as np
 import pytest
 import serving
 from devices import run_on_eight
 
-from sgpt_jax.serve.programs import Embedder, Scorer, Searcher, TokenPair, Wanted
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.serve.programs import Embedder, Scorer, Searcher, TokenPair, TokenText, Wanted
+from sgpt_jax.serve.service import Models, Service
 from sgpt_jax.text.pairs import Prompt, query_tokens, tokenise_pairs
 
 WORDS = "heron ferry market bay water night shallow day people stay twice crosses waits three on".split()  # noqa: SIM905
@@ -43,8 +47,25 @@ def test_vectors(models):
         warnings.simplefilter("ignore")
         ids = models.encoder.text.ids(texts, "query")
         wanted = models.encoder.encode_query(texts)
-    found = everything(Embedder(models.encoder), ids, [len(row) for row in ids])
+    found = everything(Embedder(models.encoder), [*map(TokenText, ids)], [len(row) for row in ids])
     np.testing.assert_allclose(np.stack(found), wanted, rtol=1e-5, atol=2e-6)
+
+
+def test_prompts_that_are_not_pooled(tmp_path):
+    """Queries and documents of a batch each leave out as many tokens as their own prompt has."""
+    model = BiEncoder.from_pretrained(folders.write_folder("pooling_all", tmp_path), max_seq_length=24)
+    service = Service(1 << 18)
+    service.load(Models(model))
+    texts = sentences(5, 3)
+
+    async def ask():
+        asked = [service.embed(texts, side, "me", param="input") for side in ("query", "document")]
+        return [found.vectors for found in await asyncio.gather(*asked)]
+
+    queries, documents = asyncio.run(ask())
+    assert service.close(10)
+    np.testing.assert_allclose(queries, model.encode_query(texts), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(documents, model.encode_document(texts), rtol=1e-4, atol=1e-5)
 
 
 def test_log_probs(models):
@@ -116,7 +137,7 @@ def test_a_mesh_gives_the_same(models, tmp_path):
         from sgpt_jax import make_mesh
         sys.path.insert(0, "tests/serve")
         from test_programs import everything
-        from sgpt_jax.serve.programs import Embedder, Scorer, TokenPair
+        from sgpt_jax.serve.programs import Embedder, Scorer, TokenPair, TokenText
         from sgpt_jax.text.pairs import tokenise_pairs
         from pathlib import Path
 
@@ -125,7 +146,7 @@ def test_a_mesh_gives_the_same(models, tmp_path):
         ids = models.encoder.text.ids(texts, "document")
         embedder = Embedder(models.encoder)
         assert all(shape.rows % 4 == 0 for shape in embedder.shapes)
-        vectors = everything(embedder, ids, [len(row) for row in ids])
+        vectors = everything(embedder, [*map(TokenText, ids)], [len(row) for row in ids])
         model = models.cross_encoder
         tokens = tokenise_pairs(model.text, model.prompt, [query] * len(documents), documents)
         items = [TokenPair(tokens.contexts[c], tokens.queries[q]) for c, q in tokens.pairs]

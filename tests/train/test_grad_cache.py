@@ -46,6 +46,7 @@ def make_batch(size=7, negatives=2):
     ids = np.arange(2 * count, dtype=np.int32).reshape(count, 2)
     return {
         "rows": rows,
+        "skip": np.zeros((len(rows.segments), most_texts(LENGTH)), np.int32),
         "indices": (vectors[:size], vectors[size : 2 * size], vectors[2 * size :].reshape(size, negatives)),
         "ids": (ids[:size], ids[size : 2 * size], ids[2 * size :].reshape(size, negatives, 2)),
         "negative_mask": np.ones((size, negatives), bool),
@@ -123,6 +124,7 @@ def test_a_thousand_examples_fit_where_64_do():
         tokens = shape((3 * size, 75), jnp.int32)
         batch = {
             "rows": Batch(tokens, tokens, tokens),
+            "skip": shape((3 * size, most_texts(75)), jnp.int32),
             "indices": (shape((size,), jnp.int32), shape((size,), jnp.int32), shape((size, 1), jnp.int32)),
             "ids": tuple(shape((size, *more, 2), jnp.int32) for more in ((), (), (1,))),
             "negative_mask": shape((size, 1), bool),

@@ -29,6 +29,7 @@ texts = [[name + kind] * (2 + name % 3) for kind in (0, 100, 200) for name in na
 rows, vectors = pack(texts, length, 0)
 batch = {
     "rows": rows,
+    "skip": np.zeros((len(rows.segments), most_texts(length)), np.int32),
     "indices": (vectors[:count], vectors[count : 2 * count], vectors[2 * count :][:, None]),
     "ids": tuple(np.stack([names, names], -1).astype(np.int32) for _ in range(2)),
     "negative_mask": np.ones((count, 1), bool),
