@@ -115,7 +115,7 @@ def bi_encoder(args: argparse.Namespace) -> LazyModel:
     """The bi-encoder that `add_bi_encoder_arguments` and `add_common_arguments` describe."""
     options = {name: vars(args)[name] for name in ("pooling", "brackets", "max_seq_length", "dtype")}
     # Where they are given: results that were made before these options existed keep their identity.
-    later = ("query_prompt", "document_prompt", "truncate_dim", "weights")
+    later = ("query_prompt", "document_prompt", "truncate_dim", "weights", "bidirectional")
     options |= {name: vars(args)[name] for name in later if vars(args)[name] is not None}
     identity = {"revision": revision(epath.Path(resolve(args.model).path)), **options}
     if args.biases:

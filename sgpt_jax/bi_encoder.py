@@ -51,7 +51,7 @@ DEQUANTISED = (
 
 
 _ARGUMENTS = (
-    "pooling", "brackets", "max_seq_length", "truncate_dim", "dtype", "biases", "weights", "adapter",
+    "pooling", "brackets", "max_seq_length", "truncate_dim", "dtype", "biases", "weights", "adapter", "bidirectional",
 )  # fmt: skip
 # The names of what `BiEncoder.from_settings` takes.
 BI_ENCODER_SETTINGS = ("model", *_ARGUMENTS, "query_prompt", "document_prompt")
@@ -110,6 +110,7 @@ class BiEncoder:
         biases: Any = None,
         weights: str | None = None,
         adapter: Any = None,
+        bidirectional: bool | None = None,
         **others: Any,
     ) -> BiEncoder:
         """Loads a model.
@@ -132,6 +133,8 @@ class BiEncoder:
                 `load_decoder`.
             adapter: a LoRA adapter to merge into the weights (a folder in peft's layout or a hub id), or several in
                 their order. A source that is an adapter itself brings the base that it names.
+            bidirectional: whether tokens see those after them, whatever the folder says; also for a folder with code of
+                its own that is not known, if that changes nothing else. Windows reach to both sides then.
 
         Raises:
             InputError: the source is missing, damaged or not supported, or the options do not fit it.
@@ -139,7 +142,7 @@ class BiEncoder:
         """
         refuse("from_pretrained", others)
         resolved = resolve(source)
-        opened = open_model(resolved, adapter)
+        opened = open_model(resolved, adapter, bidirectional=bidirectional)
         settings = read_settings(opened.settings, resolved.name)
         bias_set = None if biases is None else bias_sets.load_bias_set(biases)
         recorded = {} if bias_set is None else bias_set.header
@@ -174,6 +177,7 @@ class BiEncoder:
                 "weights": weights,
                 "adapter": adapter,
                 "truncate_dim": truncate_dim,
+                "bidirectional": bidirectional,
             },
         )
         size = _first(truncate_dim, settings.truncate_dim, model.dimension)

@@ -156,7 +156,7 @@ def _metadata(model: BiEncoder) -> dict[str, Any]:
         "dtype": model.decoder.dtype.name,
         "biases": source.get("biases") and _absolute(source["biases"]),
     }
-    names = ("weights", "query_prompt", "document_prompt", "truncate_dim")
+    names = ("weights", "query_prompt", "document_prompt", "truncate_dim", "bidirectional")
     noted |= {name: source[name] for name in names if source.get(name) is not None}
     if adapter := source.get("adapter"):
         adapters = adapter if isinstance(adapter, list | tuple) else [adapter]

@@ -22,7 +22,9 @@ from sgpt_jax.checkpoint.weights import checkpoint_sha256, load_checkpoint
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.errors import InputError
+from sgpt_jax.families import read_config
 from sgpt_jax.families.own_code import describe, own_code_of, without_own_code
+from sgpt_jax.folder.modules import check_decoder_is_on_top
 from sgpt_jax.folder.source import Source, resolve
 from sgpt_jax.runtime.forks import check_fork
 from sgpt_jax.text.tokenizer import has_tokenizer, load_tokenizer
@@ -78,12 +80,15 @@ class Opened:
     adapters: tuple[Path, ...] = ()
 
 
-def open_model(source: Source, adapter: Any = None, *, depth: int = 0) -> Opened:
+def open_model(
+    source: Source, adapter: Any = None, *, bidirectional: bool | None = None, depth: int = 0
+) -> Opened:
     """Opens a model: a checkpoint, or a LoRA adapter with the base that it names, and further adapters over it.
 
     Args:
         source: a model, or the folder of an adapter.
         adapter: folders or hub ids of adapters to merge into it: one, or several in their order.
+        bidirectional: whether tokens see those after them; None does what the folder says.
         depth: how many adapters lie over it.
 
     Raises:
@@ -93,11 +98,30 @@ def open_model(source: Source, adapter: Any = None, *, depth: int = 0) -> Opened
     if path.is_dir() and (path / CONFIG).is_file():
         opened = _over_its_base(path, depth)
     else:
+        check_decoder_is_on_top(path)
         opened = Opened(open_checkpoint(epath.Path(path)), path, path)
     for each in _listed(adapter):
         folder = Path(resolve(each).path)
         opened = _merged(opened, folder)
+    if bidirectional is not None:
+        opened.files.config = _with_mask(opened.files.config, bidirectional)
     return opened
+
+
+def _with_mask(hf: Mapping[str, Any], bidirectional: bool) -> dict[str, Any]:
+    """A config with another mask. Who asks for one knows what code of the folder's own does to it.
+
+    Raises:
+        InputError: the family has no other mask.
+    """
+    changed = {key: value for key, value in hf.items() if key != "auto_map"} | {
+        "is_causal": not bidirectional
+    }
+    if read_config(changed).bidirectional != bidirectional:
+        raise InputError(
+            f"a {hf.get('model_type')} whose config.json makes attention bidirectional cannot be made causal"
+        )
+    return changed
 
 
 def _listed(adapter: Any) -> Sequence[Any]:

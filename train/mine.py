@@ -63,7 +63,7 @@ def mine_command(options: argparse.Namespace) -> None:
         encoder = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
     else:
         names = ("pooling", "brackets", "max_seq_length", "query_prompt", "document_prompt", "truncate_dim")
-        for name in (*names, "biases", "adapter", "weights", "mesh"):
+        for name in (*names, "biases", "adapter", "bidirectional", "weights", "mesh"):
             if vars(options)[name] is not None:
                 raise InputError(f"--{name.replace('_', '-')} is for --model")
     mine(options.data, options.output, options.split, options.negatives, limits, options.seed, encoder)

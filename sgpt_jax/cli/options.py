@@ -129,6 +129,12 @@ BI_ENCODER = (
     ),
     option("--biases", metavar="FILE", help="trained biases to apply, a biases.safetensors"),
     ADAPTER,
+    option(
+        "--bidirectional",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether tokens see those after them (default: as the model folder says, or not)",
+    ),
 )
 
 # How files of texts are read.

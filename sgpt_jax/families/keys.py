@@ -128,7 +128,7 @@ def _check_code(hf: ConfigReader, value: Any, known: Collection[str]) -> None:
         raise InputError(
             f"{hf.what}: auto_map names code of its own ({short(', '.join(others))}), which is never run; it may "
             "compute something else than the decoder of this name (gte-Qwen2's and GritLM's attention is "
-            "bidirectional). Remove auto_map from a copy of the folder only if you know that it does not"
+            "bidirectional). If the mask is all that it may change, say which: --bidirectional or --no-bidirectional"
         )
 
 

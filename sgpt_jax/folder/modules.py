@@ -79,6 +79,21 @@ def read_modules(path: Path) -> tuple[str, bool, Modules]:
     return *pooling, tuple(modules)
 
 
+def check_decoder_is_on_top(path: Path) -> None:
+    """Says of a folder without a config.json what modules.json has in its place, if there is one.
+
+    Raises:
+        InputError: the decoder lies below, or there are several.
+    """
+    if (path / "config.json").exists() or not (path / "modules.json").is_file():
+        return
+    first = _list(path)[0]
+    if first["type"].rpartition(".")[2] != "Transformer":
+        raise InputError(f"{path / 'modules.json'}: module 0 is {first['type']}, which is not supported")
+    if first["path"]:
+        raise InputError(f"{path}: the decoder lies in {first['path']}; move its files to the top folder")
+
+
 def _list(path: Path) -> list[dict[str, str]]:
     file = path / "modules.json"
     modules = read_json(file)

@@ -190,6 +190,47 @@ def test_other_known_code(change, family):
     assert quiet(read_config, found).bidirectional
 
 
+def test_the_mask_as_an_option(tmp_path):
+    """What the folder would say with its own keys, and of code that is not known; saved as it was asked for."""
+    folder = write_folder("kalm", tmp_path / "kalm")
+    wanted, config = expected("kalm"), json.loads((folder / "config.json").read_text("utf-8"))
+    folders.dump(
+        folder / "config.json", config | {"is_causal": True, "auto_map": {"AutoModel": "modeling_x.Other"}}
+    )
+    with pytest.raises(InputError, match="say which: --bidirectional or --no-bidirectional"):
+        load(folder)
+    model = load(folder, bidirectional=True)
+    assert_near(model.encode_query(QUERIES), wanted["queries"])
+    assert (
+        model.source["bidirectional"] and not load(folder, bidirectional=False).decoder.config.bidirectional
+    )
+    quiet(model.save_pretrained, tmp_path / "saved")
+    again = sgpt.BiEncoder.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(again.encode(QUERIES), model.encode(QUERIES))
+    with pytest.raises(InputError, match="bidirectional attention is not supported in this family"):
+        sgpt.BiEncoder.from_pretrained(
+            decoders.write_checkpoint("gpt_neo", tmp_path / "neo"), bidirectional=True
+        )
+    with pytest.raises(InputError, match=r"a gemma3_text .* cannot be made causal"):
+        load(write_folder("embeddinggemma", tmp_path / "gemma"), bidirectional=False)
+
+
+def test_a_decoder_that_does_not_lie_on_top_is_named(tmp_path):
+    folder = write_folder("kalm", tmp_path)
+    modules = json.loads((folder / "modules.json").read_text("utf-8"))
+    (folder / "config.json").unlink()
+    for first, message in (
+        ({"path": "0_Transformer"}, "the decoder lies in 0_Transformer; move its files to the top"),
+        (
+            {"type": "sentence_transformers.base.modules.router.Router"},
+            r"module 0 is \S+\.Router, which is not",
+        ),
+    ):
+        folders.dump(folder / "modules.json", [modules[0] | first, *modules[1:]])
+        with pytest.raises(InputError, match=message):
+            sgpt.BiEncoder.from_pretrained(folder)
+
+
 def test_flags_that_disagree_with_the_tokenizer_are_named(tmp_path):
     with pytest.warns(UserWarning, match="add_eos_token is true, but tokenizer.json adds none"):
         sgpt.BiEncoder.from_pretrained(write_folder("e5_mistral", tmp_path / "e5"))
