@@ -36,8 +36,9 @@ def rotary_frequencies(config: RotaryConfig, *, long: bool = False) -> np.ndarra
         long: for longrope, the factors of texts beyond the original context.
     """
     exponents = np.arange(0, config.dim, 2, dtype=np.float32) / np.float32(config.dim)
-    wavelengths = np.power(np.float32(config.base), exponents)  # over 2 pi
-    frequencies = (1.0 / wavelengths).astype(np.float32)
+    # Over 2 pi. Rounded once: a last bit that differs from torch's, which rounds so too, turns far tokens visibly.
+    wavelengths = np.power(config.base, exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / wavelengths
     if config.scaling == "linear":
         return frequencies / np.float32(config.factor)
     if config.scaling == "llama3":
@@ -52,13 +53,13 @@ def rotary_frequencies(config: RotaryConfig, *, long: bool = False) -> np.ndarra
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, config.dim - 1)
         high += 0.001 if low == high else 0
-        share_scaled = np.clip((np.arange(config.dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-        stretched = 1.0 / (np.float32(config.factor) * wavelengths)
-        scaled = stretched * share_scaled + frequencies * (1 - share_scaled)
-        return scaled.astype(np.float32)
+        ramp = (np.arange(config.dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+        share_kept = 1 - np.clip(ramp, 0, 1)
+        stretched = np.float32(1) / (np.float32(config.factor) * wavelengths)
+        return stretched * (1 - share_kept) + frequencies * share_kept
     if config.scaling == "longrope":
         factors = config.long_factors if long else config.short_factors
-        return frequencies / np.array(factors, np.float32)
+        return np.float32(1) / (np.array(factors, np.float32) * wavelengths)
     return frequencies
 
 
