@@ -245,6 +245,8 @@ def test_info_tells_the_scoring(tmp_path, capsys):
     assert scored in shown and "instruction fish: 'Find the passage that is about fish: '" in shown
     assert main(["info", str(folders.write_folder("qwen3_embedding", tmp_path / "embedder"))]) == 0
     assert "pairs: log-probability of the query" in capsys.readouterr().out
+    assert main(["info", str(folders.write_folder("kalm", tmp_path / "bidirectional"))]) == 0
+    assert "pairs: none (tokens see those behind them" in capsys.readouterr().out
 
 
 def test_nan_names_the_pair(model_of, monkeypatch):

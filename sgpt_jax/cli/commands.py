@@ -291,7 +291,7 @@ def _model_info(source: str) -> None:
         f"{_int8_bytes(config) / 1e9:.2f} GB with int8 matrices and bfloat16",
         *(f"adapter: {adapter}" for adapter in opened.adapters),
     ]
-    lines += _use_info(opened, resolved.name, config) + _scoring_info(opened, resolved.name)
+    lines += _use_info(opened, resolved.name, config) + _scoring_info(opened, resolved.name, config)
     print(printable("\n".join(lines), keep="\n"))
 
 
@@ -322,12 +322,14 @@ def _use_info(opened: Opened, name: str, config: DecoderConfig) -> list[str]:
     return [*lines, f"{SAMPLE!r} has {len(ids)} tokens, {ends}"]
 
 
-def _scoring_info(opened: Opened, name: str) -> list[str]:
+def _scoring_info(opened: Opened, name: str, config: DecoderConfig) -> list[str]:
     """How a cross-encoder scores pairs with the model."""
     try:
         scoring = read_scoring(opened.settings, name, opened.adapters)
     except InputError as problem:
         return [f"pairs: none ({problem})"]
+    if scoring is None and config.bidirectional:
+        return ["pairs: none (tokens see those behind them, so there are no log-probabilities)"]
     if scoring is None:
         return ["pairs: log-probability of the query after a prompt with the document"]
     named = [f"instruction {key}: {text!r}" for key, text in scoring.prompts.items() if text]
