@@ -6,6 +6,7 @@ import serving
 from serving import serve
 
 from sgpt_jax.serve.batching import Job
+from sgpt_jax.serve.programs import TokenText
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def blocked(live, monkeypatch):
         return wait
 
     monkeypatch.setattr(service.embedder, "start", slow)
-    service.queue.put(Job("embed", "other", [[1]], [1]))
+    service.queue.put(Job("embed", "other", [TokenText([1])], [1]))
     serving.until(lambda: begun)
     yield let
     let.append(True)

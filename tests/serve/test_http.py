@@ -13,6 +13,7 @@ from serving import DOCUMENTS, listening_with, serve
 
 from sgpt_jax.serve.batching import Job
 from sgpt_jax.serve.http import Limits
+from sgpt_jax.serve.programs import TokenText
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client")
 
@@ -135,7 +136,7 @@ def test_a_wrong_key_is_the_client_s_error(live):
 
 def test_429_is_tried_again_and_succeeds(live, client, models, blocked):
     _, service = live
-    waiting = Job("embed", "other", [[1] * 30] * 66, [30] * 66)
+    waiting = Job("embed", "other", [TokenText([1] * 30)] * 66, [30] * 66)
     service.queue.put(waiting)
     with pytest.raises(openai.RateLimitError):
         client.with_options(max_retries=0).embeddings.create(model="tiny", input=["heron " * 15])
