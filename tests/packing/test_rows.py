@@ -18,7 +18,7 @@ from sgpt_jax.packing.rows import (
     texts_per_row,
     vector_indices,
 )
-from sgpt_jax.serve.programs import Embedder
+from sgpt_jax.serve.programs import Embedder, TokenText
 from sgpt_jax.text.tokenizer import load_tokenizer
 
 
@@ -197,7 +197,7 @@ def test_a_text_that_is_not_finite_leaves_other_requests_theirs(damaged):
     assert len(list(lane.compile())) == 1
     ids = damaged.text.ids([*TEXTS[:3], "~", TEXTS[3]])
     plan = lane.plan([len(row) for row in ids])
-    found = dict(zip(plan.texts, lane.start(ids, plan)(), strict=True))
+    found = dict(zip(plan.texts, lane.start([TokenText(row) for row in ids], plan)(), strict=True))
     assert len(plan.rows) < len(found) == 5 and np.isnan(found[3]).any()
     wanted = damaged.encode(TEXTS[:4], show_progress=False)
     np.testing.assert_allclose([found[n] for n in (0, 1, 2, 4)], wanted, rtol=1e-4, atol=1e-5)
