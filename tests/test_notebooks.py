@@ -13,7 +13,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {
     "quick_start": {"ABSTRACTS": 20},
     "train_biases": {"ABSTRACTS": 20, "STEPS": 2, "BATCH_SIZE": 4, "TOKENS": 16},
-    "prompts": {"CLAIMS": 2, "OTHERS": 1, "EXAMPLES": 1, "NAMES": ("A", "G")},
+    "prompts": {"CLAIMS": 2, "OTHERS": 1, "EXAMPLES": 1, "TOKENS": 96, "NAMES": ("A", "G")},
     "tpu": {"TEXTS": 8, "DTYPE": "float32"},
 }
 
