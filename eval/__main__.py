@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
     parser.add_argument("--version", action="version", version=f"sgpt-jax {__version__}")
-    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    tasks = parser.add_subparsers(dest="program", metavar="TASK", required=True)
     module = None
     for name, (path, summary) in TASKS.items():
         task = tasks.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(task)
     options = parser.parse_args(arguments)
     assert module is not None  # argparse has left otherwise
-    if options.task == "speed" and options.part in (None, "train"):
+    if options.program == "speed" and options.part in (None, "train"):
         keep_freed_memory()  # as `python -m train` does
     # These two measure compiling, or compile for machines that are not here.
-    cache = options.task not in ("speed", "plan")
+    cache = options.program not in ("speed", "plan")
     return run_command(functools.partial(module.main, options), options, cache_programs=cache)
 
 

@@ -363,6 +363,16 @@ def test_what_comes_near_the_memory_is_compiled_whole(share, depths, monkeypatch
     assert ("12 layers compiled" in capsys.readouterr().out) == depths[-1]
 
 
+@pytest.mark.parametrize(("program", "kept"), [("plan", False), ("sts", True)])
+def test_programs_for_other_machines_are_not_kept(program, kept, monkeypatch):
+    """`plan` has a --task of its own."""
+    asked = []
+    monkeypatch.setattr("eval.__main__.run_command", lambda *_, cache_programs: asked.append(cache_programs))
+    arguments = {"plan": ["--model", "gpt-neo-125m", "--topology", "v5e-1"], "sts": ["f.csv", "--model", "m"]}
+    main([program, *arguments[program]])
+    assert asked == [kept]
+
+
 ON_TPU = """
     import sys, jax
     jax.config.update("jax_platforms", "cpu")
