@@ -222,9 +222,8 @@ def _batches(
     mesh: Mesh | None,
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
     """Of each batch the rows in it, and what `generate_tokens` takes of them: ids, lengths and seeds."""
-    beside = steps + (
-        0 if shared is None else shared.valid.shape[1]
-    )  # slots of a row that are not the prompt's own
+    # Slots of a row that are not the prompt's own.
+    beside = steps + (0 if shared is None else shared.valid.shape[1])
     memory = by_platform(cpu=_CPU_CACHE_BYTES, accelerator=_CACHE_BYTES)
     plans = plan_batches(
         [

@@ -50,7 +50,7 @@ ADAPTERS = {
     "lora_bias": Adapter("llama_biases", "base", Q_AND_V | {"lora_bias": True}),
     "chain_first": Adapter("mistral_bidirectional", "base", Q_AND_V),
     "chain_second": Adapter(
-        "mistral_bidirectional", "base", {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"}
+        "mistral_bidirectional", "base", {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
     ),
     "e5_lora": Adapter("mistral", "base", Q_AND_V),
     "rankllama": Adapter(

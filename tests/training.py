@@ -15,6 +15,7 @@ import numpy as np
 
 from train.msmarco import COLLECTION, NEGATIVES, QUERIES, SCORES
 
+WORDS = "heron sea bread bridge café glue star salt fish yeast mill coffee hide law".split()  # noqa: SIM905
 FOLDER = Path(__file__).parent / "fixtures/training"
 ROOT = Path(__file__).parents[1]
 
@@ -97,3 +98,24 @@ def wait_for_steps(process, out, count):
         assert process.popen.poll() is None, process.wait()
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def arguments(base, pairs, out, *more):
+    options = {"batch-size": 8, "max-seq-length": 40, "lr": 3e-3, "save-every": 10, "seed": 3}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [
+        "pairs",
+        "--model",
+        base,
+        "--data",
+        pairs,
+        "--output",
+        str(out),
+        *flags,
+        "--avoid-duplicates",
+        *map(str, more),
+    ]
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from etils import epath
 
+from sgpt_jax.decoder.sharding import num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.runtime.platform import by_platform
 
@@ -70,7 +71,7 @@ def fit(run: Run, log: RunLog) -> bool:
     # On an accelerator one step runs while the host reads the loss of the step before. A CPU has no such overlap.
     in_flight = by_platform(cpu=0, accelerator=1)
     started: collections.deque[_Started] = collections.deque()
-    programs = StepPrograms(run.run_step, run.chunk_rows, log.say)
+    programs = StepPrograms(run.run_step, run.chunk_rows, num_shards(run.mesh), log.say)
     with _on_sigterm() as stopping, _quiet_truncation():
         log.start_clock()
         for step in range(run.start, total):

@@ -26,11 +26,12 @@ class StepPrograms:
     Args:
         step: from `train.step.jit_step`.
         chunk_rows: rows encoded at a time, 0 for the whole batch.
+        shards: devices that rows are split over, of which a chunk is a multiple.
         say: takes a note for the user.
     """
 
-    def __init__(self, step: jax.stages.Wrapped, chunk_rows: int, say: Callable[[str], None]):
-        self._step, self._chunk_rows, self._say = step, chunk_rows, say
+    def __init__(self, step: jax.stages.Wrapped, chunk_rows: int, shards: int, say: Callable[[str], None]):
+        self._step, self._chunk_rows, self._shards, self._say = step, chunk_rows, shards, say
         self._programs: dict[tuple, jax.stages.Compiled] = {}
         self._free = 0
 
@@ -51,20 +52,18 @@ class StepPrograms:
         needed *= by_platform(cpu=jax.local_device_count(), accelerator=1)  # CPU devices share one memory
         if first := not self._programs:
             self._free = free_memory(jax.local_devices()[0])
+        takes = f"a step takes {needed / _GIB:.1f} GiB beside the model"
+        free = f"{self._free / _GIB:.1f} GiB are free"
         if needed <= self._free:
             if first:
-                self._say(
-                    f"a step takes {needed / _GIB:.1f} GiB beside the model; {_amount(self._free)} free"
-                )
+                self._say(f"{takes}; {free}")
             return
         at_a_time = min(rows, self._chunk_rows or rows)
-        fits = int(_SHARE * at_a_time * self._free / needed)
-        advice = f"--chunk-size {fits} should fit" if fits else "not even one row at a time should fit"
-        self._say(
-            f"a step takes {needed / _GIB:.1f} GiB beside the model, but only {_amount(self._free)} free: it may be "
-            f"ended for want of memory. It encodes {at_a_time} rows at a time; {advice}"
+        fits = int(_SHARE * at_a_time * self._free / needed) // self._shards * self._shards
+        advice = (
+            f"--chunk-size {fits} should fit" if fits else f"not even {self._shards} at a time should fit"
         )
-
-
-def _amount(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB are"
+        self._say(
+            f"{takes}, but only {free}: it may be ended for want of memory. It encodes {at_a_time} rows at a time; "
+            f"{advice}"
+        )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -198,21 +196,20 @@ def _by_trainer(torch: Torch, model: BiEncoder, examples: list[Example]) -> Call
         def on_step_end(self, *_: Any, **__: Any) -> None:
             end.release()
 
-    folder = tempfile.mkdtemp()
-    model.save_pretrained(folder)
-    net = torch.best_attention(
-        lambda attention: SentenceTransformer(
-            folder, device=torch.device, model_kwargs={"dtype": torch.dtype, "attn_implementation": attention}
+    with exported(model) as folder:
+        net = torch.best_attention(
+            lambda attention: SentenceTransformer(
+                folder,
+                device=torch.device,
+                model_kwargs={"dtype": torch.dtype, "attn_implementation": attention},
+            )
         )
-    )
-    net.max_seq_length = model.text.max_seq_length
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_("bias" in name)
-    loss = MultipleNegativesRankingLoss(net)
-    loss.register_forward_hook(lambda _, __, value: losses.append(value.detach()))
-    trainer = SentenceTransformerTrainer(
-        model=net,
-        args=SentenceTransformerTrainingArguments(
+        net.max_seq_length = model.text.max_seq_length
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_("bias" in name)
+        loss = MultipleNegativesRankingLoss(net)
+        loss.register_forward_hook(lambda _, __, value: losses.append(value.detach()))
+        arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=len(examples),
             max_steps=1_000_000,
@@ -222,18 +219,19 @@ def _by_trainer(torch: Torch, model: BiEncoder, examples: list[Example]) -> Call
             report_to="none",
             disable_tqdm=True,
             use_cpu=torch.device == "cpu",
-        ),
-        train_dataset=Dataset.from_dict(
-            {
-                "anchor": [e.query for e in examples],
-                "positive": [e.positive for e in examples],
-                "negative": [e.negatives[0] for e in examples],
-            }
-        ),
-        loss=loss,
-        callbacks=[OneByOne()],
-    )
-    shutil.rmtree(folder)
+        )
+        columns = {
+            "anchor": [e.query for e in examples],
+            "positive": [e.positive for e in examples],
+            "negative": [e.negatives[0] for e in examples],
+        }
+        trainer = SentenceTransformerTrainer(
+            model=net,
+            args=arguments,
+            train_dataset=Dataset.from_dict(columns),
+            loss=loss,
+            callbacks=[OneByOne()],
+        )
 
     def train() -> None:
         try:
