@@ -3,9 +3,9 @@
 import contextlib
 import fcntl
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.index.files import Manifest
@@ -55,21 +55,21 @@ def only_writer(folder: Path, *, leader: bool = True, shared: bool = False) -> I
         os.close(descriptor)
 
 
-def hold_for_reading(folder: Path, manifest: Manifest) -> BinaryIO | None:
-    """Keeps the files of a manifest from being removed, as long as what is returned is open.
+def hold_for_reading(folder: Path, manifest: Manifest, reader: object) -> None:
+    """Keeps the files of a manifest from being removed, as long as its reader is alive.
 
-    A file of its first shard stands for all of them. None where the file system has no locks.
+    A file of its first shard stands for all of them. Where the file system has no locks, nothing is held.
 
     Raises:
         OSError: the file cannot be opened.
     """
-    stream = manifest.path(folder, manifest.shards[0], "ids").open("rb")
+    descriptor = os.open(manifest.path(folder, manifest.shards[0], "ids"), os.O_RDONLY)
+    # Not a file object: one that the garbage collector closes is a ResourceWarning.
+    let_go = weakref.finalize(reader, os.close, descriptor)
     try:
-        fcntl.flock(stream, fcntl.LOCK_SH)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
     except OSError:
-        stream.close()
-        return None
-    return stream
+        let_go()
 
 
 def remove_strangers(folder: Path, manifest: Manifest, growing: Manifest | None = None) -> None:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -40,7 +40,6 @@ class Index:
         self._columns = Columns(folder, manifest)
         self._calibration = load_calibration(folder, manifest) if manifest.dtype == "int8" else None
         self._removed = Removed.load(folder, manifest)
-        self._held: BinaryIO | None = None
         self._resident: Resident | None = None
 
     @classmethod
@@ -70,10 +69,9 @@ class Index:
                     f"{path}: the index is unfinished ({manifest.rows} documents so far); "
                     "build it again from the same corpus to go on where it stopped"
                 )
-            held = None
             try:
-                held = hold_for_reading(path, manifest)
                 index = cls(path, manifest)
+                hold_for_reading(path, manifest, index)
             except (InputError, OSError) as error:
                 # Somebody may be replacing it just now: then there is another manifest.
                 if attempt + 1 < _ATTEMPTS and Manifest.load(path) != manifest:
@@ -84,7 +82,6 @@ class Index:
                 raise
             if Manifest.load(path).generation == manifest.generation:
                 break
-        index._held = held
         if not manifest.checked:
             logger.warning(
                 "%s: was made by an earlier version, without checksums and without the fingerprint of its model: "

@@ -1,8 +1,10 @@
 """An index that grows, loses documents and is compacted: what is found, what open readers see, kills at any moment."""
 
+import gc
 import itertools
 import os
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -90,6 +92,17 @@ def test_what_is_found_after_every_change_and_by_open_readers(tmp_path, dtype):
     remove_documents(tmp_path / "i", ["d0"])
     names = sorted(path.name for path in (tmp_path / "i").iterdir())
     assert names == (["calibration.npy"] if dtype == "int8" else []) + ["compacted-1", "manifest.json"]
+
+
+def test_a_reader_that_the_garbage_collector_takes_says_nothing(tmp_path):
+    build_index(tmp_path / "i", corpus(3), encode)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        index = Index.open(tmp_path / "i")
+        index.itself = index  # a cycle, as in a service or a notebook
+        del index
+        gc.collect()
+    assert not [str(each.message) for each in told]
 
 
 def test_a_compacted_index_has_the_bytes_of_a_build_of_what_is_left(tmp_path):
