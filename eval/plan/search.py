@@ -1,6 +1,6 @@
 """What exact search over vectors that stay on the chips would need: bytes of a chip, the time of a batch, what fits.
 
-The programs are those of `sgpt_jax.index.resident`. For TPU slices they are compiled, where libtpu is installed.
+The programs are those of `sgpt_jax.index.held`. For TPU slices they are compiled, where libtpu is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sgpt_jax.index.device_top_k import look, merge_devices
-from sgpt_jax.index.resident import ACCELERATOR_ELEMENTS, LEAST_CANDIDATES, RESIDENT, Layout
+from sgpt_jax.index.held import ACCELERATOR_ELEMENTS, HELD, Layout
+from sgpt_jax.index.resident import LEAST_CANDIDATES
 
 from . import compile as compiler
 from .devices import GIB, Target
@@ -54,22 +55,27 @@ class Search:
 
 def make_search_plans(target: Target, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One plan for each dtype, ready for JSON."""
-    searches = [Search(args.rows, args.dim, dtype, args.queries, args.hits) for dtype in RESIDENT]
+    searches = [Search(args.rows, args.dim, dtype, args.queries, args.hits) for dtype in HELD]
     return [plan_of(search, target, compiles=not args.no_compile) for search in searches]
 
 
 def plan_of(search: Search, target: Target, *, compiles: bool) -> dict[str, Any]:
     """A plan, ready for JSON; ``compiles``: with what the compiler says, where it can."""
-    layout = _layout(search, target.count)
     usable = target.chip.usable
-    fits = layout.held + layout.scratch <= usable and layout.blocks * layout.rows * target.count < 2**31
+    layout = _layout(search, target.count, usable)
+    fits = layout.fits(usable)
     # Rows of a chip that would fit, in whole blocks.
     block = layout.rows * layout.row_bytes
     most = max(0, math.floor((usable - layout.scratch) / block)) * layout.rows * target.count
     devices = None
     if not fits:
         devices = next(
-            (count for count in (1 << power for power in range(13)) if _fits(search, count, usable)), None
+            (
+                count
+                for count in (1 << power for power in range(13))
+                if _layout(search, count, usable).fits(usable)
+            ),
+            None,
         )
     compiled, note = _compiled(search, layout, target) if compiles else (None, None)
     return {
@@ -88,13 +94,8 @@ def plan_of(search: Search, target: Target, *, compiles: bool) -> dict[str, Any]
     }
 
 
-def _layout(search: Search, devices: int) -> Layout:
-    return Layout.of(search.rows, search.dim, search.dtype, devices, ACCELERATOR_ELEMENTS)
-
-
-def _fits(search: Search, devices: int, usable: float) -> bool:
-    layout = _layout(search, devices)
-    return layout.held + layout.scratch <= usable and layout.blocks * layout.rows * devices < 2**31
+def _layout(search: Search, devices: int, usable: float) -> Layout:
+    return Layout.fitting(search.rows, search.dim, search.dtype, devices, usable, ACCELERATOR_ELEMENTS)
 
 
 def _milliseconds(search: Search, layout: Layout, target: Target) -> dict[str, float]:
@@ -138,7 +139,7 @@ def _compiled(search: Search, layout: Layout, target: Target) -> tuple[dict[str,
             best,
             sharded((search.parts, search.queries, search.dim), parts_dtype, False),
             sharded((search.queries,), jnp.float32, False),
-            sharded((total, search.dim), RESIDENT[search.dtype], True),
+            sharded((total, search.dim), HELD[search.dtype], True),
             sharded((total,), jnp.float32, True) if search.dtype == "int8" else None,
             sharded((3,), jnp.int32, False),
         ),

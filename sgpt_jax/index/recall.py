@@ -109,7 +109,8 @@ def _save(path: Path, arrays: Arrays) -> None:
 
 def _load(path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        # Opened here: NumPy leaves a damaged file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
             return dict(saved)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         # A broken build had kept it; without it the build begins anew.

@@ -1,8 +1,6 @@
-"""Exact search of vectors that stay on the devices of a mesh, each of which holds a share of the rows.
+"""Exact search of an index whose vectors stay on the devices of a mesh.
 
-Every device finds the best of its own rows, block by block, so that no more than the scores of one block are ever in
-memory; then the devices exchange these, so that each merges those of some queries. What is held with fewer bits than
-is stored proposes candidates, whose scores then come from the stored rows.
+What is held there with fewer bits than is stored proposes candidates, whose scores then come from the stored rows.
 """
 
 from __future__ import annotations
@@ -11,34 +9,20 @@ import base64
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.index.columns import calibrate, quantize
-from sgpt_jax.index.device_top_k import look, merge_devices, nothing, split_in_three
-from sgpt_jax.index.topk import CHUNK, MAX_QUERIES, Ids, in_order, padded_count
+from sgpt_jax.index.held import HELD, Held, HeldDtype, Layout, block_sizes
+from sgpt_jax.index.topk import MAX_QUERIES, Ids, in_order
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.memory import free_memory
-from sgpt_jax.runtime.platform import by_platform
 
 logger = logging.getLogger(__name__)
-
-ResidentDtype = Literal["float32", "bfloat16", "int8"]
-RESIDENT: dict[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int8": np.dtype(np.int8),
-}
-
-# Elements of a block on one device. Small on a CPU, whose caches should hold the scores; on an accelerator large enough
-# for reading it to take longer than starting the program.
-CPU_ELEMENTS, ACCELERATOR_ELEMENTS = 1 << 23, 1 << 27
 
 LEAST_CANDIDATES = 64  # so that their errors say something of the others'
 _CALIBRATION_ROWS = 1 << 14
@@ -67,46 +51,14 @@ class Source:
     rows: Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How rows lie on devices, and the bytes of one device.
-
-    Attributes:
-        devices: over which the rows are sharded.
-        blocks: of a device; each is searched by one call of a program.
-        rows: of a block, padding included.
-        row_bytes: of one row.
-        held: by all rows of a device.
-        scratch: beside them while it searches: scores of the most queries in three parts, of one block, and a block
-            that is being converted.
-    """
-
-    devices: int
-    blocks: int
-    rows: int
-    row_bytes: int
-    held: int
-    scratch: int
-
-    @classmethod
-    def of(cls, count: int, dimension: int, dtype: ResidentDtype, devices: int, elements: int) -> Layout:
-        """The layout of ``count`` rows, in blocks of about ``elements`` elements."""
-        share = -(-count // devices)
-        blocks = max(1, -(-share * dimension // elements))
-        rows = -(-share // (blocks * CHUNK)) * CHUNK
-        row_bytes = dimension * RESIDENT[dtype].itemsize + (4 if dtype == "int8" else 0)
-        scratch = 4 * MAX_QUERIES * rows * 4 + rows * dimension * 4
-        return cls(devices, blocks, rows, row_bytes, blocks * rows * row_bytes, scratch)
-
-
 class Resident:
     """The rows of an index on the devices of a mesh. Make one with `load`.
 
     Of several processes, each holds the rows of its own devices; all of them search at the same time.
     """
 
-    def __init__(self, source: Source, mesh: Mesh, dtype: ResidentDtype, layout: tuple[int, int]) -> None:
-        """Puts the rows on the devices; ``layout`` is (blocks a device, rows a block)."""
+    def __init__(self, source: Source, mesh: Mesh, dtype: HeldDtype, layout: Layout) -> None:
+        """Puts the rows on the devices."""
         self.dtype = dtype
         self._source, self._mesh, self._layout = source, mesh, layout
         self._calibration = None
@@ -118,13 +70,12 @@ class Resident:
         self.exact = dtype == "float32" or same
         # Over all rows, the largest length of what the held vector lacks, and of the vector itself.
         self._largest_error = self._largest_norm = 0.0
-        self._three_parts = dtype != "float32" and mesh.devices.flat[0].platform != "cpu"
-        self._blocks = [self._put_block(number) for number in range(layout[0])]
+        self._held = Held(mesh, dtype, source.count, layout, self._put_block, self._calibration)
         lengths = processes.gather([self._largest_error, self._largest_norm])
         self._largest_error, self._largest_norm = map(max, zip(*lengths, strict=True))
 
     @classmethod
-    def load(cls, source: Source, mesh: Mesh | None, dtype: ResidentDtype, name: str) -> Resident | None:
+    def load(cls, source: Source, mesh: Mesh | None, dtype: HeldDtype, name: str) -> Resident | None:
         """Puts the rows on the devices, or says why they do not fit.
 
         Args:
@@ -140,18 +91,24 @@ class Resident:
         Raises:
             InputError: an unknown dtype, devices of other processes, or damaged vectors.
         """
-        if dtype not in RESIDENT:
-            raise InputError(f"resident must be one of {', '.join(RESIDENT)}, not {dtype!r}")
+        if dtype not in HELD:
+            raise InputError(f"resident must be one of {', '.join(HELD)}, not {dtype!r}")
         devices = [jax.local_devices()[0]] if mesh is None else list(mesh.devices.flat)
         if any(device.process_index != jax.process_index() for device in devices):
             raise InputError("the mesh has devices of other processes; each process gives its own")
-        elements = by_platform(cpu=CPU_ELEMENTS, accelerator=ACCELERATOR_ELEMENTS)
         shares = processes.gather([device.id for device in devices])
-        layout = Layout.of(source.count, source.dimension, dtype, sum(map(len, shares)), elements)
         free = min(
             free_memory(device) // (len(devices) if device.platform == "cpu" else 1) for device in devices
         )
-        fits = layout.held + layout.scratch <= free and layout.blocks * layout.rows * layout.devices < 2**31
+        layout = Layout.fitting(
+            source.count,
+            source.dimension,
+            dtype,
+            sum(map(len, shares)),
+            min(processes.gather(free)),
+            block_sizes(),
+        )
+        fits = layout.fits(free)
         if not fits:
             logger.warning(
                 "%s: as %s on %d devices, each would hold %d rows of %d bytes, %.2f GB, and %.2f GB beside them while "
@@ -164,7 +121,7 @@ class Resident:
             return None
         by_id = {device.id: device for device in jax.devices()}
         everywhere = np.array([by_id[id] for share in shares for id in share])
-        return cls(source, Mesh(everywhere, ("rows",)), dtype, (layout.blocks, layout.rows))
+        return cls(source, Mesh(everywhere, ("rows",)), dtype, layout)
 
     def search(
         self,
@@ -189,7 +146,7 @@ class Resident:
         asked, first = exchange(queries)
         parts = np.array_split(asked, max(1, -(-len(asked) // MAX_QUERIES)))
         kept = k + 1 if self.exact else min(self._source.count, max(4 * k, LEAST_CANDIDATES))
-        started = [self._start(part, kept) for part in parts]
+        started = [self._held.start(part, kept) for part in parts]
         scores = np.concatenate(
             [np.asarray(found)[: len(part)] for (found, _), part in zip(started, parts, strict=True)]
         )
@@ -216,14 +173,14 @@ class Resident:
 
     def _put_block(self, number: int) -> tuple[jax.Array, jax.Array | None]:
         """One block of every device: vectors [D * B, E] and for int8 their factors [D * B], sharded over rows."""
-        blocks, size = self._layout
+        size = self._layout.rows
         vectors, factors = [], []
         for position, device in enumerate(self._mesh.devices.flat):
             if device.process_index != jax.process_index():
                 continue
-            start = (position * blocks + number) * size
+            start = (position * self._layout.blocks + number) * size
             rows = np.arange(min(start, self._source.count), min(start + size, self._source.count))
-            held = np.zeros((size, self._source.dimension), RESIDENT[self.dtype])
+            held = np.zeros((size, self._source.dimension), HELD[self.dtype])
             scales = np.zeros(size, np.float32)
             if len(rows):
                 self._convert(rows, held[: len(rows)], scales[: len(rows)])
@@ -254,30 +211,6 @@ class Resident:
             for what, name in ((vectors - back, "_largest_error"), (vectors, "_largest_norm")):
                 longest = float(np.sqrt(np.square(what, dtype=np.float64).sum(axis=1)).max())
                 setattr(self, name, max(getattr(self, name), longest))
-
-    def _start(self, queries: np.ndarray, kept: int) -> tuple[jax.Array, jax.Array]:
-        """Starts the search for some queries: scores and rows [padded Q, kept], best first, -inf where none is."""
-        devices = self._mesh.devices.size
-        count = -(-padded_count(len(queries)) // devices) * devices
-        queries = np.pad(queries, ((0, count - len(queries)), (0, 0)))
-        offsets = np.zeros(count, np.float32)
-        if self._calibration is not None:
-            mean, scale = self._calibration
-            offsets, queries = queries @ mean, queries * scale
-        parts = split_in_three(queries) if self._three_parts else queries[None]
-        placed, offsets = self._replicated(parts), self._replicated(offsets)
-        best = nothing(self._mesh, devices, count, kept)
-        blocks, size = self._layout
-        for number, (vectors, factors) in enumerate(self._blocks):
-            position = np.array([number * size, blocks * size, self._source.count], np.int32)
-            best = look(self._mesh, best, placed, offsets, vectors, factors, position)
-        return merge_devices(self._mesh, best)
-
-    def _replicated(self, value: np.ndarray) -> Any:
-        """The same on all devices; those of other processes get it from their own process."""
-        return jax.make_array_from_callback(
-            value.shape, NamedSharding(self._mesh, P()), lambda everything: value[everything]
-        )
 
     def _rescored(
         self, queries: np.ndarray, found: np.ndarray, rows: np.ndarray, k: int

@@ -12,11 +12,12 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import PathLike
 from sgpt_jax.index.columns import load_calibration, normalized
 from sgpt_jax.index.files import Manifest, local_folder
+from sgpt_jax.index.held import HeldDtype
 from sgpt_jax.index.hits import Hit, title_and_snippet
 from sgpt_jax.index.locks import hold_for_reading
 from sgpt_jax.index.reader import Columns
 from sgpt_jax.index.removed import Removed
-from sgpt_jax.index.resident import Resident, ResidentDtype, Source
+from sgpt_jax.index.resident import Resident, Source
 from sgpt_jax.index.topk import Block, exact_top_k
 from sgpt_jax.runtime import processes
 
@@ -44,7 +45,7 @@ class Index:
 
     @classmethod
     def open(
-        cls, folder: PathLike, *, mesh: Mesh | None = None, resident: ResidentDtype | None = None
+        cls, folder: PathLike, *, mesh: Mesh | None = None, resident: HeldDtype | None = None
     ) -> "Index":
         """Opens an index.
 

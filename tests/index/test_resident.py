@@ -16,6 +16,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.index import build as index_build
 from sgpt_jax.index import device_top_k, resident
+from sgpt_jax.index import held as on_devices
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.change import remove_documents
 from sgpt_jax.index.search import Index
@@ -90,7 +91,7 @@ def check_everything(folder, mesh):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(index_build, "SHARD_ROWS", 300)
-    monkeypatch.setattr(resident, "CPU_ELEMENTS", 6000)  # 5 blocks of 256 rows and 24 dimensions
+    monkeypatch.setattr(on_devices, "CPU_ELEMENTS", (6000,))  # 5 blocks of 256 rows and 24 dimensions
 
 
 def test_one_device_gives_the_answers_of_blocks_and_of_numpy(tmp_path, small_blocks):
@@ -104,9 +105,9 @@ def test_eight_devices_give_the_answers_of_blocks_and_of_numpy(tmp_path):
         import jax
         import index.test_resident as tests
         from sgpt_jax.decoder.sharding import make_mesh
-        from sgpt_jax.index import resident
+        from sgpt_jax.index import held
         assert len(jax.devices()) == 8
-        resident.CPU_ELEMENTS = 1500
+        held.CPU_ELEMENTS = (1500,)
         tests.check_everything(Path(sys.argv[1]), make_mesh("data=2,fsdp=4"))
     """
     run_on_eight(code, tmp_path)
@@ -114,7 +115,7 @@ def test_eight_devices_give_the_answers_of_blocks_and_of_numpy(tmp_path):
 
 def test_many_blocks_skip_chunks_that_cannot_matter(tmp_path, monkeypatch):
     """More chunks a block than are looked into, best rows late and early: all three cases of a block."""
-    monkeypatch.setattr(resident, "CPU_ELEMENTS", 4 * 8192)
+    monkeypatch.setattr(on_devices, "CPU_ELEMENTS", (4 * 8192,))
     draw = np.random.default_rng(1)
     vectors = draw.standard_normal((40_000, 4)).astype(np.float32)
     vectors[30_000:38_000] *= 3
@@ -132,12 +133,12 @@ def test_rows_of_few_bits_meet_float32_queries_at_full_precision(tmp_path, monke
     vectors = draw.standard_normal((500, 64)).astype(np.float32)
     build(tmp_path / "i", vectors, dtype="int8" if held == "int8" else "float32", similarity="dot")
     index = Index.open(tmp_path / "i", resident=held)
-    monkeypatch.setattr(index._resident, "_three_parts", three)
+    monkeypatch.setattr(index._resident._held, "_three_parts", three)
     queries = draw.standard_normal((5, 64)).astype(np.float32)
-    scores, rows = map(np.asarray, index._resident._start(queries, 500))
+    scores, rows = map(np.asarray, index._resident._held.start(queries, 500))
     stored = index.vectors(range(500))
     if held == "bfloat16":
-        stored = stored.astype(resident.RESIDENT["bfloat16"]).astype(np.float64)
+        stored = stored.astype(on_devices.HELD["bfloat16"]).astype(np.float64)
     exact = np.take_along_axis(queries.astype(np.float64) @ stored.T, rows[:5], axis=1)
     np.testing.assert_allclose(scores[:5], exact, rtol=0, atol=1e-6 * np.abs(exact).max())
 
@@ -146,7 +147,7 @@ def test_three_bfloat16_parts_are_a_float32():
     values = np.random.default_rng(3).standard_normal(1000).astype(np.float32)
     parts = device_top_k.split_in_three(values).astype(np.float64)
     np.testing.assert_array_equal(parts.sum(axis=0), values)
-    assert device_top_k.split_in_three(values).dtype == resident.RESIDENT["bfloat16"]
+    assert device_top_k.split_in_three(values).dtype == on_devices.HELD["bfloat16"]
 
 
 @pytest.mark.parametrize("k", [1, 5, 130, 600])
@@ -188,6 +189,19 @@ def test_unknown_dtype_and_damage_are_refused(tmp_path):
         Index.open(tmp_path / "i", resident="int8")
 
 
+def test_blocks_are_large_where_there_is_memory():
+    sizes, gigabyte = on_devices.ACCELERATOR_ELEMENTS, 1 << 30
+    rows = [
+        on_devices.Layout.fitting(10_000_000, 768, "bfloat16", 1, free * gigabyte, sizes).rows
+        for free in (70, 25, 10)
+    ]
+    assert rows[0] * 768 > 1 << 28 > rows[1] * 768 and rows[1] == rows[2]
+    assert on_devices.Layout.fitting(10_000_000, 768, "bfloat16", 1, 10 * gigabyte, sizes).fits(20 * gigabyte)
+    assert not on_devices.Layout.fitting(10_000_000, 768, "bfloat16", 1, 10 * gigabyte, sizes).fits(
+        10 * gigabyte
+    )
+
+
 @pytest.mark.parametrize("held", HELD)
 def test_scores_are_never_of_all_rows(tmp_path, small_blocks, held):
     """No buffer of the compiled program has the size of queries times rows of a device."""
@@ -195,10 +209,10 @@ def test_scores_are_never_of_all_rows(tmp_path, small_blocks, held):
     build(tmp_path / "i", vectors)
     held_rows = Index.open(tmp_path / "i", resident=held)._resident
     queries, kept, mesh = 32, 11, held_rows._mesh
-    blocks, rows = held_rows._layout
+    blocks, rows = held_rows._layout.blocks, held_rows._layout.rows
     assert blocks * rows >= 1300 and blocks > 4
     best = device_top_k.nothing(mesh, 1, queries, kept)
-    vectors_held, factors = held_rows._blocks[0]
+    vectors_held, factors, _ = held_rows._held._blocks[0]
     arguments = (np.zeros((1, queries, 24), np.float32), np.zeros(queries, np.float32), vectors_held, factors)
     compiled = device_top_k.look.lower(mesh, best, *arguments, np.zeros(3, np.int32)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * queries * rows * 4 + rows * 24 * 4
@@ -208,17 +222,17 @@ def test_scores_are_never_of_all_rows(tmp_path, small_blocks, held):
 TOGETHER = """
 import argparse, json, sys
 import numpy as np
-from sgpt_jax.index import resident
+from sgpt_jax.index import held as on_devices
 from sgpt_jax.index.search import Index
 from sgpt_jax.runtime import processes
 
 folder, address, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with processes.session(argparse.Namespace(distributed=False, coordinator=address, processes=2, process=number)):
-    resident.CPU_ELEMENTS = 6000
+    on_devices.CPU_ELEMENTS = (6000,)
     queries, answers = np.load(folder + "/queries.npy"), []
     for held in ("float32", "bfloat16", "int8"):
         index = Index.open(folder + "/i", resident=held)
-        assert index._resident is not None and index._resident._mesh.devices.size == 2
+        assert index._resident is not None and index._resident._held.mesh.devices.size == 2
         share = queries[:4] if number == 0 else queries[4:]
         answers.append([part.tolist() for part in index.search(share, 300)])
         asked = queries[:2] if number == 1 else queries[:0]  # only one of them is asked
