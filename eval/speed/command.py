@@ -2,7 +2,8 @@
 
   encode  texts to vectors: sentence-transformers, and a plain loop over transformers
   score   query log-probabilities of pairs: one by one with all logits, as the SGPT repository does, and in batches
-  train   a step that trains biases alone: the same in torch, and our own step that trains everything
+  train   a step that trains biases alone: the same in torch, by sentence-transformers' trainer, and our own step that
+          trains everything
   search  the best of many vectors: FAISS flat, usearch's exact search, and NumPy
   start   a new process until it has searched a small index, with warm caches; sentence-transformers' until it has a
           query's vector
@@ -40,8 +41,8 @@ from ..plan.models import MODELS
 from ..provenance import provenance
 from .benchmark import Benchmark, measure, print_table, threads
 from .encode import encode_benchmark
-from .models import mixed_texts, open_data, write_shape
-from .search import search_benchmark
+from .models import mixed_texts, open_data, random_model
+from .search import held_benchmark, search_benchmark
 from .start import start_benchmark
 
 PARTS = ("encode", "score", "train", "search", "start")
@@ -76,6 +77,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
         dtype(of="of weights and matmuls; search is float32 (default: float32)"),
         option(
+            "--weights",
+            choices=("int8",),
+            help="encode and train: measure this too; train leaves out the step that trains everything",
+        ),
+        option(
+            "--held",
+            choices=("bfloat16", "int8"),
+            help="search: vectors that are made on the device and stay there, in place of an index",
+        ),
+        option("--alone", action="store_true", help="leave out what is not this project's"),
+        option(
             "--max-seq-length",
             type=positive,
             metavar="N",
@@ -104,16 +116,17 @@ def main(args: argparse.Namespace) -> None:
     parts = [args.part] if args.part else [part for part in PARTS if part != "start"]
     if parts != ["search"] and (args.model is None) == (args.shape is None):
         raise InputError("give a model: either --model or --shape")
+    if args.shape and not args.tokenizer:
+        raise InputError("no tokenizer: give --tokenizer, or set SGPT_DATA")
+    if args.weights and args.part not in ("encode", "train"):
+        raise InputError("--weights int8 is for encode and train")
+    if args.held and args.part != "search":
+        raise InputError("--held is for search")
     result: dict[str, Any] = {"left_out": {}}
     with tempfile.TemporaryDirectory() as folder:
-        source = args.model or os.path.join(folder, args.shape or "")
-        if args.shape and parts != ["search"]:
-            if not args.tokenizer:
-                raise InputError("no tokenizer: give --tokenizer, or set SGPT_DATA")
-            write_shape(args.shape, args.tokenizer, args.dtype, source)
         for part in parts:
             try:
-                benchmark = _benchmark(part, args, source, folder)
+                benchmark = _benchmark(part, args, folder)
             except InputError as error:
                 if args.part:
                     raise
@@ -147,22 +160,33 @@ def _slower(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
                 yield f"{part}: {factors[1]:.2f} times {name}, {factors[0]:.2f} before"
 
 
-def _benchmark(part: str, args: argparse.Namespace, source: str, folder: str) -> Benchmark:
+def _benchmark(part: str, args: argparse.Namespace, folder: str) -> Benchmark:
+    alone = args.alone
     if part == "search":
-        return search_benchmark(args.vectors, args.queries, args.results, folder)
+        sizes = args.vectors, args.queries, args.results
+        if args.held:
+            return held_benchmark(*sizes, args.held, alone=alone)
+        return search_benchmark(*sizes, folder, alone=alone)
+    length = args.max_seq_length or (TRAIN_LENGTH if part == "train" else None)
+
+    def load(weights: str | None = None) -> BiEncoder:
+        if args.shape:
+            return random_model(args.shape, args.tokenizer, args.dtype, length, weights)
+        return BiEncoder.from_pretrained(args.model, dtype=args.dtype, max_seq_length=length, weights=weights)
+
+    model, int8 = load(), load(args.weights) if args.weights else None
+    if part == "start":
+        return start_benchmark(model, open_data(args.data), folder)
     if part == "score":
         with _extra("eval"):
             from .score import score_benchmark
-        return score_benchmark(source, open_data(args.data), args.pairs, args.dtype, args.max_seq_length)
-    length = args.max_seq_length or (TRAIN_LENGTH if part == "train" else None)
-    model = BiEncoder.from_pretrained(source, dtype=args.dtype, max_seq_length=length)
-    if part == "start":
-        return start_benchmark(model, open_data(args.data), folder)
+        return score_benchmark(model, open_data(args.data), args.pairs, alone=alone)
     if part == "encode":
-        return encode_benchmark(model, mixed_texts(open_data(args.data), args.texts))
+        texts = mixed_texts(open_data(args.data), args.texts)
+        return encode_benchmark(model, texts, int8=int8, alone=alone)
     with _extra("train"):
         from .train import train_benchmark
-    return train_benchmark(model, open_data(args.data), args.batch_size)
+    return train_benchmark(model, open_data(args.data), args.batch_size, int8=int8, alone=alone)
 
 
 @contextlib.contextmanager

@@ -13,14 +13,23 @@ from sgpt_jax.decoder.modules import Normalize
 from sgpt_jax.errors import InputError
 
 from .benchmark import Benchmark
-from .models import Torch, exported, pooled
+from .models import INT8, Torch, exported, pooled
 
 # The default of sentence-transformers' `encode`.
 BATCH_ROWS = 32
 
 
-def encode_benchmark(model: BiEncoder, texts: list[str]) -> Benchmark:
-    """All runs that encode `texts` with the model's weights, in its dtype, from str to float32 on the host."""
+def encode_benchmark(
+    model: BiEncoder, texts: list[str], *, int8: BiEncoder | None = None, alone: bool = False
+) -> Benchmark:
+    """All runs that encode `texts` with the model's weights, in its dtype, from str to float32 on the host.
+
+    Args:
+        model: the model.
+        texts: the texts.
+        int8: the model over int8 weights, to be measured too.
+        alone: leave the peers out.
+    """
     lengths = [len(row) for row in model.text.ids(texts, show_progress=False)]
     dtype = model.decoder.dtype.name
     benchmark = Benchmark(
@@ -31,6 +40,10 @@ def encode_benchmark(model: BiEncoder, texts: list[str]) -> Benchmark:
         dtype=dtype,
         compare=_differences,
     )
+    if int8 is not None:
+        benchmark.runs[INT8] = lambda: int8.encode(texts, show_progress=False)
+    if alone:
+        return benchmark
     peers = {"torch": _plain, "sentence-transformers": _sentence_transformers}
     try:
         torch = Torch(dtype)
@@ -93,5 +106,5 @@ def _differences(found: Mapping[str, Any]) -> dict[str, Any]:
             np.max(np.linalg.norm(np.asarray(found[name]) - ours, axis=1) / size)
         )
         for name in found
-        if name in ("torch", "sentence-transformers")
+        if name not in ("ours", "matmul")
     }

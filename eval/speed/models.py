@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.export import export_folder
+from sgpt_jax.checkpoint.weights import is_int8
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import Decoder
@@ -23,47 +24,58 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.families import read_config
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.lines import parse_json, read_lines
+from sgpt_jax.load import token_limit
+from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.tokenizer import save_tokenizer
 
 from ..plan.models import MODELS
 from .benchmark import threads
 
 END = "<|endoftext|>"
+INT8 = "ours, int8 weights"  # the name of that run
 
 
-def write_shape(shape: str, tokenizer: str, dtype: str, folder: str) -> None:
-    """Writes a model folder of a published shape with random weights.
+def random_model(
+    shape: str, tokenizer: str, dtype: str, max_seq_length: int | None, weights: str | None = None
+) -> BiEncoder:
+    """A model of a published shape with random weights.
 
     Args:
         shape: a name of `eval.plan.models.MODELS`.
         tokenizer: a folder with GPT-2's vocab.json and merges.txt, gzipped or not.
-        dtype: of the files.
-        folder: where.
+        dtype: of the weights.
+        max_seq_length: tokens of a text that are read; None is the shape's limit.
+        weights: "int8" for other weights, which take as long, in int8.
 
     Raises:
         InputError: the tokenizer's files are not there.
     """
-    write_random_model(MODELS[shape], _gpt2_bpe(tokenizer), folder, dtype=dtype)
+    config = read_config(MODELS[shape])
+    build = Build(compute_dtype(dtype), int8=is_int8(weights), rngs=nnx.Rngs(0))
+    text = TextEncoder(_finished(_gpt2_bpe(tokenizer)), token_limit(config, max_seq_length))
+    return BiEncoder(Decoder(config, build), MODELS[shape], text, "weightedmean", name=shape)
 
 
-def write_random_model(
-    hf: dict[str, Any], bpe: Tokenizer, folder: Any, *, dtype: str = "float32", seed: int = 0
-) -> None:
+def write_random_model(hf: dict[str, Any], bpe: Tokenizer, folder: Any, *, seed: int = 0) -> None:
     """Writes a model folder with random weights.
 
     Args:
         hf: its Hugging Face config.
         bpe: a byte-level tokenizer, to which the token `END` is added.
         folder: where.
-        dtype: of the files.
         seed: of the weights.
     """
+    decoder = Decoder(read_config(hf), Build(compute_dtype("float32"), rngs=nnx.Rngs(seed)))
+    export_folder(decoder, hf, folder)
+    save_tokenizer(_finished(bpe), folder)
+
+
+def _finished(bpe: Tokenizer) -> Any:
+    """The tokenizer with the token `END`, as transformers has it."""
     from transformers import PreTrainedTokenizerFast
 
-    decoder = Decoder(read_config(hf), Build(compute_dtype(dtype), rngs=nnx.Rngs(seed)))
-    export_folder(decoder, hf, folder)
     bpe.add_special_tokens([AddedToken(END, normalized=False, special=True)])
-    save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END), folder)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 
 def byte_level(bpe: BPE) -> Tokenizer:

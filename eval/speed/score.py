@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.bm25 import Bm25
 from sgpt_jax.checkpoint.export import export_folder
-from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.build import Build
@@ -27,9 +27,8 @@ from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
-from sgpt_jax.folder.source import resolve
 from sgpt_jax.reports import ScoreReport
-from sgpt_jax.text.pairs import DEFAULT_PROMPT, TokenPairs, tokenise_pairs
+from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt, TokenPairs, tokenise_pairs
 
 from .benchmark import Benchmark, Run
 from .models import Torch
@@ -41,17 +40,13 @@ TORCH_BATCH_TOKENS = 2048  # torch's time a token on a CPU is the same for 512 t
 MEMORY_LENGTH = 2048
 
 
-def score_benchmark(
-    source: str, data: DataSet, count: int, dtype: str, max_seq_length: int | None
-) -> Benchmark:
-    """All runs that score the same pairs with the same weights, from texts to numbers on the host.
+def score_benchmark(bi_encoder: BiEncoder, data: DataSet, count: int, *, alone: bool) -> Benchmark:
+    """All runs that score the same pairs with a model's weights, from texts to numbers on the host.
 
     "torch, one by one" is the SGPT repository's sgptce.py: one pair at a time, logits of every token. "torch, batches"
     has pairs of like length together, and the head at the query's tokens only.
     """
-    model = CrossEncoder.from_pretrained(
-        source, prompt=DEFAULT_PROMPT, dtype=dtype, max_seq_length=max_seq_length
-    )
+    model = CrossEncoder(bi_encoder.decoder, bi_encoder.text, Prompt.parse(DEFAULT_PROMPT))
     pairs = sample_pairs(data, DEPTH, count)
     rows = _rows(model, pairs)
     lengths = [len(context) + len(asked) - 1 for context, asked in rows]
@@ -76,16 +71,18 @@ def score_benchmark(
             "ours, pairs alone": lambda: _without_sharing(model, pairs),
         },
         flops={"": flops},
-        dtype=dtype,
+        dtype=model.decoder.dtype.name,
         compare=_differences,
         facts={
             "documents": len({document for _, document in pairs}),
             "compiled_memory_mib": memory(model.decoder.config),
         },
     )
+    if alone:
+        return benchmark
     try:
-        torch = Torch(dtype)
-        benchmark.runs |= _in_torch(torch, model, source, pairs)
+        torch = Torch(model.decoder.dtype.name)
+        benchmark.runs |= _in_torch(torch, model, bi_encoder.hf_config, pairs)
         benchmark.facts |= torch.facts()
     except ModuleNotFoundError as error:
         benchmark.left_out["torch"] = f"{error.name} is not installed"
@@ -131,10 +128,10 @@ def _rows(model: CrossEncoder, pairs: Pairs) -> list[tuple[list[int], list[int]]
     return [(tokens.contexts[context], tokens.queries[query]) for context, query in chosen]
 
 
-def _in_torch(torch: Torch, model: CrossEncoder, source: str, pairs: Pairs) -> dict[str, Run]:
+def _in_torch(torch: Torch, model: CrossEncoder, hf: Mapping[str, Any], pairs: Pairs) -> dict[str, Run]:
     t = torch.torch
     with tempfile.TemporaryDirectory() as folder:
-        export_folder(model.decoder, open_checkpoint(resolve(source).path).config, folder)
+        export_folder(model.decoder, hf, folder)
         net = torch.load("AutoModelForCausalLM", folder)
     backbone, head = net.base_model, net.get_output_embeddings()
 

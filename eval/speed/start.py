@@ -37,6 +37,9 @@ def start_benchmark(model: BiEncoder, data: DataSet, folder: str) -> Benchmark:
     """
     root = Path(folder) / "start"
     root.mkdir()
+    if not model.source:  # random weights
+        model.save_pretrained(root / "made")
+        model = BiEncoder.from_pretrained(root / "made", dtype=model.decoder.dtype.name)
     index_corpus(root / "index", list(islice(data.documents(), DOCUMENTS)), model, show_progress=False)
     runs = {
         "ours": _command(_SGPT, "search", root / "index", QUERY),

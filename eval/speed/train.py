@@ -1,4 +1,4 @@
-"""A training step on one batch: biases alone, everything, and biases alone in torch."""
+"""A training step on one batch: biases alone, also over int8 weights, everything, and biases alone in torch."""
 
 from __future__ import annotations
 
@@ -32,19 +32,27 @@ from ..training import (
     trainable_mask,
 )
 from .benchmark import Benchmark
-from .models import Torch, exported, pooled
+from .models import INT8, Torch, exported, pooled
 
 RATE = 1e-4
 
 
-def train_benchmark(model: BiEncoder, data: DataSet, batch_size: int) -> Benchmark:
+def train_benchmark(
+    model: BiEncoder, data: DataSet, batch_size: int, *, int8: BiEncoder | None = None, alone: bool = False
+) -> Benchmark:
     """All runs of a step on the same batch of triplets; a model without biases is given zero ones.
 
     Each goes on from its own state. Ours is a batch of packed rows; torch pads each column (queries, positives,
     negatives) to its longest text, as sentence-transformers does.
+
+    Args:
+        model: the model.
+        data: where the triplets come from.
+        batch_size: triplets a step.
+        int8: the model over int8 weights, whose step is measured in place of the one that trains everything.
+        alone: leave the peers out.
     """
-    if not bias_leaves(split(model.decoder)[1]):
-        model = dataclasses.replace(model, decoder=add_zero_biases(model.decoder))
+    model, int8 = _with_biases(model), int8 and _with_biases(int8)
     examples = triplets(data, batch_size)
     plan = BatchPlan(ListExamples(examples), batch_size, seed=0, shuffle=False, no_duplicates=False)
     config = model.decoder.config
@@ -63,8 +71,11 @@ def train_benchmark(model: BiEncoder, data: DataSet, batch_size: int) -> Benchma
         compare=_first_losses,
     )
     benchmark.facts["compiled_memory_mb"] = {}
-    for name, rule in (("ours", "bias"), ("ours, all weights", "all")):
-        benchmark.runs[name], benchmark.facts["compiled_memory_mb"][name] = _ours(model, batch, rule)
+    other = ("ours, all weights", model, "all") if int8 is None else (INT8, int8, "bias")
+    for name, trained, rule in (("ours", model, "bias"), other):
+        benchmark.runs[name], benchmark.facts["compiled_memory_mb"][name] = _ours(trained, batch, rule)
+    if alone:
+        return benchmark
     try:
         torch = Torch(model.decoder.dtype.name)
         benchmark.runs["torch"] = _in_torch(torch, model, examples)
@@ -76,6 +87,12 @@ def train_benchmark(model: BiEncoder, data: DataSet, batch_size: int) -> Benchma
     except InputError as error:  # transformers has no such biases
         benchmark.left_out["torch"] = str(error)
     return benchmark
+
+
+def _with_biases(model: BiEncoder) -> BiEncoder:
+    if bias_leaves(split(model.decoder)[1]):
+        return model
+    return dataclasses.replace(model, decoder=add_zero_biases(model.decoder))
 
 
 def triplets(data: DataSet, count: int) -> list[Example]:

@@ -1,5 +1,7 @@
 """The speed command on tiny decoders: that every run does the same work, and what the result says; no times."""
 
+import importlib.util
+import inspect
 import json
 import sys
 import types
@@ -15,7 +17,7 @@ from eval.plan.models import MODELS
 from eval.speed import benchmark as speed_rounds
 from eval.speed import models as speed_models
 from eval.speed.encode import encode_benchmark
-from eval.speed.search import search_benchmark
+from eval.speed.search import held_benchmark, search_benchmark
 from sgpt_jax import BiEncoder
 
 
@@ -152,6 +154,38 @@ def test_search(tmp_path):
     assert part["work"] == {"vectors": 1500, "queries": 7, "results": 3}
 
 
+@pytest.mark.parametrize("held", ["bfloat16", "int8"])
+def test_search_of_vectors_that_are_made_on_the_device(held, tmp_path):
+    part = run(tmp_path, "search", "--held", held, "--vectors", 3000, "--queries", 7, "--results", 5)[
+        "search"
+    ]
+    peers = ["torch"] if held == "bfloat16" and importlib.util.find_spec("torch") else []
+    check(part, ["ours", "rows read once", *peers])
+    assert part["bytes"] >= 3000 * 768 * (2 if held == "bfloat16" else 1) and part["blocks"] == 1
+    assert all(share > 0.8 for share in part["agreement"].values())  # torch's queries are rounded
+
+
+def test_held_vectors_are_found_as_numpy_finds_them():
+    benchmark = held_benchmark(20_000, 6, 4, "bfloat16", alone=True)
+    found = benchmark.runs["ours"]()
+    inside = inspect.getclosurevars(benchmark.runs["ours"]).nonlocals
+    queries, held = inside["queries"], inside["held"]
+    rows = np.concatenate([np.asarray(vectors, np.float64) for vectors, *_ in held._blocks])[:20_000]
+    assert found.tolist() == np.argsort(-(queries @ rows.T), axis=1)[:, :4].tolist()
+
+
+@pytest.mark.parametrize("part", ["encode", "train"])
+def test_int8_weights_beside_the_dtype(part, model, data, tmp_path):
+    sizes = ["--texts", 5, "--batch-size", 3, "--weights", "int8", "--alone"]
+    result = run(tmp_path, part, "--model", model, "--data", data, *sizes)[part]
+    check(result, ["ours", "ours, int8 weights"])
+    if part == "encode":
+        assert 0 < max(result["agreement"].values()) < 0.1
+    else:
+        losses = list(result["agreement"].values())
+        assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
 def test_start(model, data, capsys):
     assert main(["speed", "start", "--model", model, "--data", data, "--rounds", "1", "--json"]) == 0
     ways = json.loads(capsys.readouterr().out)["start"]["ways"]
@@ -186,7 +220,7 @@ def test_what_is_not_installed_is_left_out_by_name(model, data, tmp_path, monkey
     benchmark = encode_benchmark(BiEncoder.from_pretrained(model), ["a b"])
     assert set(benchmark.runs) == {"ours"}
     assert set(benchmark.left_out) == {"torch", "sentence-transformers"}
-    assert set(search_benchmark(200, 5, 5, str(tmp_path)).left_out) == {"faiss", "usearch"}
+    assert set(search_benchmark(200, 5, 5, str(tmp_path), alone=False).left_out) == {"faiss", "usearch"}
     assert main(["speed", "search", "--vectors", "200", "--rounds", "1"]) == 0
     assert "left out: faiss: faiss is not installed" in capsys.readouterr().out
 
@@ -241,6 +275,9 @@ def test_a_shape_needs_no_checkpoint(shape, data, tmp_path, monkeypatch):
         (["encode"], "give a model"),
         (["encode", "--model", "x", "--shape", "gpt-neo-125m"], "give a model"),
         (["encode", "--shape", "gpt-neo-125m"], "no tokenizer"),
+        (["score", "--model", "x", "--weights", "int8"], "is for encode and train"),
+        (["encode", "--model", "x", "--held", "int8"], "--held is for search"),
+        (["search", "--held", "int8", "--vectors", "100000000000"], " GB and "),
     ],
 )
 def test_wrong_options(arguments, message, monkeypatch, capsys):
