@@ -108,7 +108,9 @@ def _encode_index(options: argparse.Namespace) -> None:
 def _corpus(options: argparse.Namespace) -> tuple[CountedCorpus | Iterator[Document], ReadReport]:
     """The corpus, by row where it need not pass by in one go; and what was met in it."""
     reading = reading_of(options)
-    streams = [path for path in options.corpus if path == "-" or "://" in path or is_hub(path)]
+    # A data set of the hub can do either: streamed, nothing of it is kept on disk.
+    either = processes.count() == 1 and len(options.corpus) == 1
+    streams = [path for path in options.corpus if path == "-" or "://" in path or (either and is_hub(path))]
     if streams:
         if len(options.corpus) > 1:
             raise InputError(f"{streams[0]}: passes by once, and can only be the whole corpus")

@@ -1,9 +1,10 @@
 """Corpora of many or large files, by row: counted once, then read where they are needed.
 
 A corpus is cut into parts that can be read by themselves: 16 MB of lines of a file of JSON lines, a row group of
-Parquet, any other file (compressed, CSV, TSV, text, JSON array) as a whole. Counting reads each part once, in one of
-the processes, checks every record, and notes two hashes of each; these tell which records repeat an earlier one and are
-left out. From then on the documents have rows, and each process reads those that it wants.
+Parquet, rows of a data set of the hub, any other file (compressed, CSV, TSV, text, JSON array) as a whole. Counting
+reads each part once, in one of the processes, checks every record, and notes two hashes of each; these tell which
+records repeat an earlier one and are left out. From then on the documents have rows, and each process reads those
+that it wants.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.columns import DOCUMENT
 from sgpt_jax.files.corpora import NO_ID, Document, Record, hash_of, named_record, read_records
 from sgpt_jax.files.gaps import Gaps
+from sgpt_jax.files.hub_tables import is_hub, read_span, rows_of
 from sgpt_jax.files.lines import (
     MAX_LINE_BYTES,
     LineError,
@@ -37,16 +39,18 @@ from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.progress import progress
 
 PART_BYTES = 1 << 24
+PART_ROWS = 1 << 15  # of a data set of the hub
 _SLICES = 16  # of the hashes that are compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What can be read by itself: bytes or a row group of a file, or all of it."""
+    """What can be read by itself: bytes or a row group of a file, rows of a data set of the hub, or all of a file."""
 
     path: str
     span: tuple[int, int] | None = None
     group: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,8 @@ def count_corpus(paths: Sequence[PathLike], notes: PathLike, reading: Reading) -
     """Counts the documents of some files. In a `processes.session` each process counts its share.
 
     Args:
-        paths: files, or folders: the files in there whose names say that they hold records, by name.
+        paths: files, data sets of the hub, or folders: the files in there whose names say that they hold records, by
+            name.
         notes: a folder for what was counted, which a later call with the same files goes on with; all processes see it.
         reading: see `read_corpus`, whose rules hold.
 
@@ -164,6 +169,9 @@ def _files(paths: Sequence[PathLike]) -> list[str]:
 
 
 def _parts(path: str, format: Format | None) -> list[Part]:
+    if is_hub(path):
+        total = len(rows_of(path))
+        return [Part(path, rows=(n, min(n + PART_ROWS, total))) for n in range(0, total, PART_ROWS)]
     try:
         if is_parquet(path):
             return [Part(path, group=group) for group in range(row_groups(path))]
@@ -178,11 +186,13 @@ def _parts(path: str, format: Format | None) -> list[Part]:
 def _key(files: list[str], reading: Reading) -> str:
     """Changes with the files and how they are read."""
     facts = [str(dataclasses.astuple(reading)), str(PART_BYTES)]
-    facts += [f"{os.path.abspath(path)} {_stat(path)}" for path in files]
+    facts += [f"{path if is_hub(path) else os.path.abspath(path)} {_stat(path)}" for path in files]
     return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _stat(path: str) -> tuple[int, int]:
+def _stat(path: str) -> object:
+    if is_hub(path):
+        return rows_of(path).fingerprint
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
@@ -193,6 +203,9 @@ def _records(part: Part, reading: Reading, report: ReadReport) -> Iterator[Recor
         if part.group is not None:
             rows = read_row_group(part.path, part.group, DOCUMENT)
             records: Iterator[Record] = (named_record(part.path, line, row) for line, row in rows)
+        elif part.rows is not None:
+            rows = read_span(part.path, part.rows, DOCUMENT)
+            records = (named_record(part.path, line, row) for line, row in rows)
         else:
             records = read_records(
                 part.path,
@@ -266,6 +279,8 @@ def _two_contents(parts: list[Part], firsts: np.ndarray, numbers: list[int], rea
         span = parts[part].span
         line = record.line + (lines_before(parts[part].path, span[0] - 1) + 1 if span and span[0] else 0)
         where = f"row group {parts[part].group}, row" if parts[part].group is not None else "line"
+        if parts[part].rows is not None:
+            where = "row"
         places.append((parts[part].path, f"{where} {line}", record.id))
     (first, there, _), (second, here, id) = places
     there = there if first == second else f"{first}, {there}"

@@ -7,11 +7,13 @@ README.md or by the names of splits), or a folder of its `save_to_disk`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.columns import Columns, Named
 from sgpt_jax.files.lines import PathLike
 from sgpt_jax.files.parquet import is_parquet, open_parquet
 
@@ -79,6 +81,11 @@ class Rows(Sequence[dict[str, Any]]):
         """The names of the columns."""
         return list(self._table.column_names)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the rows, as `datasets` knows them."""
+        return f"{len(self)} {self.columns} {self._table._fingerprint}"
+
     def lengths(self, column: str) -> list[int] | None:
         """How many values each row's list in a column has; None where the column holds no lists."""
         import pyarrow as pa
@@ -91,6 +98,29 @@ class Rows(Sequence[dict[str, Any]]):
         ):
             return None
         return [length or 0 for chunk in chunks for length in pc.list_value_length(chunk).to_pylist()]
+
+
+@functools.lru_cache(maxsize=8)
+def rows_of(source: str) -> Rows:
+    """The rows of a data set of the hub, opened once in this process."""
+    return Rows(source)
+
+
+def read_span(source: str, span: tuple[int, int], columns: Columns) -> Iterator[tuple[int, Named]]:
+    """The records of some rows, ``[start, stop)``, with their numbers from 1; nothing else of the data set is read.
+
+    Raises:
+        InputError: see `read_rows`; or a column looks like one that is read, but is not.
+    """
+    rows = rows_of(source)
+    try:
+        columns.of_object(dict.fromkeys(rows.columns))
+        for start in range(*span, _ROWS):
+            found = rows[start : min(start + _ROWS, span[1])]
+            for row, values in enumerate(zip(*found.values(), strict=True), start + 1):
+                yield row, columns.of_object(dict(zip(found, values, strict=True)))
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def label_names(source: PathLike, column: str, split: str | None = None) -> list[str] | None:

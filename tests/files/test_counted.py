@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sgpt_jax.errors import InputError
-from sgpt_jax.files import counted
+from sgpt_jax.files import counted, hub_tables
 from sgpt_jax.files.corpora import Document, read_corpus
 from sgpt_jax.files.counted import Reading, count_corpus
 from sgpt_jax.runtime import processes
@@ -143,3 +143,53 @@ def test_parquet_is_read_by_row_groups(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"x.parquet: cannot be read"):
         count_corpus([tmp_path], tmp_path / "notes", Reading())
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A data set of the hub with a repeated record; a second one."""
+    datasets = pytest.importorskip("datasets")
+    records = [json.loads(line(n)) for n in [*range(20), 3]]
+    datasets.Dataset.from_list(records).save_to_disk(tmp_path / "first")
+    folder = tmp_path / "second"
+    folder.mkdir()
+    datasets.Dataset.from_list([json.loads(line(n)) for n in range(20, 30)]).to_parquet(
+        folder / "train.parquet"
+    )
+    return [f"hf:{tmp_path / 'first'}", f"hf:{folder}"]
+
+
+def test_rows_of_the_hub_are_parts(hub, tmp_path, monkeypatch):
+    whole = {document.id: document for source in hub for document in read_corpus(source)}
+    monkeypatch.setattr(counted, "PART_ROWS", 4)
+    corpus = count_corpus(hub, tmp_path / "notes", Reading())
+    assert corpus.total == 30 and everything(corpus) == list(whole.values())
+    assert list(corpus.read(17, 23)) == list(whole.values())[17:23]
+    # A process reads the rows that it needs, and no others.
+    asked = []
+    read = hub_tables.Rows.__getitem__
+    monkeypatch.setattr(
+        hub_tables.Rows, "__getitem__", lambda rows, chosen: asked.append(chosen) or read(rows, chosen)
+    )
+    assert [document.id for document in count_corpus(hub, tmp_path / "notes", Reading()).read(9, 11)] == [
+        "d9",
+        "d10",
+    ]
+    assert asked == [slice(8, 12)]
+
+
+def test_rows_of_the_hub_that_break_a_rule(hub, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(counted, "PART_ROWS", 4)
+    for name, records, message in (
+        (
+            "twice",
+            [json.loads(line(n)) for n in range(9)] + [json.loads(line(4, "new"))],
+            "row 10: id 'd4' is in row 5",
+        ),
+        ("none", [*({"_id": f"d{n}", "text": "a"} for n in range(6)), {"_id": None, "text": "a"}], "7"),
+        ("strange", [{"_id": "a", "texts": "b"}], "`text` is one that looks like it"),
+    ):
+        datasets.Dataset.from_list(records).save_to_disk(tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            everything(count_corpus([f"hf:{tmp_path / name}"], tmp_path / "notes", Reading()))
