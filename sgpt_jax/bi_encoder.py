@@ -35,7 +35,7 @@ from sgpt_jax.precision import check_precision, quantize_embeddings
 from sgpt_jax.reports import EncodeReport
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.prefetch import ahead
-from sgpt_jax.runtime.progress import Progress, progress
+from sgpt_jax.runtime.progress import Show, beside, shared_progress
 from sgpt_jax.saving import save_settings
 from sgpt_jax.text.encoder import Side, TextEncoder, check_ids
 
@@ -262,7 +262,7 @@ class BiEncoder:
         precision: Precision = "float32",
         batch_size: int | None = None,
         batch_tokens: int | None = None,
-        show_progress: bool | Progress | None = None,
+        show_progress: Show = None,
         **others: Any,
     ) -> np.ndarray:
         """Vectors of texts.
@@ -296,10 +296,9 @@ class BiEncoder:
         check_precision(precision)
         asked = [texts] if isinstance(texts, str) else texts
         prompt = self.text.prompt(side, prompt_name) if prompt is None else prompt
-        shown = False if isinstance(show_progress, Progress) else show_progress
-        ids = self.text.ids(asked, side, prompt=prompt, show_progress=shown)
+        ids = self.text.ids(asked, side, prompt=prompt, show_progress=beside(show_progress))
         chunk = self._plan(ids, prompt, side, truncate_dim, batch_tokens, batch_size)
-        with _bar(len(ids), show_progress) as bar:
+        with shared_progress("embedding", "text", len(ids), show_progress) as bar:
             (vectors,) = self._embedder().vectors(
                 [chunk], normalize, lambda plan: bar.update(len(plan.texts))
             )
@@ -461,13 +460,6 @@ class BiEncoder:
         return Chunk(
             ids, plans, self.skip(prompt, side), np.zeros((len(ids), self._kept(truncate_dim)), np.float32)
         )
-
-
-def _bar(total: int, show: bool | Progress | None) -> contextlib.AbstractContextManager[Progress]:
-    """A bar of its own, or the caller's, which the caller closes."""
-    if isinstance(show, Progress):
-        return contextlib.nullcontext(show)
-    return progress("embedding", "text", total, show=show)
 
 
 def _first(*values: Any) -> Any:

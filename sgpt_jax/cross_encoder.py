@@ -27,7 +27,7 @@ from sgpt_jax.packing.shared import lay_out_targets, shared_rows
 from sgpt_jax.reports import ScoreReport
 from sgpt_jax.runtime.one_behind import one_behind
 from sgpt_jax.runtime.platform import by_platform
-from sgpt_jax.runtime.progress import progress
+from sgpt_jax.runtime.progress import Show, beside, shared_progress
 from sgpt_jax.text.encoder import TextEncoder, check_ids
 from sgpt_jax.text.pairs import (
     DEFAULT_PROMPT,
@@ -198,7 +198,7 @@ class CrossEncoder:
         *,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
-        show_progress: bool | None = None,
+        show_progress: Show = None,
         report: ScoreReport | None = None,
         **others: Any,
     ) -> np.ndarray:
@@ -212,7 +212,7 @@ class CrossEncoder:
             batch_size: pairs computed at a time at the most, unless one document alone has more queries; None sets no
                 bound of pairs.
             batch_tokens: padded tokens computed at a time; None picks by device.
-            show_progress: None shows a bar on a terminal after a second.
+            show_progress: None shows a bar on a terminal after a second; a caller's `Progress` is moved on.
             report: counts are added here.
             others: show_progress_bar, sentence-transformers' name, and what is the case anyway.
 
@@ -246,7 +246,9 @@ class CrossEncoder:
         alone = {query: count + i for i, query in enumerate(dict.fromkeys(queries))}
         if self.reduction == "search-endpoint":
             queries, documents = [*queries, *alone], documents + [""] * len(alone)
-        tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=show_progress)
+        tokens = tokenise_pairs(
+            self.text, self.prompt, queries, documents, show_progress=beside(show_progress)
+        )
         done = _count(tokens, count)
         # The 0 at the end is for those without query tokens, whose index is -1.
         sums = np.append(
@@ -341,7 +343,7 @@ class CrossEncoder:
         *,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
-        show_progress: bool | None = None,
+        show_progress: Show = None,
         report: ScoreReport | None = None,
     ) -> np.ndarray:
         """The sum of the query's log-probabilities for each of `tokens.pairs`, float64; see `predict`."""
@@ -349,7 +351,7 @@ class CrossEncoder:
             check_ids(ids, self.decoder.config.vocab_size)
         report = ScoreReport() if report is None else report
         sums = np.zeros(len(tokens.pairs))
-        with progress("scoring", "pair", len(sums), show=show_progress) as bar:
+        with shared_progress("scoring", "pair", len(sums), show_progress) as bar:
             for owners, log_probs in one_behind(
                 self._start(tokens, batch_tokens, report, batch_size), _fetch
             ):

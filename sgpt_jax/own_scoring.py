@@ -20,7 +20,7 @@ from sgpt_jax.load import Parts
 from sgpt_jax.packing.layout import PlannedBatch, lay_out
 from sgpt_jax.packing.rows import plan_texts, texts_per_row, vector_indices
 from sgpt_jax.runtime.one_behind import one_behind
-from sgpt_jax.runtime.progress import progress
+from sgpt_jax.runtime.progress import Show, beside, shared_progress
 from sgpt_jax.text.encoder import TextEncoder, check_ids
 
 
@@ -107,7 +107,7 @@ def score_pairs(
     mesh: Mesh | None,
     batch_tokens: int,
     batch_size: int | None,
-    show_progress: bool | None,
+    show_progress: Show,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The scores of pairs, equal ones computed once.
 
@@ -117,7 +117,7 @@ def score_pairs(
         queries, documents: [n] each.
         batch_tokens: padded tokens computed at a time.
         batch_size: pairs computed at a time at the most; None sets no bound of pairs.
-        show_progress: None shows a bar on a terminal after a second.
+        show_progress: see `CrossEncoder.predict`.
 
     Returns:
         float32 [n], and the counts of a `ScoreReport`.
@@ -131,7 +131,7 @@ def score_pairs(
         own.scoring.prompt,
         [query for query, _ in numbers],
         [document for _, document in numbers],
-        show_progress=show_progress,
+        show_progress=beside(show_progress),
     )
     scores, padded = _score_ids(own, decoder, text, tokens.ids, mesh, batch_tokens, batch_size, show_progress)
     lengths = np.array([len(ids) for ids in tokens.ids], np.int64)
@@ -154,7 +154,7 @@ def _score_ids(
     mesh: Mesh | None,
     batch_tokens: int,
     batch_size: int | None,
-    show_progress: bool | None,
+    show_progress: Show,
 ) -> tuple[np.ndarray, int]:
     """The scores of token ids, float32 [n], which share rows as the texts of a bi-encoder do; and padded tokens."""
     check_ids(ids, decoder.config.vocab_size)
@@ -185,7 +185,7 @@ def _score_ids(
         return plan, np.asarray(found).reshape(-1)[vector_indices(plan, room)]
 
     scores = np.zeros(len(ids), np.float32)
-    with progress("scoring", "pair", len(ids), show=show_progress) as bar:
+    with shared_progress("scoring", "pair", len(ids), show_progress) as bar:
         for plan, found in one_behind(start(), fetch):
             scores[plan.texts] = found
             bar.update(len(plan.texts))

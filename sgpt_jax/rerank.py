@@ -15,7 +15,7 @@ from sgpt_jax.metrics import Run
 from sgpt_jax.reports import ScoreReport
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.platform import by_platform
-from sgpt_jax.runtime.progress import progress
+from sgpt_jax.runtime.progress import Progress, Show, shared_progress
 
 Pair = tuple[str, str]  # ids of query and document
 
@@ -28,7 +28,7 @@ class Scorer(Protocol):
         pairs: Sequence[tuple[str, str]],
         *,
         batch_tokens: int | None = ...,
-        show_progress: bool | None = ...,
+        show_progress: Show = ...,
         report: ScoreReport | None = ...,
     ) -> np.ndarray: ...
 
@@ -46,7 +46,7 @@ def rerank(
     *,
     report: ScoreReport | None = None,
     batch_tokens: int | None = None,
-    show_progress: bool | None = None,
+    show_progress: Show = None,
 ) -> dict[str, dict[str, float]]:
     """The documents of the run with the cross-encoder's scores. All are scored: cut the run to its top k before.
 
@@ -59,7 +59,7 @@ def rerank(
         texts: {document id: text}, for every document of the run.
         report: this process's counts are added here; without it, one warning tells what was cut.
         batch_tokens: see `CrossEncoder.predict`.
-        show_progress: None shows a bar on a terminal after a second.
+        show_progress: see `CrossEncoder.predict`.
 
     Returns:
         {query id: {document id: score}}, queries in the run's order, documents in no particular one.
@@ -70,12 +70,11 @@ def rerank(
     pairs = ordered_pairs(run, texts)
     parts = list(split_pairs(pairs, part_pairs()))
     counts, shares = ScoreReport(), []
-    with progress("re-ranking", "pair", len(pairs), show=show_progress) as bar:
+    with shared_progress("re-ranking", "pair", len(pairs), show_progress) as bar:
         for number, part in enumerate(parts):
             if processes.mine(number):
                 processes.check()
-                shares.append(_score(model, part, queries, texts, batch_tokens, counts).tolist())
-                bar.update(len(part))
+                shares.append(_score(model, part, queries, texts, batch_tokens, counts, bar).tolist())
     # Part i was scored by process i modulo their number (`processes.mine`).
     by_process = [iter(share) for share in processes.gather(shares)]
     scored: dict[str, dict[str, float]] = {query: {} for query in run}
@@ -144,16 +143,20 @@ def _score(
     texts: Mapping[str, str],
     batch_tokens: int | None,
     counts: ScoreReport,
+    bar: Progress,
 ) -> np.ndarray:
+    done = bar.n + len(part)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "of .* pairs")  # `ScoreReport.warning`: given once, at the end
-            return model.predict(
+            scores = model.predict(
                 [(queries[query], texts[document]) for query, document in part],
                 batch_tokens=batch_tokens,
-                show_progress=False,
+                show_progress=bar,
                 report=counts,
             )
     except NaNScoreError as error:
         query, document = part[error.index]
         raise InputError(f"the score of query {query!r}, document {document!r} is NaN") from error
+    bar.update(done - bar.n)  # the model counts different pairs, and those with an empty document
+    return scores

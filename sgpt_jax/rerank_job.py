@@ -28,7 +28,7 @@ from sgpt_jax.files.runs import check_trec_id, write_json_run, write_run
 from sgpt_jax.metrics import Run, cut
 from sgpt_jax.reports import ScoreReport
 from sgpt_jax.rerank import Pair, ordered_pairs, part_pairs, rerank, some, split_pairs, texts_of
-from sgpt_jax.runtime.progress import progress
+from sgpt_jax.runtime.progress import Progress, progress
 
 
 @dataclasses.dataclass
@@ -107,9 +107,8 @@ def rerank_job(
     with progress("re-ranking", "pair", len(pairs) - report.resumed, show=show_progress) as bar:
         for number, (part, found) in enumerate(zip(parts, stored, strict=True)):
             if found is None:
-                found = _score(model, part, queries, texts, batch_tokens)
+                found = _score(model, part, queries, texts, batch_tokens, bar)
                 _write_part(_part_file(folder, number), *found)
-                bar.update(len(part))
             scores, counts = found
             report.scores.add(counts)
             for (query, document), score in zip(part, scores.tolist(), strict=True):
@@ -146,13 +145,14 @@ def _score(
     queries: Mapping[str, str],
     texts: Mapping[str, str],
     batch_tokens: int | None,
+    bar: Progress,
 ) -> tuple[np.ndarray, ScoreReport]:
     """Scores of a part's pairs, float32 [n], and their counts."""
     counts = ScoreReport()
     run: dict[str, dict[str, float]] = {}
     for query, document in part:
         run.setdefault(query, {})[document] = 0.0
-    scored = rerank(model, queries, run, texts, report=counts, batch_tokens=batch_tokens, show_progress=False)
+    scored = rerank(model, queries, run, texts, report=counts, batch_tokens=batch_tokens, show_progress=bar)
     return np.array([scored[query][document] for query, document in part], np.float32), counts
 
 

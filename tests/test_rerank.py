@@ -1,13 +1,17 @@
 """Re-ranking a run: which pairs are scored, in which order, and what is refused."""
 
+import decoders
 import eval_cases
 import pytest
 
+from sgpt_jax import CrossEncoder
+from sgpt_jax import rerank as rerank_module
 from sgpt_jax.cross_encoder import NaNScoreError
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.metrics import cut
 from sgpt_jax.rerank import rerank, texts_of
+from sgpt_jax.runtime.progress import Progress
 
 DOCUMENTS = [
     Document("one", "The cats are running"),
@@ -45,3 +49,20 @@ def test_reranking_refuses_unknown_documents_and_nan():
 
     with pytest.raises(InputError, match="query 'q', document 'two' is NaN"):
         rerank(Broken(), {"q": "x"}, {"q": {"one": 1.0, "two": 2.0}}, {"one": "a", "two": "b"})
+
+
+@pytest.mark.parametrize("reduction", ["sum", "search-endpoint"])
+def test_the_bar_moves_with_every_batch(reduction, tmp_path, monkeypatch):
+    """Within a part, by as many pairs as were done; equal pairs, which are computed once, count when the part ends."""
+    folder = decoders.write_tokenizer(decoders.write_checkpoint("llama", tmp_path / "model"))
+    model = CrossEncoder.from_pretrained(folder, reduction=reduction)
+    seen = []
+    monkeypatch.setattr(
+        Progress, "update", lambda bar, n=1: (setattr(bar, "n", bar.n + n), seen.append(bar.n))
+    )
+    monkeypatch.setattr(rerank_module, "part_pairs", lambda: 8)
+    texts = {f"d{n}": f"heron {n // 2} " * (12 - n // 2) for n in range(12)}
+    run = {"q": dict.fromkeys(texts, 1.0)}
+    rerank(model, {"q": "a ferry"}, run, texts, batch_tokens=64)
+    assert seen[-1] == 12 and 8 in seen  # the ends of the parts
+    assert len({n for n in seen if 0 < n < 8}) > 1

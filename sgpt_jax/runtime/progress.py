@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -105,6 +106,24 @@ def progress(
             False nothing.
     """
     return Progress(what, unit, total, initial, show)
+
+
+# How a part of some work shows how far it is: as `progress` does, or by moving on its caller's.
+Show = bool | Progress | None
+
+
+def shared_progress(
+    what: str, unit: str, total: int, show: Show
+) -> contextlib.AbstractContextManager[Progress]:
+    """A `progress` of its own, or the caller's, which the caller closes."""
+    if isinstance(show, Progress):
+        return contextlib.nullcontext(show)
+    return progress(what, unit, total, show=show)
+
+
+def beside(show: Show) -> bool | None:
+    """What work on the way to another shows: nothing beside a caller's bar."""
+    return False if isinstance(show, Progress) else show
 
 
 def _duration(seconds: float) -> str:
