@@ -8,10 +8,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from etils import epath
 
 from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.checkpoint.export import count_parameters
 from sgpt_jax.cli.options import BATCH_TOKENS, BI_ENCODER, MESH, WEIGHTS, Group, positive
 from sgpt_jax.cli.options import dtype as dtype_option
 from sgpt_jax.cli.options import model as model_option
@@ -103,7 +103,11 @@ class LazyModel:
     def describe(self) -> dict[str, Any]:
         """Source, identity, and what the model says of itself, for a result's JSON."""
         model = self.model
-        facts = {"source": self.source, **self.identity, "parameters": count_parameters(model)}
+        facts = {
+            "source": self.source,
+            **self.identity,
+            "parameters": count_parameters(split(model.decoder)[1]).total(),
+        }
         facts["max_seq_length"] = model.text.max_seq_length
         if isinstance(model, BiEncoder):
             facts |= {"pooling": model.pooling, "brackets": model.text.brackets}
@@ -160,8 +164,3 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
 def encode_options(args: argparse.Namespace) -> dict[str, Any]:
     """What every call of a model gets; the evaluations have progress bars of their own."""
     return {"batch_tokens": args.batch_tokens, "show_progress": False}
-
-
-def count_parameters(model: Any) -> int:
-    """The number of weights of a model's decoder, an untied language-model head included."""
-    return sum(leaf.size for leaf in jax.tree.leaves(split(model.decoder)[1]))

@@ -186,6 +186,7 @@ def _model_label(model: dict[str, Any]) -> str:
     options += ["brackets"] * bool(model.get("brackets"))
     options += [f"biases {model['biases'][-8:]}"] if model.get("biases") else []
     options += [model["dtype"]] if model.get("dtype", "float32") != "float32" else []
+    options += [f"{model['weights']} weights"] if model.get("weights") else []
     return f"{name} ({', '.join(options)})" if options else name
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sgpt_jax.checkpoint.lora import whole_leaf
+from sgpt_jax.checkpoint.quantise import scale_name
 from sgpt_jax.decoder.model import Decoder, split
 from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
@@ -100,8 +101,11 @@ def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:
 
 
 def count_parameters(params: Any) -> collections.Counter[str]:
-    """Numbers of values by leaf name: kernel, bias, scale, embedding."""
+    """Numbers of values by leaf name: kernel, bias, scale, embedding; the scales of int8 weights do not count."""
     counts: collections.Counter[str] = collections.Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        counts[leaf_path(path).rsplit("/", 1)[-1]] += leaf.size
+    leaves = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    of_int8 = {scale_name(name) for name, leaf in leaves.items() if leaf.dtype == np.int8}
+    for name, leaf in leaves.items():
+        if name not in of_int8:
+            counts[name.rsplit("/", 1)[-1]] += leaf.size
     return counts

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import sgpt_jax as sgpt
 from sgpt_jax.checkpoint.bias_sets import BiasSet, bias_leaves, load_bias_set, save_bias_set
-from sgpt_jax.checkpoint.export import export_folder
+from sgpt_jax.checkpoint.export import count_parameters, export_folder
 from sgpt_jax.checkpoint.fingerprint import weights_sha256
 from sgpt_jax.checkpoint.quantise import quantise
 from sgpt_jax.checkpoint.tensors import open_checkpoint
@@ -54,6 +54,11 @@ def test_rounding_is_to_the_nearest_step_of_each_channel(axis):
     largest = np.abs(values).max(axis=1 - axis)
     assert np.all(np.abs(q).max(axis=1 - axis)[largest > 0] == 127)
     np.testing.assert_array_equal(scale[largest == 0], 1)
+
+
+def test_scales_are_no_parameters(tmp_path):
+    counts = [count_parameters(split(decoder)[1]) for decoder in both("gpt2", tmp_path)]
+    assert counts[0] == counts[1] and counts[0]["scale"] > 0  # of the norms
 
 
 @pytest.mark.parametrize("variant", (*decoders.VARIANTS, *decoders.SUPPORTED_NEW_VARIANTS))

@@ -130,9 +130,10 @@ def test_options_that_change_numbers_are_in_the_name():
         {"dtype": "bfloat16"},
         {"biases": "sha256:0123456789"},
         {"pooling": "mean"},
+        {"weights": "int8"},
     ]
     names = [row.name for row in collect([beir(model=model(**option)) for option in options])]
-    assert len(set(names)) == 5 and names[1] == "org/base (weightedmean, brackets)"
+    assert len(set(names)) == 6 and names[1] == "org/base (weightedmean, brackets)"
 
 
 def test_averages_of_complete_rows():
