@@ -6,6 +6,8 @@ installed, or the GPUs are here, the program is compiled for the target as well,
 shallow versions are compiled and the other layers extrapolated, unless that comes near the memory (a whole program was
 seen to need twice as much): a deep program takes a CPU many minutes. The time is the least that published peaks allow;
 real programs reach perhaps half of it.
+
+With --output, the same command goes on after an interruption with the plans that are not there yet.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +28,7 @@ from sgpt_jax.decoder.build import Build, Lora
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.sharding import mesh_sizes
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.lines import write_json
+from sgpt_jax.files.lines import parse_json, write_json
 from sgpt_jax.index.topk import MAX_QUERIES
 from sgpt_jax.load import UNLIMITED_DEFAULT
 from sgpt_jax.packing.layout import BATCH_TOKENS
@@ -46,6 +49,10 @@ TEXTS = 3
 NEAR = 0.4
 # Rows of a device that the search tries; more make no matmul faster.
 MOST_ROWS = 512
+# The options that a plan depends on, beside model and target.
+_ASKED = (
+    "trainable", "lora_rank", "length", "batch_size", "chunk_size", "mesh", "dtype", "weights", "full", "no_compile",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,16 +157,23 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--model is needed for every task but search")
     for name in args.model:
         for target in targets:
-            result = make_plan(name, target, args)
+            if not args.output:
+                print(describe(make_plan(name, target, args)), flush=True)
+                continue
+            part = "" if args.task != "train" or args.trainable == "bias" else f"-{args.trainable}"
+            part += "-int8" if args.weights else ""
+            stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
+            file = epath.Path(args.output) / f"{stem}.json"
+            asked = {key: vars(args)[key] for key in _ASKED}
+            asked["config"] = hashlib.sha256(repr(find_model(name)).encode()).hexdigest()[:16]
+            facts = {"asked": asked} | provenance("libtpu")
+            result = parse_json(file.read_text()) if file.exists() else {}
+            if any(result.get(key) != facts[key] for key in ("asked", "versions")):
+                result = make_plan(name, target, args) | facts
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, result)
             print(describe(result), flush=True)
-            if args.output:
-                part = "" if result["trainable"] in (None, "bias") else "-" + str(result["trainable"])
-                part += "-int8" if args.weights else ""
-                stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
-                folder = epath.Path(args.output)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / f"{stem}.json", result | provenance())
-                write_table(folder)
+            write_table(file.parent)
 
 
 def _search(targets: list[Target], args: argparse.Namespace) -> None:

@@ -293,6 +293,24 @@ def test_command_writes_plans_and_their_table(task, tmp_path, capsys):
     assert table.count(f"| {task}") == 2
 
 
+def test_a_command_goes_on_with_the_plans_that_are_not_there(tmp_path, monkeypatch):
+    made, make = [], plan.make_plan
+    monkeypatch.setattr(plan, "make_plan", lambda *a: made.append(a[1].name) or make(*a))
+    command = [
+        "plan",
+        "--model",
+        "gpt-neo-125m",
+        "--no-compile",
+        "--output",
+        str(tmp_path),
+        "--topology",
+        "v5e-8",
+    ]
+    assert main(command) == 0 and main([*command, "v4-8"]) == 0
+    assert made == ["v5e-8", "v4-8"]
+    assert main([*command, "v4-8", "--length", "200"]) == 0 and made[2:] == ["v5e-8", "v4-8"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [("--model gpt-5 --topology v5e-8", "known by name"), ("--model gpt-j-6b --topology v9", "--topology"),
