@@ -257,6 +257,7 @@ class CrossEncoder:
                 batch_size=batch_size,
                 batch_tokens=batch_tokens,
                 show_progress=show_progress,
+                shown=int(tokens.indices[:count].max(initial=-1)) + 1,  # not what these are compared with
                 report=done,
             ),
             0,
@@ -344,19 +345,24 @@ class CrossEncoder:
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         show_progress: Show = None,
+        shown: int | None = None,
         report: ScoreReport | None = None,
     ) -> np.ndarray:
-        """The sum of the query's log-probabilities for each of `tokens.pairs`, float64; see `predict`."""
+        """The sum of the query's log-probabilities for each of `tokens.pairs`, float64; see `predict`.
+
+        Progress counts the first `shown` pairs, or all.
+        """
         for ids in (tokens.contexts, tokens.queries):
             check_ids(ids, self.decoder.config.vocab_size)
         report = ScoreReport() if report is None else report
         sums = np.zeros(len(tokens.pairs))
-        with shared_progress("scoring", "pair", len(sums), show_progress) as bar:
+        shown = len(sums) if shown is None else shown
+        with shared_progress("scoring", "pair", shown, show_progress) as bar:
             for owners, log_probs in one_behind(
                 self._start(tokens, batch_tokens, report, batch_size), _fetch
             ):
                 np.add.at(sums, owners, log_probs)
-                bar.update(len(np.unique(owners)))
+                bar.update(int((np.unique(owners) < shown).sum()))
         return sums
 
     def _start(

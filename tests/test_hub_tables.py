@@ -6,6 +6,8 @@ import pytest
 
 import sgpt_jax as sgpt
 from eval.beir import evaluate
+from sgpt_jax.cli import indexing
+from sgpt_jax.cli.parser import main
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.corpora import read_corpus, read_queries
@@ -169,3 +171,20 @@ def test_an_index_of_a_data_set(scifact, tmp_path):
     index = sgpt.index_corpus(tmp_path / "i", f"hf:{scifact}:corpus:corpus", model)
     documents = list(read_corpus(f"hf:{scifact}:corpus:corpus"))
     assert index.ids(np.arange(3)) == ["0", "1", "2"] and index.texts([2]) == [documents[2].text]
+
+
+def test_one_data_set_is_streamed_into_an_index_and_several_are_counted(tmp_path, monkeypatch, capsys):
+    model = decoders.write_tokenizer(decoders.write_checkpoint("llama", tmp_path / "model"))
+    sources = []
+    for name in ("a", "b"):
+        rows = [{"_id": f"{name}{n}", "text": f"heron {n}", "score": 0.5} for n in range(3)]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+        sources.append(f"hf:{tmp_path / name}")
+    counts = []
+    count = indexing.count_corpus
+    monkeypatch.setattr(indexing, "count_corpus", lambda *a: counts.append(a[0]) or count(*a))
+    for corpus, number in ((sources[:1], 3), (sources, 6)):
+        folder = str(tmp_path / str(number))
+        assert main(["index", *corpus, "-o", folder, "--model", str(model)]) == 0
+        assert f"{number} documents" in capsys.readouterr().out
+    assert counts == [sources]

@@ -7,7 +7,8 @@ shallow versions are compiled and the other layers extrapolated, unless that com
 seen to need twice as much): a deep program takes a CPU many minutes. The time is the least that published peaks allow;
 real programs reach perhaps half of it.
 
-With --output, the same command goes on after an interruption with the plans that are not there yet.
+With --output, the same command of the same commit goes on after an interruption with the plans that are not there yet
+(those of search are quickly made again).
 """
 
 from __future__ import annotations
@@ -49,10 +50,6 @@ TEXTS = 3
 NEAR = 0.4
 # Rows of a device that the search tries; more make no matmul faster.
 MOST_ROWS = 512
-# The options that a plan depends on, beside model and target.
-_ASKED = (
-    "trainable", "lora_rank", "length", "batch_size", "chunk_size", "mesh", "dtype", "weights", "full", "no_compile",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,16 +161,25 @@ def main(args: argparse.Namespace) -> None:
             part += "-int8" if args.weights else ""
             stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
             file = epath.Path(args.output) / f"{stem}.json"
-            asked = {key: vars(args)[key] for key in _ASKED}
-            asked["config"] = hashlib.sha256(repr(find_model(name)).encode()).hexdigest()[:16]
-            facts = {"asked": asked} | provenance("libtpu")
+            facts = {"asked": _asked(name, args)} | provenance("libtpu")
             result = parse_json(file.read_text()) if file.exists() else {}
-            if any(result.get(key) != facts[key] for key in ("asked", "versions")):
+            known = not (facts["versions"]["commit"] or "-dirty").endswith("-dirty")
+            if not known or any(result.get(key) != facts[key] for key in ("asked", "versions", "device")):
                 result = make_plan(name, target, args) | facts
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, result)
             print(describe(result), flush=True)
             write_table(file.parent)
+
+
+def _asked(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a plan depends on beside its target."""
+    found = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("command", "model", "topology", "output")
+    }
+    return found | {"config": hashlib.sha256(repr(find_model(name)).encode()).hexdigest()[:16]}
 
 
 def _search(targets: list[Target], args: argparse.Namespace) -> None:

@@ -64,9 +64,10 @@ def plan_of(search: Search, target: Target, *, compiles: bool) -> dict[str, Any]
     usable = target.chip.usable
     layout = _layout(search, target.count, usable)
     fits = layout.fits(usable)
-    # Rows of a chip that would fit, in whole blocks.
-    block = layout.rows * layout.row_bytes
-    most = max(0, math.floor((usable - layout.scratch) / block)) * layout.rows * target.count
+    # Rows that would fit, in whole blocks of the smallest size.
+    small = Layout.of(search.rows, search.dim, search.dtype, target.count, ACCELERATOR_ELEMENTS[-1])
+    most = math.floor((usable - small.scratch) / (small.rows * small.row_bytes))
+    most = max(0, most) * small.rows * target.count
     devices = None
     if not fits:
         devices = next(

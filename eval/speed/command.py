@@ -4,7 +4,8 @@
   score   query log-probabilities of pairs: one by one with all logits, as the SGPT repository does, and in batches
   train   a step that trains biases alone: the same in torch, by sentence-transformers' trainer, and our own step that
           trains everything
-  search  the best of many vectors: FAISS flat, usearch's exact search, and NumPy
+  search  the best of many vectors: FAISS flat, usearch's exact search, and NumPy; of vectors held on the device
+          (--held), torch
   start   a new process until it has searched a small index, with warm caches; sentence-transformers' until it has a
           query's vector
 
@@ -36,13 +37,14 @@ from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.options import SOURCE, add_options, dtype, option, positive
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import parse_json, write_json
+from sgpt_jax.load import token_limit
 
 from ..plan.models import MODELS
 from ..provenance import provenance
 from .benchmark import Benchmark, measure, print_table, threads
 from .encode import encode_benchmark
-from .models import mixed_texts, open_data, random_model
-from .search import held_benchmark, search_benchmark
+from .models import INT8, mixed_texts, open_data, random_model
+from .search import READ, held_benchmark, search_benchmark
 from .start import start_benchmark
 
 PARTS = ("encode", "score", "train", "search", "start")
@@ -75,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FOLDER",
             help="texts, in BEIR's format (default: $SGPT_DATA/scifact)",
         ),
-        dtype(of="of weights and matmuls; search is float32 (default: float32)"),
+        dtype(of="of weights and matmuls; search is float32 without --held (default: float32)"),
         option(
             "--weights",
             choices=("int8",),
@@ -116,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     parts = [args.part] if args.part else [part for part in PARTS if part != "start"]
     if parts != ["search"] and (args.model is None) == (args.shape is None):
         raise InputError("give a model: either --model or --shape")
-    if args.shape and not args.tokenizer:
+    if args.shape and parts != ["search"] and not args.tokenizer:
         raise InputError("no tokenizer: give --tokenizer, or set SGPT_DATA")
     if args.weights and args.part not in ("encode", "train"):
         raise InputError("--weights int8 is for encode and train")
@@ -156,7 +158,7 @@ def _slower(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         old, new = (figures.get(part, {}).get("ways", {}) for figures in (before, now))
         for name in old.keys() & new.keys() - {"ours"}:
             factors = [ways[name]["ours_over"] for ways in (old, new)]
-            if not name.startswith("ours") and factors[1] < SLOWER * factors[0]:
+            if not name.startswith(("ours", READ)) and factors[1] < SLOWER * factors[0]:
                 yield f"{part}: {factors[1]:.2f} times {name}, {factors[0]:.2f} before"
 
 
@@ -176,17 +178,24 @@ def _benchmark(part: str, args: argparse.Namespace, folder: str) -> Benchmark:
 
     model, int8 = load(), load(args.weights) if args.weights else None
     if part == "start":
-        return start_benchmark(model, open_data(args.data), folder)
+        return start_benchmark(model, open_data(args.data), folder, alone=alone)
     if part == "score":
         with _extra("eval"):
             from .score import score_benchmark
-        return score_benchmark(model, open_data(args.data), args.pairs, alone=alone)
+        # Of a pair all is read, whatever the folder says of texts.
+        limit = token_limit(model.decoder.config, args.max_seq_length)
+        return score_benchmark(model, limit, open_data(args.data), args.pairs, alone=alone)
     if part == "encode":
         texts = mixed_texts(open_data(args.data), args.texts)
-        return encode_benchmark(model, texts, int8=int8, alone=alone)
-    with _extra("train"):
-        from .train import train_benchmark
-    return train_benchmark(model, open_data(args.data), args.batch_size, int8=int8, alone=alone)
+        benchmark = encode_benchmark(model, texts, int8=int8, alone=alone)
+    else:
+        with _extra("train"):
+            from .train import train_benchmark
+        benchmark = train_benchmark(model, open_data(args.data), args.batch_size, int8=int8, alone=alone)
+    if args.shape:  # its int8 weights are drawn anew
+        compare = benchmark.compare
+        benchmark.compare = lambda found: compare({name: found[name] for name in found if name != INT8})
+    return benchmark
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.reports import ScoreReport
+from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt, TokenPairs, tokenise_pairs
 
 from .benchmark import Benchmark, Run
@@ -40,13 +41,23 @@ TORCH_BATCH_TOKENS = 2048  # torch's time a token on a CPU is the same for 512 t
 MEMORY_LENGTH = 2048
 
 
-def score_benchmark(bi_encoder: BiEncoder, data: DataSet, count: int, *, alone: bool) -> Benchmark:
+def score_benchmark(
+    bi_encoder: BiEncoder, limit: int, data: DataSet, count: int, *, alone: bool
+) -> Benchmark:
     """All runs that score the same pairs with a model's weights, from texts to numbers on the host.
 
     "torch, one by one" is the SGPT repository's sgptce.py: one pair at a time, logits of every token. "torch, batches"
     has pairs of like length together, and the head at the query's tokens only.
+
+    Args:
+        bi_encoder: has decoder and tokenizer.
+        limit: tokens of a pair that are read.
+        data: has the texts.
+        count: pairs.
+        alone: leave the peers out.
     """
-    model = CrossEncoder(bi_encoder.decoder, bi_encoder.text, Prompt.parse(DEFAULT_PROMPT))
+    text = TextEncoder(bi_encoder.text.tokenizer, limit)
+    model = CrossEncoder(bi_encoder.decoder, text, Prompt.parse(DEFAULT_PROMPT))
     pairs = sample_pairs(data, DEPTH, count)
     rows = _rows(model, pairs)
     lengths = [len(context) + len(asked) - 1 for context, asked in rows]

@@ -99,7 +99,7 @@ def held_benchmark(count: int, num_queries: int, results: int, dtype: Any, *, al
     Raises:
         InputError: they do not fit.
     """
-    device = jax.devices()[0]
+    device, results = jax.devices()[0], min(results, count)
     layout = Layout.fitting(count, DIMENSION, dtype, 1, free_memory(device), block_sizes())
     if not layout.fits(free_memory(device)):
         sizes = f"{layout.held / 1e9:.1f} GB and {layout.scratch / 1e9:.1f} beside them"
@@ -142,20 +142,23 @@ def held_benchmark(count: int, num_queries: int, results: int, dtype: Any, *, al
         compare=_overlap,
         facts={"bytes": layout.held, "blocks": layout.blocks},
     )
+    if alone:
+        return benchmark
     if dtype == "int8":
         benchmark.left_out["torch"] = "multiplies no floats by int8"
-    elif not alone:
-        try:
-            benchmark.runs["torch"] = _torch(blocks, count, queries, results)
-        except ModuleNotFoundError as error:
-            benchmark.left_out["torch"] = f"{error.name} is not installed"
+        return benchmark
+    try:
+        torch = Torch("bfloat16")
+        benchmark.runs["torch"] = _in_torch(torch, blocks, count, queries, results)
+        benchmark.facts |= torch.facts()
+    except ModuleNotFoundError as error:
+        benchmark.left_out["torch"] = f"{error.name} is not installed"
     return benchmark
 
 
-def _torch(
-    blocks: list[jax.Array], count: int, queries: np.ndarray, results: int
+def _in_torch(
+    torch: Torch, blocks: list[jax.Array], count: int, queries: np.ndarray, results: int
 ) -> Callable[[], np.ndarray]:
-    torch = Torch("bfloat16")
     t, size = torch.torch, len(blocks[0])
     shared = [t.from_dlpack(block)[: count - number * size] for number, block in enumerate(blocks)]
 

@@ -27,13 +27,14 @@ print(SentenceTransformer(sys.argv[1], device="cpu").encode(sys.argv[2]).shape)
 """
 
 
-def start_benchmark(model: BiEncoder, data: DataSet, folder: str) -> Benchmark:
+def start_benchmark(model: BiEncoder, data: DataSet, folder: str, *, alone: bool) -> Benchmark:
     """Seconds to an answer: a search in a small index, beside a query's vector by sentence-transformers.
 
     Args:
         model: the bi-encoder, which makes the index.
         data: has the documents, of which the first 60 are taken.
         folder: an empty one.
+        alone: leave sentence-transformers out.
     """
     root = Path(folder) / "start"
     root.mkdir()
@@ -49,6 +50,8 @@ def start_benchmark(model: BiEncoder, data: DataSet, folder: str) -> Benchmark:
     benchmark = Benchmark(
         work={"answers": 1}, unit="answers", runs=runs, flops={"": 0.0}, dtype="float32", compare=_nothing
     )
+    if alone:
+        return benchmark
     if importlib.util.find_spec("sentence_transformers"):
         model.save_pretrained(root / "model")
         runs["sentence-transformers"] = _command(_PEER, root / "model", QUERY)

@@ -128,7 +128,10 @@ def count_corpus(paths: Sequence[PathLike], notes: PathLike, reading: Reading) -
     """
     files = _files(paths)
     parts = [part for path in files for part in _parts(path, reading.format)]
-    folder = Path(notes) / _key(files, reading)
+    key = _key(files, reading)
+    if len(set(processes.gather(key))) > 1:
+        raise InputError(f"{', '.join(files)}: the processes see different contents")
+    folder = Path(notes) / key
     folder.mkdir(parents=True, exist_ok=True)
     with progress("counting", "part", len(parts)) as bar:
         for number, part in enumerate(parts):
@@ -185,7 +188,7 @@ def _parts(path: str, format: Format | None) -> list[Part]:
 
 def _key(files: list[str], reading: Reading) -> str:
     """Changes with the files and how they are read."""
-    facts = [str(dataclasses.astuple(reading)), str(PART_BYTES)]
+    facts = [str(dataclasses.astuple(reading)), str(PART_BYTES), str(PART_ROWS)]
     facts += [f"{path if is_hub(path) else os.path.abspath(path)} {_stat(path)}" for path in files]
     return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -222,10 +225,9 @@ def _records(part: Part, reading: Reading, report: ReadReport) -> Iterator[Recor
                 raise line_error(part.path, record.line, NO_ID)
             yield record
     except LineError as error:
-        if part.group is not None:
-            raise InputError(
-                f"{part.path}, row group {part.group}, row {error.line}: {error.message}"
-            ) from error
+        if part.group is not None or part.rows is not None:
+            group = "" if part.group is None else f"row group {part.group}, "
+            raise InputError(f"{part.path}, {group}row {error.line}: {error.message}") from error
         if part.span is None or not part.span[0]:
             raise
         raise line_error(
@@ -278,9 +280,8 @@ def _two_contents(parts: list[Part], firsts: np.ndarray, numbers: list[int], rea
         record = next(itertools.islice(records, number - int(firsts[part]), None))
         span = parts[part].span
         line = record.line + (lines_before(parts[part].path, span[0] - 1) + 1 if span and span[0] else 0)
-        where = f"row group {parts[part].group}, row" if parts[part].group is not None else "line"
-        if parts[part].rows is not None:
-            where = "row"
+        where = "line" if parts[part].rows is None else "row"
+        where = where if parts[part].group is None else f"row group {parts[part].group}, row"
         places.append((parts[part].path, f"{where} {line}", record.id))
     (first, there, _), (second, here, id) = places
     there = there if first == second else f"{first}, {there}"

@@ -14,11 +14,11 @@ from typing import Any
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.columns import Columns, Named
-from sgpt_jax.files.lines import PathLike
+from sgpt_jax.files.lines import PathLike, line_error
 from sgpt_jax.files.parquet import is_parquet, open_parquet
 
 _PREFIX = "hf:"
-# Rows of a Parquet file that are turned into Python objects at a time.
+# Rows that are turned into Python objects at a time.
 _ROWS = 1024
 
 
@@ -81,6 +81,10 @@ class Rows(Sequence[dict[str, Any]]):
         """The names of the columns."""
         return list(self._table.column_names)
 
+    def select(self, columns: list[str]) -> Any:
+        """The same rows with some of the columns."""
+        return self._table.select_columns(columns)
+
     @property
     def fingerprint(self) -> str:
         """Changes with the rows, as `datasets` knows them."""
@@ -100,27 +104,36 @@ class Rows(Sequence[dict[str, Any]]):
         return [length or 0 for chunk in chunks for length in pc.list_value_length(chunk).to_pylist()]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def rows_of(source: str) -> Rows:
-    """The rows of a data set of the hub, opened once in this process."""
+    """The rows of a data set of the hub, as they are when this process asks for them first."""
     return Rows(source)
 
 
 def read_span(source: str, span: tuple[int, int], columns: Columns) -> Iterator[tuple[int, Named]]:
-    """The records of some rows, ``[start, stop)``, with their numbers from 1; nothing else of the data set is read.
+    """The records of some rows, ``[start, stop)``, with their numbers from 1; no other row or column is read.
 
     Raises:
         InputError: see `read_rows`; or a column looks like one that is read, but is not.
     """
     rows = rows_of(source)
+    known = {key for keys in columns.spellings.values() for key in keys}
     try:
         columns.of_object(dict.fromkeys(rows.columns))
-        for start in range(*span, _ROWS):
-            found = rows[start : min(start + _ROWS, span[1])]
-            for row, values in enumerate(zip(*found.values(), strict=True), start + 1):
-                yield row, columns.of_object(dict(zip(found, values, strict=True)))
+        table = rows.select([name for name in rows.columns if name in known])
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
+    for start in range(*span, _ROWS):
+        try:
+            found = table[start : min(start + _ROWS, span[1])]
+        except Exception as error:  # the layers below raise what they like
+            raise _failed(source, error) from error
+        for row, values in enumerate(zip(*found.values(), strict=True), start + 1):
+            try:
+                record = columns.of_object(dict(zip(found, values, strict=True)))
+            except ValueError as error:
+                raise line_error(source, row, str(error)) from error
+            yield row, record
 
 
 def label_names(source: PathLike, column: str, split: str | None = None) -> list[str] | None:

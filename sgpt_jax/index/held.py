@@ -31,7 +31,8 @@ HELD: dict[str, np.dtype] = {
 # that reading a block takes longer than starting its program (an H200 reads 2**29 of bfloat16 in 0.25 ms), where what a
 # search needs beside the rows is a small part of the memory then.
 CPU_ELEMENTS, ACCELERATOR_ELEMENTS = (1 << 23,), (1 << 29, 1 << 27)
-_SCRATCH_SHARE = 4  # of the memory, one part
+# Large blocks only where their scratch is at most this part of the free memory.
+_SCRATCH_SHARE = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Layout:
         """The layout in the first of some sizes of blocks that fits well, or else in the last."""
         for elements in sizes:
             layout = cls.of(count, dimension, dtype, devices, elements)
-            if layout.fits(free) and _SCRATCH_SHARE * layout.scratch <= free:
+            if layout.fits(free) and layout.scratch <= _SCRATCH_SHARE * free:
                 break
         return layout
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_CANDIDATES = 64  # so that their errors say something of the others'
 _CALIBRATION_ROWS = 1 << 14
+_CONVERTED = 1 << 24  # elements at a time, which take some 22 bytes each on the host
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,10 @@ class Resident:
             rows = np.arange(min(start, self._source.count), min(start + size, self._source.count))
             held = np.zeros((size, self._source.dimension), HELD[self.dtype])
             scales = np.zeros(size, np.float32)
-            if len(rows):
-                self._convert(rows, held[: len(rows)], scales[: len(rows)])
+            step = max(1, _CONVERTED // self._source.dimension)
+            for first in range(0, len(rows), step):
+                some = slice(first, min(first + step, len(rows)))
+                self._convert(rows[some], held[some], scales[some])
             vectors.append(jax.device_put(held, device))
             factors.append(jax.device_put(scales, device))
         sharding = NamedSharding(self._mesh, P("rows"))

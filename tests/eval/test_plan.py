@@ -296,6 +296,8 @@ def test_command_writes_plans_and_their_table(task, tmp_path, capsys):
 def test_a_command_goes_on_with_the_plans_that_are_not_there(tmp_path, monkeypatch):
     made, make = [], plan.make_plan
     monkeypatch.setattr(plan, "make_plan", lambda *a: made.append(a[1].name) or make(*a))
+    versions = {"commit": "0123abc"}
+    monkeypatch.setattr(plan, "provenance", lambda *_: {"versions": versions, "device": {}})
     command = [
         "plan",
         "--model",
@@ -309,6 +311,10 @@ def test_a_command_goes_on_with_the_plans_that_are_not_there(tmp_path, monkeypat
     assert main(command) == 0 and main([*command, "v4-8"]) == 0
     assert made == ["v5e-8", "v4-8"]
     assert main([*command, "v4-8", "--length", "200"]) == 0 and made[2:] == ["v5e-8", "v4-8"]
+    for commit in ("4567def", "4567def-dirty", "4567def-dirty"):  # what is not committed may be anything
+        versions["commit"] = commit
+        assert main([*command, "--length", "200"]) == 0
+    assert made[4:] == ["v5e-8"] * 3
 
 
 @pytest.mark.parametrize(

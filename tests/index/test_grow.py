@@ -96,13 +96,17 @@ def test_what_is_found_after_every_change_and_by_open_readers(tmp_path, dtype):
 
 def test_a_reader_that_the_garbage_collector_takes_says_nothing(tmp_path):
     build_index(tmp_path / "i", corpus(3), encode)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         index = Index.open(tmp_path / "i")
         index.itself = index  # a cycle, as in a service or a notebook
+        assert len(os.listdir("/proc/self/fd")) == before + 1
         del index
         gc.collect()
     assert not [str(each.message) for each in told]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_compacted_index_has_the_bytes_of_a_build_of_what_is_left(tmp_path):
