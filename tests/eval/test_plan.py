@@ -294,26 +294,23 @@ def test_command_writes_plans_and_their_table(task, tmp_path, capsys):
 
 
 def test_a_command_goes_on_with_the_plans_that_are_not_there(tmp_path, monkeypatch):
-    made, make = [], plan.make_plan
-    monkeypatch.setattr(plan, "make_plan", lambda *a: made.append(a[1].name) or make(*a))
+    decoders.write_checkpoint("llama", tmp_path / "model")
+    made: list[str] = []
     versions = {"commit": "0123abc"}
+    small, model = arguments(length=64), str(tmp_path / "model")
+    results = {
+        name: plan.make_plan(model, plan_devices.parse_target(name), small) for name in ("v5e-8", "v4-8")
+    }
+    monkeypatch.setattr(plan, "make_plan", lambda _, to, *__: made.append(to.name) or results[to.name])
     monkeypatch.setattr(plan, "provenance", lambda *_: {"versions": versions, "device": {}})
-    command = [
-        "plan",
-        "--model",
-        "gpt-neo-125m",
-        "--no-compile",
-        "--output",
-        str(tmp_path),
-        "--topology",
-        "v5e-8",
-    ]
+    command = ["plan", "--model", str(tmp_path / "model"), "--no-compile", "--length", "64"]
+    command += ["--output", str(tmp_path / "out"), "--topology", "v5e-8"]
     assert main(command) == 0 and main([*command, "v4-8"]) == 0
     assert made == ["v5e-8", "v4-8"]
-    assert main([*command, "v4-8", "--length", "200"]) == 0 and made[2:] == ["v5e-8", "v4-8"]
+    assert main([*command, "v4-8", "--chunk-size", "8"]) == 0 and made[2:] == ["v5e-8", "v4-8"]
     for commit in ("4567def", "4567def-dirty", "4567def-dirty"):  # what is not committed may be anything
         versions["commit"] = commit
-        assert main([*command, "--length", "200"]) == 0
+        assert main([*command, "--chunk-size", "8"]) == 0
     assert made[4:] == ["v5e-8"] * 3
 
 
