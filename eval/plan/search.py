@@ -70,14 +70,8 @@ def plan_of(search: Search, target: Target, *, compiles: bool) -> dict[str, Any]
     most = max(0, most) * small.rows * target.count
     devices = None
     if not fits:
-        devices = next(
-            (
-                count
-                for count in (1 << power for power in range(13))
-                if _layout(search, count, usable).fits(usable)
-            ),
-            None,
-        )
+        counts = (1 << power for power in range(13))
+        devices = next((count for count in counts if _layout(search, count, usable).fits(usable)), None)
     compiled, note = _compiled(search, layout, target) if compiles else (None, None)
     return {
         "task": "search",

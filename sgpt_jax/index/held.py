@@ -27,9 +27,9 @@ HELD: dict[str, np.dtype] = {
     "int8": np.dtype(np.int8),
 }
 
-# Elements of a block on one device. Small on a CPU, whose caches should hold the scores. On an accelerator large, so
-# that reading a block takes longer than starting its program (an H200 reads 2**29 of bfloat16 in 0.25 ms), where what a
-# search needs beside the rows is a small part of the memory then.
+# Elements of a block on one device. Small on a CPU, whose caches should hold the scores. Large on an accelerator with
+# the memory for it, as the host starts a program for each block: an H200 reads 2**29 of bfloat16 in 0.26 ms, about the
+# time of a start.
 CPU_ELEMENTS, ACCELERATOR_ELEMENTS = (1 << 23,), (1 << 29, 1 << 27)
 # Large blocks only where their scratch is at most this part of the free memory.
 _SCRATCH_SHARE = 1 / 4
