@@ -321,13 +321,18 @@ def _records(
 
 
 def _shuffled(records: list[_Record], config: TrainConfig) -> list[_Record]:
-    """The groups in random order, so that kinds mix; the records of a group, which share documents, stay together."""
+    """The groups in random order, so that kinds mix; the records of a group, which share documents, stay together.
+
+    Groups that a filter took a query from come last: behind one of them batches no longer end where groups do, and the
+    documents of a group that two batches share are encoded twice.
+    """
     groups: dict[tuple[str, ...], list[_Record]] = {}
     for record in records:
         groups.setdefault((record.kind, *sorted(record.documents)), []).append(record)
     several = list(groups.values())
-    order = np.random.default_rng((config.seed, 1)).permutation(len(several))
-    return [record for number in order.tolist() for record in several[number]]
+    order = np.random.default_rng((config.seed, 1)).permutation(len(several)).tolist()
+    order.sort(key=lambda number: len(several[number]) != config.group_size)
+    return [record for number in order for record in several[number]]
 
 
 def _sentence(counts: Mapping[str, Mapping[str, int | float]]) -> str:

@@ -69,7 +69,11 @@ class TrainConfig:
     merge: bool = _option(
         False, "leave the model with its adapters merged into its matrices, in place of the adapters"
     )
-    add_biases: bool = _option(False, "give zero biases to all attention and MLP projections without one")
+    add_biases: bool | None = _option(
+        None,
+        "give zero biases to all attention and MLP projections without one",
+        "off; adapt: on where biases alone train",
+    )
     lr: float = _option(2e-4, "peak learning rate")
     warmup_steps: int | None = _option(None, "steps of linear warm-up", "a tenth of all steps")
     epochs: float = _option(1.0, "passes over the data")
@@ -160,10 +164,14 @@ class TrainConfig:
     dev_documents: int = _option(1000, "documents, for each kind, among which their sources are searched")
 
     def settled(self) -> TrainConfig:
-        """The same run without options that mean nothing in it: nothing fits scores where no teacher gives any."""
-        if self.teacher == NO_TEACHER:
-            return dataclasses.replace(self, distill=None, near=None)
-        return self
+        """The same run without options that mean nothing in it, and with a default that depends on others."""
+        config = self
+        if config.teacher == NO_TEACHER:  # nothing fits scores where no teacher gives any
+            config = dataclasses.replace(config, distill=None, near=None)
+        if config.add_biases is None:
+            alone = config.recipe == "adapt" and config.trainable == "bias"
+            config = dataclasses.replace(config, add_biases=alone)
+        return config
 
     @property
     def data_name(self) -> str:
@@ -235,7 +243,6 @@ ADAPT = TrainConfig(
     brackets=True,
     max_seq_length=128,
     batch_size=32,
-    add_biases=True,
     lr=1.5e-3,
     shuffle=False,
     distill="kl",

@@ -13,11 +13,12 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Float32 factors are not rounded, as XLA does by default on TPU and GPU.
     """
-    if a.dtype == jnp.float32:
-        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    if platform() == "cpu":
-        return _cpu_matmul(a, b)
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return _cpu_matmul(a, b) if platform() == "cpu" else _matmul(a, b)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -91,12 +92,14 @@ _cpu_add_bias.defvjp(lambda y, bias: (y + bias, None), _bias_backward)
 
 @jax.custom_vjp
 def _cpu_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A matmul of bfloat16 factors to float32, in both directions.
+    """`matmul`, with derivatives that are matmuls of the same kind.
 
-    Only for this kind does XLA use a CPU's bfloat16 instructions (AMX, AVX-512). With a bfloat16 result, or with one
-    float32 factor as in the automatic derivative, it computes in float32, at a fifth of the speed.
+    Only for bfloat16 factors and a float32 result does XLA use a CPU's bfloat16 instructions (AMX, AVX-512). With a
+    bfloat16 result, or with one float32 factor as in the automatic derivative, it computes in float32, at a fifth of
+    the speed. In float32, the automatic derivative of a kernel transposes what stands before it, element by element,
+    which takes longer than the matmul.
     """
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    return _matmul(a, b)
 
 
 def _forward(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

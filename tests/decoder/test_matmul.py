@@ -27,20 +27,22 @@ def test_bfloat16_matmul_is_the_float32_matmul_of_its_factors(shapes):
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_bfloat16_gradients_are_the_float32_gradients_rounded(shapes):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_the_automatic_ones_in_float32_rounded(dtype, shapes):
     wide = [_numbers(*shape) for shape in shapes]
     # Factors that bfloat16 holds exactly, so that the gradients differ by the rounding of results alone.
     wide = [np.asarray(jnp.asarray(values, jnp.bfloat16), np.float32) for values in wide]
     weights = np.asarray(jnp.asarray(_numbers(*shapes[0][:-1], 7), jnp.bfloat16), np.float32)
 
-    def loss(a, b):
-        return (matmul(a, b) * weights).sum()
+    def gradients(product, *factors):
+        return jax.grad(lambda a, b: (product(a, b) * weights).sum(), argnums=(0, 1))(*factors)
 
-    expected = jax.grad(loss, argnums=(0, 1))(*wide)
-    found = jax.grad(loss, argnums=(0, 1))(*(jnp.asarray(values, jnp.bfloat16) for values in wide))
+    expected = gradients(lambda a, b: jnp.matmul(a, b, precision="highest"), *wide)
+    found = gradients(matmul, *(jnp.asarray(values, dtype) for values in wide))
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=2**-8, atol=1e-4)
+        assert ours.dtype == dtype
+        rtol = 2**-8 if dtype == "bfloat16" else 1e-5
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=rtol, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

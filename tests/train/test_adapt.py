@@ -1,6 +1,7 @@
 """Adaptation without labels: pseudo queries, groups, the temperature, the loss over lists, the command as a whole."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -181,6 +182,11 @@ def test_the_command(base, corpus, tmp_path, capsys):
     assert counts["query"]["drawn"] == 3
     records = [json.loads(line) for line in first["examples.jsonl"].splitlines()]
     assert {record["kind"] for record in records} == {"title", "sentence", "query"}
+    groups = itertools.groupby(records, lambda record: (record["kind"], *sorted(record["documents"])))
+    sizes = [len(list(members)) for _, members in groups]
+    whole = max(sizes)
+    assert 1 < sizes.count(whole) < len(sizes)
+    assert set(sizes[: sizes.count(whole)]) == {whole}  # those that lack a query come last
     held = set(json.loads(first["title.dev.json"])["queries"])
     assert held.isdisjoint(record["query"] for record in records if record["kind"] == "title")
     stamps = {path.name: path.stat().st_mtime_ns for path in (out / "adapt").glob("*.teacher.json")}
@@ -233,6 +239,12 @@ def test_without_a_teacher_and_an_early_end(base, corpus, tmp_path, capsys):
     assert run(base, corpus, tmp_path, *options, "--resume") == 0
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     assert load_bias_set(tmp_path / "biases.safetensors").header["training"]["steps"] == 6
+
+
+def test_zero_biases_are_added_where_they_alone_train():
+    assert ADAPT.settled().add_biases
+    assert not dataclasses.replace(ADAPT, trainable="lora").settled().add_biases
+    assert not RECIPES["pairs"][0].settled().add_biases
 
 
 @pytest.mark.parametrize(
