@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +18,60 @@ from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
 from sgpt_jax.decoder.layers import MLP, Dropout, Linear, Norm
 from sgpt_jax.decoder.positions import alibi_slopes, rotary_angles, rotate
 
+# Takes a layer's new keys and values, and returns all that it has.
+Keep: TypeAlias = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What one layer gets beside the hidden states; layers of one kind get the same.
+
+    Attributes:
+        mask: bool [B, T, S], where S is T, or the slots of the cache.
+        angles: cosines and signed sines of its rotation; None for none.
+        alibi: float32 [B, N, 1, S].
+        query_factors: float32 [B, T, 1, 1], of `query_scaling`.
+        dropout: the layer's; None for none.
+    """
+
+    mask: jax.Array
+    angles: tuple[jax.Array, jax.Array] | None
+    alibi: jax.Array | None
+    query_factors: jax.Array | None
+    dropout: Dropout | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What the layers of one forward pass share.
 
     Attributes:
-        masks: window -> bool [B, T, S], where S is T, or the slots of the cache.
-        angles: rotation -> its cosines and signed sines.
-        alibi: float32 [B, N, 1, S].
-        query_factors: float32 [B, T, 1, 1], of `query_scaling`.
+        config: the decoder's.
+        masks: window -> `View.mask`.
+        angles: rotation -> `View.angles`.
+        alibi, query_factors: see `View`.
         dropout: None for none.
         cache: what was read before these tokens, and takes their keys and values; None for none.
     """
 
+    config: DecoderConfig
     masks: dict[int | None, jax.Array]
-    angles: dict[RotaryConfig, tuple[jax.Array, jax.Array]]
+    angles: dict[RotaryConfig | None, tuple[jax.Array, jax.Array] | None]
     alibi: jax.Array | None
     query_factors: jax.Array | None
     dropout: Dropout | None
     cache: GrowingCache | None = None
+
+    def at(self, layer: int) -> View:
+        """What a layer sees of it."""
+        return View(
+            self.masks[self.config.window(layer)],
+            self.angles[self.config.rotation(layer)],
+            self.alibi,
+            self.query_factors,
+            None if self.dropout is None else self.dropout.at(layer),
+        )
 
 
 def make_context(
@@ -59,13 +94,14 @@ def make_context(
         beta, period = config.query_scaling
         factors = 1 + beta * jnp.log1p(jnp.floor(positions.astype(jnp.float32) / period))[..., None, None]
     return Context(
+        config,
         masks={
             w: attention_mask_matrix(segments, positions, w, bidirectional=config.bidirectional)
             if cache is None
             else cache.seen(positions, w)
             for w in windows
         },
-        angles={r: rotary_angles(r, positions, segments) for r in rotations if r is not None},
+        angles={r: None if r is None else rotary_angles(r, positions, segments) for r in rotations},
         alibi=alibi,
         query_factors=factors,
         dropout=dropout,
@@ -88,7 +124,8 @@ class Attention(nnx.Module):
     """Self-attention of one layer."""
 
     def __init__(self, config: DecoderConfig, layer: int, build: Build):
-        self.config, self.layer = config, layer
+        self.config, self.rotation = config, config.rotation(layer)
+        self.scale = config.attn_scale / (layer + 1 if config.scale_by_layer else 1)
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         make = functools.partial(Linear, build=build)
         self.q = make(config.embed_dim, width, bias=config.qkv_bias, name="q")
@@ -106,7 +143,7 @@ class Attention(nnx.Module):
         shape = {"head": (head_dim,), "heads": (heads, head_dim), "width": (heads * head_dim,)}[over]
         return Norm(shape, self.config, dtype=dtype, bias=self.config.qk_norm_bias)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, view: View, keep: Keep | None) -> jax.Array:
         config = self.config
         q, k, v = self.q(x), self.k(x), self.v(x)
         if config.clip_qkv is not None:
@@ -116,24 +153,24 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
         if config.qk_norm in ("head", "heads"):
             q, k = self._normed(q, k)
-        if (rotation := config.rotation(self.layer)) is not None:
-            q, k = (rotate(part, context.angles[rotation], rotation) for part in (q, k))
-        if context.query_factors is not None:
-            q = (q * context.query_factors).astype(q.dtype)
-        if context.cache is not None:
-            k, v = context.cache.add(self.layer, k, v)
+        if self.rotation is not None and view.angles is not None:
+            q, k = (rotate(part, view.angles, self.rotation) for part in (q, k))
+        if view.query_factors is not None:
+            q = (q * view.query_factors).astype(q.dtype)
+        if keep is not None:
+            k, v = keep(k, v)
         drop = None
-        if context.dropout is not None and config.attn_dropout:
-            drop = functools.partial(_drop_at, context.dropout, config.attn_dropout, (self.layer, 1))
+        if view.dropout is not None and config.attn_dropout:
+            drop = functools.partial(_drop_at, view.dropout, config.attn_dropout, 1)
         out = attend(
             q,
             k,
             v,
-            context.masks[config.window(self.layer)],
-            scale=config.attn_scale / (self.layer + 1 if config.scale_by_layer else 1),
-            bias=context.alibi,
+            view.mask,
+            scale=self.scale,
+            bias=view.alibi,
             cap=config.attn_softcap,
-            causal=not config.bidirectional and context.cache is None,
+            causal=not config.bidirectional and keep is None,
             drop=drop,
         )  # [B, T, N, H]
         return self.o(out.reshape(*x.shape[:2], -1))
@@ -143,15 +180,15 @@ class Attention(nnx.Module):
         return self.q_norm(q), self.k_norm(k)
 
 
-def _drop_at(dropout: Dropout, rate: float, site: tuple[int, ...], x: jax.Array) -> jax.Array:
-    return dropout(x, rate, *site)
+def _drop_at(dropout: Dropout, rate: float, site: int, x: jax.Array) -> jax.Array:
+    return dropout(x, rate, site)
 
 
 class Block(nnx.Module):
     """Attention and MLP with their norms and residual sums."""
 
     def __init__(self, config: DecoderConfig, layer: int, build: Build):
-        self.config, self.layer = config, layer
+        self.config = config
 
         def norm(there: bool) -> Norm | None:
             return Norm((config.embed_dim,), config, dtype=build.dtype) if there else None
@@ -164,34 +201,35 @@ class Block(nnx.Module):
         self.mlp = MLP(config, build)
         self.out_norm2 = norm(follows)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, view: View, keep: Keep | None = None) -> jax.Array:
+        """The hidden states [B, T, E] behind the layer; `keep` takes its keys and values, and returns all there are."""
         config = self.config
         if config.parallel:
             normed = _maybe(self.norm1, x)
             for_mlp = normed if config.shared_norm else _maybe(self.norm2, x)
-            return x + self._attend(normed, context) + self._transform(for_mlp, context)
+            return x + self._attend(normed, view, keep) + self._transform(for_mlp, view)
         if config.norm_at == "sum":
-            x = _maybe(self.norm1, x + self._attend(x, context))
-            return _maybe(self.norm2, x + self._transform(x, context))
+            x = _maybe(self.norm1, x + self._attend(x, view, keep))
+            return _maybe(self.norm2, x + self._transform(x, view))
         normed = _maybe(self.norm1, x)
-        x = (normed if config.residual_from_norm else x) + self._attend(normed, context)
+        x = (normed if config.residual_from_norm else x) + self._attend(normed, view, keep)
         normed = _maybe(self.norm2, x)
-        return (normed if config.residual_from_norm else x) + self._transform(normed, context)
+        return (normed if config.residual_from_norm else x) + self._transform(normed, view)
 
-    def _attend(self, x: jax.Array, context: Context) -> jax.Array:
-        return self._branch(self.attn(x, context), self.out_norm1, context, 2)
+    def _attend(self, x: jax.Array, view: View, keep: Keep | None) -> jax.Array:
+        return self._branch(self.attn(x, view, keep), self.out_norm1, view, 2)
 
-    def _transform(self, x: jax.Array, context: Context) -> jax.Array:
-        return self._branch(self.mlp(x), self.out_norm2, context, 3)
+    def _transform(self, x: jax.Array, view: View) -> jax.Array:
+        return self._branch(self.mlp(x), self.out_norm2, view, 3)
 
-    def _branch(self, x: jax.Array, norm: Norm | None, context: Context, site: int) -> jax.Array:
+    def _branch(self, x: jax.Array, norm: Norm | None, view: View, site: int) -> jax.Array:
         """What a sub-layer adds to the residual sum."""
         x = _maybe(norm, x)
         if self.config.residual_scale != 1:
             x = x * jnp.asarray(self.config.residual_scale, x.dtype)
-        if context.dropout is None:
+        if view.dropout is None:
             return x
-        return context.dropout(x, self.config.residual_dropout, self.layer, site)
+        return view.dropout(x, self.config.residual_dropout, site)
 
 
 def _maybe(norm: Norm | None, x: Any) -> Any:

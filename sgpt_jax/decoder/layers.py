@@ -47,21 +47,28 @@ def _matrix(
     return nnx.Param(drawn), nnx.Param(scale)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
     """Noise for training: one key a row, so that a row's noise does not depend on the rows beside it."""
 
     keys: jax.Array  # typed keys [B]
 
-    def __call__(self, x: jax.Array, rate: float, *site: int) -> jax.Array:
-        """Zeroes a share `rate` of x [B, ...] and scales up the rest; `site` names the point in the network."""
+    def at(self, layer: int) -> Dropout:
+        """The noise of a layer, apart from that of all others."""
+        return Dropout(_fold_in(self.keys, layer))
+
+    def __call__(self, x: jax.Array, rate: float, site: int) -> jax.Array:
+        """Zeroes a share `rate` of x [B, ...] and scales up the rest; `site` names the point in the layer."""
         if not rate:
             return x
-        keys = self.keys
-        for number in site:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        keys = _fold_in(self.keys, site)
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1 - rate), 0)
+
+
+def _fold_in(keys: jax.Array, number: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 class Linear(nnx.Module):

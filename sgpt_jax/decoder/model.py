@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sgpt_jax.decoder.block import Block, Context, make_context
+from sgpt_jax.decoder.block import Block, Context, View, make_context
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.cache import Cache, GrowingCache
 from sgpt_jax.decoder.config import DecoderConfig
@@ -184,8 +184,13 @@ class Decoder(nnx.Module):
     def _run(self, input_ids: jax.Array, positions: jax.Array, context: Context) -> jax.Array:
         """Embedding, blocks and what follows them: [B, T] to [B, T, E]."""
         x = by_rows(self.embed(input_ids, positions, context.dropout))
-        for block in self.blocks:
-            x = by_rows(block(x, context))
+        for layer, block in enumerate(self.blocks):
+            view = context.at(layer)
+            if context.cache is None:
+                x = _run_block(*nnx.split(block), x, view)
+            else:
+                x = block(x, view, functools.partial(context.cache.add, layer))
+            x = by_rows(x)
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x if self.project_out is None else self.project_out(x)
@@ -241,6 +246,12 @@ class Decoder(nnx.Module):
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         return softcap(logits, self.config.logit_softcap)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_block(graphdef: Any, state: Any, x: jax.Array, view: View) -> jax.Array:
+    """A block's hidden states. Blocks that are alike are traced and lowered once, and inlined by XLA all the same."""
+    return nnx.merge(graphdef, state)(x, view)
 
 
 def _check_range(values: jax.Array, size: int, what: str, of_what: str) -> None:
