@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,9 +217,12 @@ def load_parts(
     head of a classifier.
     """
     classifier = WithoutScoreHead(opened.files) if score_head else None
-    decoder = load_checkpoint(classifier or opened.files, dtype, mesh, weights)
-    head = classifier.head() if classifier else None
-    return Parts(decoder, load_tokenizer(opened.tokenizer), opened.files.config, head)
+    with ThreadPoolExecutor(1) as thread:
+        # Mostly Python, and importing transformers; reading weights is mostly not.
+        tokenizer = thread.submit(load_tokenizer, opened.tokenizer)
+        decoder = load_checkpoint(classifier or opened.files, dtype, mesh, weights)
+        head = classifier.head() if classifier else None
+        return Parts(decoder, tokenizer.result(), opened.files.config, head)
 
 
 def base_sha256(files: TensorFiles, decoder: Decoder) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from sgpt_jax.runtime.malloc import give_back_freed_memory
 from sgpt_jax.runtime.memory import free_memory
 from sgpt_jax.runtime.platform import by_platform
 
@@ -32,7 +33,8 @@ class StepPrograms:
 
     def __init__(self, step: jax.stages.Wrapped, chunk_rows: int, shards: int, say: Callable[[str], None]):
         self._step, self._chunk_rows, self._shards, self._say = step, chunk_rows, shards, say
-        self._programs: dict[tuple, jax.stages.Compiled] = {}
+        self._programs: dict[tuple, tuple[jax.stages.Compiled, int]] = {}
+        self._last: tuple | None = None
         self._free = 0
 
     def __call__(self, state: TrainState, frozen: Any, batch: dict) -> tuple[TrainState, Array, Array]:
@@ -40,14 +42,18 @@ class StepPrograms:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._programs:
             program = self._step.lower(state, frozen, batch).compile()
-            self._describe(program, len(batch["rows"].segments))
-            self._programs[shapes] = program
-        return self._programs[shapes](state, frozen, batch)
+            self._programs[shapes] = program, self._describe(program, len(batch["rows"].segments))
+        program, needed = self._programs[shapes]
+        if self._last not in (None, shapes) and needed > free_memory(jax.local_devices()[0]):
+            give_back_freed_memory()  # that of the other shape's step
+        self._last = shapes
+        return program(state, frozen, batch)
 
-    def _describe(self, program: jax.stages.Compiled, rows: int) -> None:
+    def _describe(self, program: jax.stages.Compiled, rows: int) -> int:
+        """Says what memory a step takes, and returns it, in bytes; 0 where XLA does not know."""
         memory = program.memory_analysis()
         if memory is None:
-            return
+            return 0
         needed = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         needed *= by_platform(cpu=jax.local_device_count(), accelerator=1)  # CPU devices share one memory
         if first := not self._programs:
@@ -57,7 +63,7 @@ class StepPrograms:
         if needed <= self._free:
             if first:
                 self._say(f"{takes}; {free}")
-            return
+            return needed
         at_a_time = min(rows, self._chunk_rows or rows)
         fits = int(_SHARE * at_a_time * self._free / needed) // self._shards * self._shards
         advice = (
@@ -67,3 +73,4 @@ class StepPrograms:
             f"{takes}, but only {free}: it may be ended for want of memory. It encodes {at_a_time} rows at a time; "
             f"{advice}"
         )
+        return needed

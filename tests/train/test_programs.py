@@ -3,10 +3,13 @@
 import dataclasses
 import re
 
+import jax
+import numpy as np
 import pytest
 from training import data, write_model
 
 import train
+from sgpt_jax.decoder.batch import Batch
 from train import programs
 from train.recipes import RECIPES
 
@@ -46,3 +49,17 @@ def test_a_step_that_would_run_out_of_memory(chunk_size, tmp_path, capsys, monke
     )
     assert rows == chunk_size or chunk_size == 0
     assert fits == int(0.45 * rows) or fits == int(0.45 * rows) - 1
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_the_memory_of_another_shape_is_given_back_where_it_is_wanted(free, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(programs, "free_memory", lambda device: free)
+    monkeypatch.setattr(programs, "give_back_freed_memory", lambda: given_back.append(ran[-1]))
+    step = jax.jit(lambda state, frozen, batch: (state, batch["rows"].positions.sum(), state))
+    steps = programs.StepPrograms(step, 0, 1, lambda note: None)
+    ran = []
+    for rows in (2, 2, 3, 3, 2):
+        steps(np.zeros(1), (), {"rows": Batch(*np.zeros((3, rows, 8), np.int32))})
+        ran.append(rows)
+    assert given_back == ([2, 3] if free == 0 else [])
