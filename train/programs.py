@@ -16,6 +16,7 @@ from .step import TrainState
 
 _GIB = 2**30
 _SHARE = 0.9  # of what is free, for a suggestion: a program's memory grows a little faster than its rows
+_MORE = 0.5  # of what is free, that a step of another shape may take beside what is kept for those before
 
 
 class StepPrograms:
@@ -44,7 +45,7 @@ class StepPrograms:
             program = self._step.lower(state, frozen, batch).compile()
             self._programs[shapes] = program, self._describe(program, len(batch["rows"].segments))
         program, needed = self._programs[shapes]
-        if self._last not in (None, shapes) and needed > free_memory(jax.local_devices()[0]):
+        if self._last not in (None, shapes) and needed > _MORE * free_memory(jax.local_devices()[0]):
             give_back_freed_memory()  # that of the other shape's step
         self._last = shapes
         return program(state, frozen, batch)

@@ -108,24 +108,25 @@ def compile_work(
         work: what to compile.
         mesh_spec: such as "fsdp=8".
         devices: from `devices_of`.
-        full: compile all layers; otherwise two depths, of one and two repetitions.
+        full: compile all layers; otherwise two depths, of two and three repetitions. One alone would mislead: the
+            second adds buffers that are used again by all later ones.
 
     Raises:
         DoesNotFit: a program that was compiled needs more memory than the device has.
     """
     mesh = make_mesh(mesh_spec, devices)
     step = depth_step(config)
-    if full or config.num_layers <= 2 * step:
+    if full or config.num_layers <= 3 * step:
         temporaries, flops, seconds = _compile(config, work, mesh)
         return Compiled(temporaries, flops, seconds, (config.num_layers,), (temporaries,))
-    one, two = (_compile(at_depth(config, layers), work, mesh) for layers in (step, 2 * step))
-    times = config.num_layers / step - 1
+    two, three = (_compile(at_depth(config, layers), work, mesh) for layers in (2 * step, 3 * step))
+    times = config.num_layers / step - 2
     return Compiled(
-        one[0] + times * max(0.0, two[0] - one[0]),
-        one[1] + times * (two[1] - one[1]),
-        one[2] + two[2],
-        (step, 2 * step),
-        (one[0], two[0]),
+        two[0] + times * max(0.0, three[0] - two[0]),
+        two[1] + times * (three[1] - two[1]),
+        two[2] + three[2],
+        (2 * step, 3 * step),
+        (two[0], three[0]),
     )
 
 

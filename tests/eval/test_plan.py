@@ -354,14 +354,14 @@ def test_what_fits_is_one_rule():
 
 
 def test_two_depths_tell_the_third(tmp_path):
-    """A line through one and two repetitions of the layers, against the whole decoder compiled."""
-    config = dataclasses.replace(TINY, num_layers=6, windows=(None, 16) * 3)
+    """A line through two and three repetitions of the layers, against the whole decoder compiled."""
+    config = dataclasses.replace(TINY, num_layers=8, windows=(None, 16) * 4)
     assert plan_compile.depth_step(config) == 2 and plan_compile.depth_step(TINY) == 1
     work = dataclasses.replace(WORKS["in chunks"], rows=64, chunk=16)
     devices = jax.devices()[:1]
     line = plan_compile.compile_work(config, work, "data=1", devices, full=False)
     whole = plan_compile.compile_work(config, work, "data=1", devices, full=True)
-    assert line.layers == (2, 4) and whole.layers == (6,)
+    assert line.layers == (4, 6) and whole.layers == (8,)
     assert line.flops == pytest.approx(whole.flops, rel=0.02)
     assert line.temporaries == pytest.approx(whole.temporaries, rel=0.1)
 
@@ -373,7 +373,7 @@ def test_what_comes_near_the_memory_is_compiled_whole(share, depths, monkeypatch
 
     def compile_work(config, work, mesh, devices, *, full):
         asked.append(full)
-        layers = (config.num_layers,) if full else (1, 2)
+        layers = (config.num_layers,) if full else (2, 3)
         return plan_compile.Compiled(share * usable, 1.0, 0.0, layers, (0.0,) * len(layers))
 
     monkeypatch.setattr(plan_compile, "compile_work", compile_work)
