@@ -18,7 +18,8 @@ import numpy as np
 from sgpt_jax.decoder.batch import Batch
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import PlannedBatch, lay_out, round_up
-from sgpt_jax.packing.rows import fill_rows, most_texts, round_length, vector_indices
+from sgpt_jax.packing.rows import fill_rows, most_texts, vector_indices
+from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.text.encoder import TextEncoder, check_ids
 
 from .data import Example, ExampleSource, text_key
@@ -28,11 +29,13 @@ _SHORTEST_ROW = 512
 
 
 def row_length(longest: int, max_seq_length: int) -> int:
-    """The length of rows where the longest text has `longest` tokens, a multiple of 8.
+    """The length of rows where the longest text has `longest` tokens.
 
-    It is the first of 512, 1024, 2048, ... that holds the text, but not more than `max_seq_length` rounded up to 8.
+    It is the first of 512, 1024, 2048, ... that holds the text, but not more than `max_seq_length` rounded up to a
+    multiple of 8, as accelerators and their attention kernels want it; on a CPU of 4.
     """
-    return min(round_up(longest, _SHORTEST_ROW), round_length(max_seq_length))
+    unit = by_platform(cpu=4, accelerator=8)
+    return min(round_up(longest, _SHORTEST_ROW), -(-max_seq_length // unit) * unit)
 
 
 def pack(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[Batch, np.ndarray]:

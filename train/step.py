@@ -20,6 +20,7 @@ from sgpt_jax.decoder.sharding import batch_sharding, leaf_path, num_shards, on_
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import round_up
 from sgpt_jax.packing.rows import encode_rows, most_texts
+from sgpt_jax.runtime.platform import by_platform
 
 from .grad_cache import encode_in_chunks
 from .losses import LossConfig, total_loss
@@ -182,7 +183,8 @@ def place_batch(
     """
     count = jax.process_count()
     multiple = chunk_rows if chunk_rows and rows * count > chunk_rows else num_shards(mesh)
-    local = round_up(rows * count, multiple, steps=4) // count
+    # Each number of rows compiles a program, which takes an accelerator minutes and a CPU seconds.
+    local = round_up(rows * count, multiple, steps=by_platform(cpu=8, accelerator=4)) // count
     sharding = None if mesh is None else batch_sharding(mesh)
     global_rows = np.arange(local)
     if sharding is not None:

@@ -182,7 +182,10 @@ def test_packing_is_tight_and_complete():
     assert len(rows.segments) <= 1 + 1.1 * max(total / LENGTH, len(ids) / room)
 
 
-def test_few_shapes():
-    assert [row_length(longest, limit) for longest, limit in ((10, 75), (300, 300), (600, 2048), (1900, 2000))] == [
-        80, 304, 1024, 2000,
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("platform", "lengths"), [("cpu", [76, 300, 1024, 2000]), ("gpu", [80, 304, 1024, 2000])]
+)
+def test_few_shapes(platform, lengths, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    limits = ((10, 75), (300, 300), (600, 2048), (1900, 2000))
+    assert [row_length(longest, limit) for longest, limit in limits] == lengths
