@@ -45,8 +45,8 @@ class StepPrograms:
             program = self._step.lower(state, frozen, batch).compile()
             self._programs[shapes] = program, self._describe(program, len(batch["rows"].segments))
         program, needed = self._programs[shapes]
-        if self._last not in (None, shapes) and needed > _MORE * free_memory(jax.local_devices()[0]):
-            give_back_freed_memory()  # that of the other shape's step
+        if self._last not in (None, shapes):
+            _make_room(needed)
         self._last = shapes
         return program(state, frozen, batch)
 
@@ -75,3 +75,10 @@ class StepPrograms:
             f"{advice}"
         )
         return needed
+
+
+def _make_room(needed: int) -> None:
+    """Hands the memory of a step of another shape back to the system, where this one's `needed` bytes are scarce."""
+    on_cpu = by_platform(cpu=True, accelerator=False)  # an accelerator's memory is not malloc's
+    if on_cpu and needed > _MORE * free_memory(jax.local_devices()[0]):
+        give_back_freed_memory()
