@@ -185,7 +185,7 @@ class PackedBatches:
         negatives = [text for example in examples for text in example.negatives]
         size = len(examples)
         sides: tuple[Any, Any] = (None, None) if self.symmetric else ("query", "document")
-        tokens = self.encoder.ids(queries, sides[0]) + self.encoder.ids(positives + negatives, sides[1])
+        tokens = self._tokens(queries, sides[0]) + self._tokens(positives + negatives, sides[1])
         skips = [self._skip(sides[0])] * size + [self._skip(sides[1])] * (len(tokens) - size)
         check_ids(tokens, self.vocab_size)
         # Several processes need one length, and none knows the texts of the others: it is that of the limit.
@@ -219,6 +219,12 @@ class PackedBatches:
             "tokens": sum(len(ids) for ids, _ in distinct),
             "examples": [index for index, _ in split],
         }
+
+    def _tokens(self, texts: list[str], side: Any) -> list[list[int]]:
+        """The tokens of texts, each of which is tokenised once however often it stands there."""
+        distinct = list(dict.fromkeys(texts))
+        ids = dict(zip(distinct, self.encoder.ids(distinct, side), strict=True))
+        return [ids[text] for text in texts]
 
     def _skip(self, side: Any) -> int:
         """How many first tokens of a side's texts are left out of the pooling."""

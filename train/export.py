@@ -146,6 +146,7 @@ def _training_rows(record: Record, lora: Lora | None) -> dict[str, object]:
         "data": f"{config.data_name}, {record.examples:,} examples",
         "trained parameters": config.trainable
         + (", zero biases added first" if config.add_biases else "")
+        + (f", from {epath.Path(config.biases).name}" if config.biases else "")
         + (f"; rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.targets)}" if lora else ""),
         "loss": _describe_loss(config),
         "batch size": config.batch_size,

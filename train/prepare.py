@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from sgpt_jax import load
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.checkpoint.bias_sets import add_zero_biases, is_bias
+from sgpt_jax.checkpoint.bias_sets import add_zero_biases, bias_leaves
 from sgpt_jax.checkpoint.lora import add_lora
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.decoder.modules import Dense
-from sgpt_jax.decoder.sharding import device_mesh, make_mesh, num_shards
+from sgpt_jax.decoder.sharding import device_mesh, leaf_path, make_mesh, num_shards
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
 from sgpt_jax.files.hub_tables import is_hub
@@ -307,6 +307,7 @@ def _load_model(config: TrainConfig, mesh: Mesh | None) -> BiEncoder:
         max_seq_length=config.max_seq_length,
         dtype=config.dtype,
         mesh=mesh,
+        biases=config.biases,
         weights=config.weights,
     )
     decoder = add_zero_biases(model.decoder) if config.add_biases else model.decoder
@@ -325,8 +326,8 @@ def _check_export(model: BiEncoder, mask: Any, config: TrainConfig) -> list[str]
     """Says at the start what could not be saved at the end.
 
     Raises:
-        InputError: transformers has no config for the model, and more than biases is to be trained; or adapters are to
-            be left beside biases that the base does not have.
+        InputError: transformers has no config for the model, and more than biases is to be trained; adapters are to be
+            left beside biases that the base does not have; or a bias set would lack some of those it started from.
     """
     if model.decoder.build.lora is not None and not config.merge:
         if config.add_biases:
@@ -334,12 +335,23 @@ def _check_export(model: BiEncoder, mask: Any, config: TrainConfig) -> list[str]
                 "a folder of adapters has no room for biases that the base model lacks (--add-biases): leave the "
                 "merged model (--merge), or train one of the two"
             )
+        if config.biases:
+            raise InputError(
+                "a folder of adapters is applied to the base model, whose biases are not those of --biases: leave the "
+                "merged model (--merge)"
+            )
         return []
+    trained = {leaf_path(path) for path, trains in jax.tree_util.tree_leaves_with_path(mask) if trains}
+    biases = set(bias_leaves(mask))
+    if config.biases and trained < biases:
+        raise InputError(
+            f"--trainable {config.trainable!r} leaves a set of {len(trained)} of the {len(biases)} biases, without "
+            "the others of --biases: train all of them (--trainable bias)"
+        )
     try:
         export_config(model.hf_config, model.decoder.config)
     except InputError as error:
-        trained = jax.tree_util.tree_leaves_with_path(mask)
-        if not all(is_bias(path) for path, trains in trained if trains):
+        if not trained <= biases:
             raise
         return [
             f"this run will leave {BIASES}, which --biases applies to the base model, and no model folder: {error}"

@@ -74,6 +74,9 @@ class TrainConfig:
         "give zero biases to all attention and MLP projections without one",
         "off; adapt: on where biases alone train",
     )
+    biases: str | None = _option(
+        None, "trained biases to start from, a biases.safetensors of the same base model", "the model's own"
+    )
     lr: float = _option(2e-4, "peak learning rate")
     warmup_steps: int | None = _option(None, "steps of linear warm-up", "a tenth of all steps")
     epochs: float = _option(1.0, "passes over the data")

@@ -121,6 +121,22 @@ def test_arrays_of_a_batch(tokenizer):
     assert text_at(symmetric, symmetric["indices"][0][0], room) == encoder.ids(["one"])[0]
 
 
+def test_a_text_of_several_lists_is_tokenised_once(tokenizer):
+    shared = ("n one", "n two", "p one")
+    source = ListExamples([Example(f"q {n}", "p one", shared) for n in range(4)])
+    batches = packed(source, tokenizer, batches=plan(source, 4, shuffle=False))
+    seen: list[str] = []
+    ids = batches.encoder.ids
+    batches.encoder.ids = lambda texts, *side: seen.extend(texts) or ids(texts, *side)
+    batch = batches[0]
+    assert sorted(seen) == ["n one", "n two", "p one", "q 0", "q 1", "q 2", "q 3"]
+    room = most_texts(32)
+    for column, texts in enumerate((shared,) * 4):
+        assert [text_at(batch, place, room) for place in batch["indices"][2][column]] == ids(
+            list(texts), "document"
+        )
+
+
 def test_processes_agree_on_the_length_of_rows(tokenizer):
     """Whatever the longest text is that each of them sees."""
     source = ListExamples([Example("q" * 10, "x" * 900), Example("r" * 10, "y" * 500)])

@@ -45,6 +45,33 @@ def test_adding_biases(pairs, tmp_path, capsys):
     assert not (tmp_path / "all").exists()
 
 
+def test_biases_to_start_from(pairs, tmp_path, capsys):
+    """A second run goes on from the first one's bias set; what cannot hold all of its biases is refused."""
+    base, first, second = write_model("qwen3", tmp_path / "base"), tmp_path / "first", tmp_path / "second"
+    options = ("--steps", 3, "--brackets", "--pooling", "mean")
+    assert main(arguments(base, pairs, first, *options, "--add-biases")) == 0
+    start = ("--steps", 3, "--biases", first / "biases.safetensors")
+    assert main(arguments(base, pairs, second, *start, "--lr", "1e-9")) == 0
+    sets = [load_bias_set(folder / "biases.safetensors") for folder in (first, second)]
+    assert all(
+        np.allclose(sets[1].values[name], values, atol=1e-6) for name, values in sets[0].values.items()
+    )
+    assert sets[0].values.keys() == sets[1].values.keys()
+    for key in ("base_sha256", "brackets", "pooling"):  # made for the same base, vectors made as before
+        assert sets[0].header[key] == sets[1].header[key]
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (first, second)]
+    assert losses[1][0] != losses[0][0]  # the same batch, another start
+
+    for refused, reason in (
+        (("--trainable", "lora"), "leave the merged model"),
+        (("--trainable", "attn/q/bias"), "leaves a set of 2 of the"),
+        (("--biases", pairs), "not a bias set"),
+    ):
+        assert main(arguments(base, pairs, tmp_path / "none", *start, *refused)) == 1
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
+
+
 def test_training_everything(base, pairs, tmp_path):
     out = tmp_path / "out"
     options = (
