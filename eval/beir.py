@@ -9,7 +9,7 @@ are there, averages.json holds it.
   python -m eval beir scifact nfcorpus --model MODEL --output OUT
   python -m eval beir DATA/scifact --output OUT                                  BM25 alone
   python -m eval beir DATA/scifact --cross-encoder MODEL --rerank-depth 100 --output OUT
-  python -m eval beir DATA/scifact --model MODEL --hybrid --output OUT           with BM25, by reciprocal rank fusion
+  python -m eval beir DATA/scifact --model MODEL --hybrid --output OUT           with BM25, by scaled scores
 
 Several processes (--distributed, or --coordinator) share the encoding and the re-ranking, each with a whole model on
 its own devices; the figures are those of one.
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hybrid",
         action="store_true",
-        help="join the first stage with BM25 by reciprocal rank fusion, before any re-ranking",
+        help="join the first stage with BM25 by the mean of scaled scores, before any re-ranking",
     )
     add_common_arguments(parser)
     add_options(parser, PROCESSES)

@@ -15,7 +15,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.runs import read_run
-from sgpt_jax.hybrid import CONSTANT, DEPTH, fuse
+from sgpt_jax.hybrid import DEPTH, fuse
 from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import CUTS, Evaluation, cut, evaluate
 from sgpt_jax.reports import ScoreReport
@@ -27,7 +27,7 @@ from .provenance import provenance, revision
 from .results import Result, read_result
 
 # What --hybrid adds to a first stage.
-_HYBRID = {"bm25": dataclasses.asdict(bm25.DEFAULT), "fusion": {"constant": CONSTANT, "depth": DEPTH}}
+_HYBRID = {"bm25": dataclasses.asdict(bm25.DEFAULT), "fusion": {"scores": "min-max", "depth": DEPTH}}
 
 # Values per query are kept for the metrics that papers test: `python -m eval significance` reads them.
 PER_QUERY = ("ndcg@10", "map@100", "recall@100", "precision@10", "mrr@10")

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.checkpoint.bias_sets import apply_bias_set, load_bias_set
+from sgpt_jax.checkpoint.bias_sets import load_bias_set
 from sgpt_jax.errors import InputError
 from sgpt_jax.runtime.command import printable
 from sgpt_jax.runtime.compile_cache import user_cache
@@ -34,9 +34,9 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Cut short so that the demonstration takes seconds on two cores; a title and two or three sentences remain.
 MAX_SEQ_LENGTH = 64
 
-# Biases trained by `python -m train nli`; they ship with the package.
-BIASES = "smollm2_135m_instruct_nli.safetensors"
-ABOUT_BIASES = "trained on SNLI sentences, not on search; CC BY-SA 4.0"
+# Biases trained by `python -m train adapt`; they ship with the package.
+BIASES = "smollm2_135m_instruct_scifact.safetensors"
+ABOUT_BIASES = "trained on SciFact's abstracts, these among them, without a claim or a label"
 UNTRAINED = (
     "This decoder was never trained to embed: it is a language model, used as it is. "
     "Training only its biases (python -m train) is what makes SGPT a search engine."
@@ -123,9 +123,8 @@ def run(model: str | None = None, queries: list[str] | None = None, mesh: Mesh |
         plain = _Answers.of(encoder, abstracts, claims)
         print(f"\n{_paragraph(f'As it is: {plain.summary()} {UNTRAINED}')}\n")
         with resources.as_file(resources.files("sgpt_jax") / "data" / BIASES) as path:
-            bias_set = load_bias_set(path)
-        trained = sum(values.size for values in bias_set.values.values())
-        encoder = dataclasses.replace(encoder, decoder=apply_bias_set(encoder.decoder, bias_set))
+            trained = sum(values.size for values in load_bias_set(path).values.values())
+            encoder = BiEncoder.from_pretrained(source, max_seq_length=MAX_SEQ_LENGTH, biases=path, mesh=mesh)
         print(f"{trained:,} trained biases applied ({ABOUT_BIASES})", flush=True)
     answers = _Answers.of(encoder, abstracts, claims)
     answers.show()

@@ -1,7 +1,8 @@
-"""Hybrid search: BM25 and a bi-encoder over the same documents, joined by reciprocal rank fusion."""
+"""Hybrid search: BM25 and a bi-encoder over the same documents, joined by their scaled scores."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from sgpt_jax.bm25 import Bm25
@@ -10,18 +11,19 @@ from sgpt_jax.index.search import Index
 from sgpt_jax.metrics import Run, rank
 from sgpt_jax.runtime.progress import progress
 
-# Documents of each ranking that are fused.
+# Documents of each ranking that are fused. The last of them has nothing from that ranking, so it must be deep.
 DEPTH = 1000
-# The constant of the formula, as in its source.
-CONSTANT = 60
 _CHUNK = 4096
 
 
 def fuse(runs: Sequence[Run], k: int) -> dict[str, dict[str, float]]:
-    """The k best documents of every query by reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
+    """The k best documents of every query by the mean of their scores, scaled to 0..1 for each run and query.
 
-    A document's score is the sum over the runs of 1 / (60 + its rank there), from 1; scores of different kinds need
-    no common scale so. Ties rank as everywhere (`sgpt_jax.metrics.rank`).
+    A run's best document has 1 and the last of its first 1,000 has 0, as has one that is not among them (min-max
+    normalisation and a convex combination with equal weights: Bruch, Gai and Ingber, ACM TOIS 42(1), 2023, who found
+    it better than reciprocal rank fusion; see eval/results/adapt for both here). Where all scores of a query are equal,
+    all have 1; infinite ones have 1 or 0, and do not count for the scale. Ties rank as everywhere
+    (`sgpt_jax.metrics.rank`).
 
     Args:
         runs: {query id: {document id: score}}; a query need not be in all of them.
@@ -34,8 +36,12 @@ def fuse(runs: Sequence[Run], k: int) -> dict[str, dict[str, float]]:
     for run in runs:
         for query, hits in run.items():
             scores = fused.setdefault(query, {})
-            for place, document in enumerate(rank(hits, DEPTH, query=query), 1):
-                scores[document] = scores.get(document, 0.0) + 1 / (CONSTANT + place)
+            best = rank(hits, DEPTH, query=query)
+            finite = [score for score in best.values() if math.isfinite(score)] or [0.0]
+            low, high = min(finite), max(finite)
+            for document, score in best.items():
+                scaled = (score - low) / (high - low) if high > low else float(score >= low)
+                scores[document] = scores.get(document, 0.0) + min(max(scaled, 0.0), 1.0) / len(runs)
     return {query: rank(scores, k) for query, scores in fused.items()}
 
 

@@ -27,7 +27,7 @@ def test_demo_with_another_model(tmp_path, capsys):
 def test_the_demo_has_trained_biases_for_its_model():
     bias_set = load_bias_set(resources.files("sgpt_jax") / "data" / demo.BIASES)
     header = bias_set.header
-    assert header["base_model"] == Path(demo.MEMBER).stem and "CC BY-SA 4.0" in header["license"]
+    assert header["base_model"] == Path(demo.MEMBER).stem and "ODC-By 1.0" in header["license"]
     # Attention and MLP of SmolLM2-135M: 30 layers, 576 wide, 3 of 9 heads for keys and values, MLP 1536.
     sizes = {"attn/q": 576, "attn/k": 192, "attn/v": 192, "attn/o": 576, "mlp/gate": 1536, "mlp/up": 1536}
     sizes["mlp/down"] = 576

@@ -15,13 +15,22 @@ from sgpt_jax.metrics import rank
 
 
 def test_the_formula():
-    first = {"q": {"a": 9.0, "b": 8.0, "c": 7.0}, "r": {"x": 1.0}}
+    first = {"q": {"a": 9.0, "b": 8.0, "c": 7.0}, "r": {"x": 1.0, "z": 1.0}, "t": {}}
     second = {"q": {"c": 0.3, "d": 0.2, "a": 0.1}, "s": {"y": -1.0}}
     fused = fuse([first, second], 3)
     assert list(fused["q"]) == ["c", "a", "d"]  # a and c tie, as do b and d: ids descend, at the cut too
-    assert fused["q"]["a"] == fused["q"]["c"] == pytest.approx(1 / 61 + 1 / 63)
-    assert fused["q"]["d"] == pytest.approx(1 / 62)
-    assert fused["r"] == {"x": pytest.approx(1 / 61)} and fused["s"] == {"y": pytest.approx(1 / 61)}
+    assert fused["q"] == {"a": pytest.approx(0.5), "c": pytest.approx(0.5), "d": pytest.approx(0.25)}
+    assert fused["r"] == {"x": 0.5, "z": 0.5} and fused["s"] == {"y": 0.5} and fused["t"] == {}
+    scaled = fuse([{"q": {id: 100 * score - 7 for id, score in first["q"].items()}}, second], 3)
+    inf = float("inf")
+    assert fuse([{"q": {"a": inf, "b": 2.0, "c": 1.0, "d": -inf}}], 4)["q"] == {
+        "a": 1,
+        "b": 1,
+        "c": 0,
+        "d": 0,
+    }
+    assert fuse([{"q": {"a": inf, "b": -inf}}], 4)["q"] == {"a": 1, "b": 0}
+    assert scaled["q"] == pytest.approx(fused["q"])  # a run's own scale does not matter
 
 
 @pytest.fixture(scope="module")

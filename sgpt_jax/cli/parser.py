@@ -138,7 +138,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 "--hybrid",
                 action="store_true",
                 help="search by words too (BM25 over the index's texts, all of which are read), and join the two "
-                "rankings by reciprocal rank fusion; its scores are shown then",
+                "rankings by their scores, each scaled to 0..1; the mean is shown then",
             ),
             option(
                 "--cross-encoder", help=f"the decoder or re-ranker that re-ranks (default: {INDEX_MODEL})"
