@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import jax
@@ -102,7 +103,6 @@ def search(options: argparse.Namespace) -> None:
     settings = _index_settings(index, options)
     words = hybrid.bm25_of(index) if options.hybrid else None
     model = BiEncoder.from_settings(settings, mesh)
-    index.check_model(model.fingerprint())
     wanted = max(k, options.rerank)
     run, rows = _found(index, model, queries, hybrid.DEPTH if words else wanted)
     if not processes.first():
@@ -131,11 +131,20 @@ def _found(
     """The k best documents of each query, best first: their scores, and their rows in the index.
 
     Of several processes each embeds its share of the queries, and asks for it.
+
+    Raises:
+        InputError: the model is not the one that made the index.
     """
     names = processes.share(list(queries))
     vectors = np.zeros((0, index.dimension), np.float32)
-    if names:
-        vectors = model.encode_query([queries[name] for name in names])
+    with ThreadPoolExecutor(1) as beside:
+        # The weights' hash takes as long as embedding a query: both at once. Of many, none is embedded in vain.
+        checked = beside.submit(lambda: index.check_model(model.fingerprint()))
+        if len(names) > 1:
+            checked.result()
+        if names:
+            vectors = model.encode_query([queries[name] for name in names])
+        checked.result()
     found: list[Any] = []
     for name, values, query_rows in zip(names, *index.search(vectors, k), strict=True):
         found.append([name, index.ids(query_rows), values.tolist(), query_rows.tolist()])
