@@ -152,7 +152,8 @@ def label(result: Result) -> str:
     if start == "bi-encoder" and first.get("model"):  # ranked by another command
         start = _model_label(first["model"])
     if first.get("hybrid"):
-        start += " + BM25 (scaled scores)"
+        scaled = "scores" in first["hybrid"]["fusion"]
+        start += f" + BM25 ({'scaled scores' if scaled else 'reciprocal rank fusion'})"
     encoder = result.get("cross_encoder")
     if not encoder:
         return f"{start}, by mteb" if result["kind"] == "mteb" else start

@@ -92,7 +92,7 @@ def measure(
             max(CUTS),
             ignore_identical_ids=ignore_identical_ids,
         )
-        ranked = fuse([ranked, by_words], max(CUTS))
+        ranked = fuse(ranked, by_words, max(CUTS))
         first["hybrid"] = _HYBRID
     seconds = {"first_stage": time.perf_counter() - start}
     evaluation = evaluate(data.qrels, ranked, queries=data.queries)

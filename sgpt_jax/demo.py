@@ -124,6 +124,7 @@ def run(model: str | None = None, queries: list[str] | None = None, mesh: Mesh |
         print(f"\n{_paragraph(f'As it is: {plain.summary()} {UNTRAINED}')}\n")
         with resources.as_file(resources.files("sgpt_jax") / "data" / BIASES) as path:
             trained = sum(values.size for values in load_bias_set(path).values.values())
+            del encoder  # which makes room
             encoder = BiEncoder.from_pretrained(source, max_seq_length=MAX_SEQ_LENGTH, biases=path, mesh=mesh)
         print(f"{trained:,} trained biases applied ({ABOUT_BIASES})", flush=True)
     answers = _Answers.of(encoder, abstracts, claims)

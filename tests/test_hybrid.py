@@ -15,22 +15,29 @@ from sgpt_jax.metrics import rank
 
 
 def test_the_formula():
-    first = {"q": {"a": 9.0, "b": 8.0, "c": 7.0}, "r": {"x": 1.0, "z": 1.0}, "t": {}}
-    second = {"q": {"c": 0.3, "d": 0.2, "a": 0.1}, "s": {"y": -1.0}}
-    fused = fuse([first, second], 3)
-    assert list(fused["q"]) == ["c", "a", "d"]  # a and c tie, as do b and d: ids descend, at the cut too
-    assert fused["q"] == {"a": pytest.approx(0.5), "c": pytest.approx(0.5), "d": pytest.approx(0.25)}
+    run = {"q": {"a": 9.0, "b": 8.0, "c": 7.0}, "r": {"x": 1.0, "z": 1.0}, "t": {}}
+    words = {"q": {"c": 3.0, "d": 2.0, "a": 1.5}, "s": {"y": 0.4}}
+    fused = fuse(run, words, 3)
+    assert list(fused["q"]) == ["a", "c", "d"]
+    assert fused["q"] == pytest.approx({"a": (1 + 1 / 2) / 2, "c": (0 + 1) / 2, "d": (0 + 2 / 3) / 2})
     assert fused["r"] == {"x": 0.5, "z": 0.5} and fused["s"] == {"y": 0.5} and fused["t"] == {}
-    scaled = fuse([{"q": {id: 100 * score - 7 for id, score in first["q"].items()}}, second], 3)
-    inf = float("inf")
-    assert fuse([{"q": {"a": inf, "b": 2.0, "c": 1.0, "d": -inf}}], 4)["q"] == {
-        "a": 1,
-        "b": 1,
+    other = {"q": {id: 100 * score - 7 for id, score in run["q"].items()}}
+    assert fuse(other, words, 3)["q"] == pytest.approx(fused["q"])  # a ranking's own scale does not matter
+    # With 1,000 hits or more, BM25's last one counts as nothing too, and what is behind it is not looked at.
+    many = {"q": {f"d{n:04}": 2.0 - n / 1000 for n in range(1200)}}
+    scores = fuse({}, many, 2000)["q"]
+    assert len(scores) == 1000 and scores["d0000"] == 0.5 and scores["d0999"] == 0
+
+
+def test_infinite_scores_are_the_ends_of_the_scale():
+    infinite = float("inf")
+    assert fuse({"q": {"a": infinite, "b": 2.0, "c": 1.0, "d": -infinite}}, {}, 4)["q"] == {
+        "a": 0.5,
+        "b": 0.5,
         "c": 0,
         "d": 0,
     }
-    assert fuse([{"q": {"a": inf, "b": -inf}}], 4)["q"] == {"a": 1, "b": 0}
-    assert scaled["q"] == pytest.approx(fused["q"])  # a run's own scale does not matter
+    assert fuse({"q": {"a": infinite, "b": -infinite}}, {}, 4)["q"] == {"a": 0.5, "b": 0}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def test_search_joins_both(model, corpus, tmp_path, capsys):
     assert main([*common, "-k", "5", "--hybrid"]) == 0
     found = read_run(tmp_path / "run.trec")
     words = Bm25(Document(one.id, one.text) for one in read_corpus(corpus))
-    expected = fuse([by_vectors, words.search({"q": "heron at night", "nothing": "zebra"}, 1000)], 5)
+    expected = fuse(by_vectors, words.search({"q": "heron at night", "nothing": "zebra"}, 1000), 5)
     assert {query: list(hits) for query, hits in found.items()} == {q: list(h) for q, h in expected.items()}
     assert list(found["q"]) != list(rank(by_vectors["q"], 5))
     assert list(found["nothing"]) == list(rank(by_vectors["nothing"], 5))

@@ -44,6 +44,7 @@ class Record:
     dev_metric: str | None
     dev: float | None
     base_sha256: str
+    started_from: str | None = None
 
 
 def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path, *, write: bool) -> list[str]:
@@ -127,6 +128,8 @@ def bias_header(model: BiEncoder, record: Record) -> Mapping[str, Any]:
         "warmup_steps": record.warmup_steps,
         "chosen_step": record.chosen_step,
     }
+    if record.started_from is not None:
+        training["started_from"] = record.started_from
     if record.dev is not None:
         training |= {"dev_metric": record.dev_metric, "dev": round(record.dev, 6)}
     return {
@@ -146,7 +149,7 @@ def _training_rows(record: Record, lora: Lora | None) -> dict[str, object]:
         "data": f"{config.data_name}, {record.examples:,} examples",
         "trained parameters": config.trainable
         + (", zero biases added first" if config.add_biases else "")
-        + (f", from {epath.Path(config.biases).name}" if config.biases else "")
+        + (f", which began as {record.started_from}" if record.started_from else "")
         + (f"; rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.targets)}" if lora else ""),
         "loss": _describe_loss(config),
         "batch size": config.batch_size,

@@ -119,6 +119,7 @@ def finish(run: Run, log: RunLog) -> None:
         dev_metric=run.evaluate.name if run.evaluate else None,
         dev=dev,
         base_sha256=run.base_sha256,
+        started_from=run.started_from,
     )
     output = epath.Path(run.config.output)
     messages = export(run.trained_model(trainable), trainable, record, output, write=first)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
 from sgpt_jax import load
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.checkpoint.bias_sets import add_zero_biases, bias_leaves
+from sgpt_jax.checkpoint.bias_sets import BiasSet, add_zero_biases, is_bias, load_bias_set
 from sgpt_jax.checkpoint.lora import add_lora
 from sgpt_jax.decoder.config import compute_dtype
 from sgpt_jax.decoder.model import merge, split
@@ -61,6 +63,7 @@ class Run:
         mesh: the devices, or None for the first one.
         model: the bi-encoder before training.
         base_sha256: of the weights before training.
+        started_from: the bias set it began with, by name and hash, or None.
         graphdef: the decoder's structure.
         frozen: the parameters that do not train, None in place of the others.
         state: what the steps change.
@@ -83,6 +86,7 @@ class Run:
     mesh: Mesh | None
     model: BiEncoder
     base_sha256: str
+    started_from: str | None
     graphdef: Any
     frozen: Any
     state: TrainState
@@ -128,6 +132,7 @@ def prepare(config: TrainConfig) -> Run:
     shards = num_shards(mesh)
     if config.batch_size % shards or config.batch_size % jax.process_count():
         raise InputError(f"--batch-size {config.batch_size} cannot be split over {shards} devices (--mesh)")
+    bias_set = load_bias_set(config.biases) if config.biases else None
     examples, evaluate, notes = _open_data(config)
     model = _load_model(config, mesh)
     graphdef, params = split(model.decoder)
@@ -135,6 +140,12 @@ def prepare(config: TrainConfig) -> Run:
     mask = trainable_mask(params, config.trainable)
     notes += _check_export(model, mask, config)
     trainable, frozen = split_params(params, mask)
+    if bias_set is not None:
+        notes += _check_start(model, mask, config, bias_set)
+        # The set's own float32, whatever dtype the model computes in.
+        trainable = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.asarray(bias_set.values.get(leaf_path(path), leaf), jnp.float32), trainable
+        )
     notes.append(describe_split(trainable, frozen))
     if any(isinstance(module, Dense) for module in model.modules):
         notes.append(
@@ -168,9 +179,9 @@ def prepare(config: TrainConfig) -> Run:
         batches.set_state(position)
     notes += _describe_steps(examples, total, warmup, start)
     return Run(
-        config, mesh, model, base_sha256, graphdef, frozen, state, jit_step(step, state, mesh), chunk_rows, rate,
-        len(examples), batches, evaluate, config.eval_every or max(1, total // 10), checkpoints, start, total,
-        warmup, notes, looks,
+        config, mesh, model, base_sha256, _started_from(config), graphdef, frozen, state,
+        jit_step(step, state, mesh), chunk_rows, rate, len(examples), batches, evaluate,
+        config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks,
     )  # fmt: skip
 
 
@@ -196,6 +207,11 @@ def check(config: TrainConfig) -> None:
         if not getattr(config, name) > 0:
             raise InputError(f"--{name} must be positive, not {getattr(config, name)}")
     loss_config(config)
+    if config.biases and "lora" in trained_kinds(config.trainable) and not config.merge:
+        raise InputError(
+            "a folder of adapters is applied to the base model, whose biases are not those of --biases: leave the "
+            "merged model (--merge)"
+        )
     if "lora" not in trained_kinds(config.trainable):
         for name in ("lora_rank", "lora_alpha", "lora_targets", "merge"):
             if getattr(config, name):
@@ -326,8 +342,8 @@ def _check_export(model: BiEncoder, mask: Any, config: TrainConfig) -> list[str]
     """Says at the start what could not be saved at the end.
 
     Raises:
-        InputError: transformers has no config for the model, and more than biases is to be trained; adapters are to be
-            left beside biases that the base does not have; or a bias set would lack some of those it started from.
+        InputError: transformers has no config for the model, and more than biases is to be trained; or adapters are to
+            be left beside biases that the base does not have.
     """
     if model.decoder.build.lora is not None and not config.merge:
         if config.add_biases:
@@ -335,28 +351,44 @@ def _check_export(model: BiEncoder, mask: Any, config: TrainConfig) -> list[str]
                 "a folder of adapters has no room for biases that the base model lacks (--add-biases): leave the "
                 "merged model (--merge), or train one of the two"
             )
-        if config.biases:
-            raise InputError(
-                "a folder of adapters is applied to the base model, whose biases are not those of --biases: leave the "
-                "merged model (--merge)"
-            )
         return []
-    trained = {leaf_path(path) for path, trains in jax.tree_util.tree_leaves_with_path(mask) if trains}
-    biases = set(bias_leaves(mask))
-    if config.biases and trained < biases:
-        raise InputError(
-            f"--trainable {config.trainable!r} leaves a set of {len(trained)} of the {len(biases)} biases, without "
-            "the others of --biases: train all of them (--trainable bias)"
-        )
     try:
         export_config(model.hf_config, model.decoder.config)
     except InputError as error:
-        if not trained <= biases:
+        trained = jax.tree_util.tree_leaves_with_path(mask)
+        if not all(is_bias(path) for path, trains in trained if trains):
             raise
         return [
             f"this run will leave {BIASES}, which --biases applies to the base model, and no model folder: {error}"
         ]
     return []
+
+
+def _check_start(model: BiEncoder, mask: Any, config: TrainConfig, bias_set: BiasSet) -> list[str]:
+    """Says what a run makes otherwise than the bias set that it starts from.
+
+    Raises:
+        InputError: biases of the set would stay as they are; then neither a bias set nor adapters would hold them.
+    """
+    trained = {leaf_path(path) for path, trains in jax.tree_util.tree_leaves_with_path(mask) if trains}
+    if fixed := sorted(set(bias_set.values) - trained):
+        raise InputError(
+            f"--biases has {len(fixed)} biases that --trainable {config.trainable!r} does not train, such as "
+            f"{fixed[0]}: add bias to it"
+        )
+    now = {"pooling": model.pooling, "brackets": model.text.brackets}
+    return [
+        f"the biases to start from were trained with {key} {bias_set.header[key]}, and go on with {value}"
+        for key, value in now.items()
+        if bias_set.header.get(key) not in (None, value)
+    ]
+
+
+def _started_from(config: TrainConfig) -> str | None:
+    if not config.biases:
+        return None
+    path = epath.Path(config.biases)
+    return f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def _open_batches(config: TrainConfig, examples: ExampleSource, model: BiEncoder, total: int) -> Any:

@@ -108,7 +108,7 @@ def search(options: argparse.Namespace) -> None:
     if not processes.first():
         return
     if words:
-        run = hybrid.fuse([run, words[0].search(queries, hybrid.DEPTH)], wanted)
+        run = hybrid.fuse(run, words[0].search(queries, hybrid.DEPTH), wanted)
         rows = dict.fromkeys(queries, words[1])
     if options.rerank:
         run = _reranked(options, index, settings, queries, run, rows)
@@ -142,9 +142,11 @@ def _found(
         checked = beside.submit(lambda: index.check_model(model.fingerprint()))
         if len(names) > 1:
             checked.result()
-        if names:
-            vectors = model.encode_query([queries[name] for name in names])
-        checked.result()
+        try:
+            if names:
+                vectors = model.encode_query([queries[name] for name in names])
+        finally:
+            checked.result()  # which comes first if both fail
     found: list[Any] = []
     for name, values, query_rows in zip(names, *index.search(vectors, k), strict=True):
         found.append([name, index.ids(query_rows), values.tolist(), query_rows.tolist()])

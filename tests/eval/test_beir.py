@@ -84,7 +84,7 @@ def test_hybrid(small, tmp_path, models):
     }.items():
         assert run(small, *options, "--output", tmp_path / name) == 0
     runs = {name: read_run(tmp_path / name / "small.trec") for name in ("model", "bm25", "both", "from run")}
-    assert runs["both"] == runs["from run"] == fuse([runs["model"], runs["bm25"]], 1000)
+    assert runs["both"] == runs["from run"] == fuse(runs["model"], runs["bm25"], 1000)
     result, reranked = read(tmp_path / "both/small.json"), read(tmp_path / "reranked/small.json")
     assert result["settings"]["hybrid"]["fusion"] == {"scores": "min-max", "depth": 1000}
     assert " on org/fake + BM25 (scaled scores), top 3, " in label(reranked)

@@ -59,17 +59,26 @@ def test_biases_to_start_from(pairs, tmp_path, capsys):
     assert sets[0].values.keys() == sets[1].values.keys()
     for key in ("base_sha256", "brackets", "pooling"):  # made for the same base, vectors made as before
         assert sets[0].header[key] == sets[1].header[key]
+    assert sets[1].header["training"]["started_from"].startswith("biases.safetensors, sha256 ")
+    assert "started_from" not in sets[0].header["training"] and "go on with" not in capsys.readouterr().out
     losses = [[line["loss"] for line in metrics(folder)] for folder in (first, second)]
     assert losses[1][0] != losses[0][0]  # the same batch, another start
 
     for refused, reason in (
         (("--trainable", "lora"), "leave the merged model"),
-        (("--trainable", "attn/q/bias"), "leaves a set of 2 of the"),
+        (("--trainable", "lora", "--merge"), "cannot be exported"),
+        (("--trainable", "attn/q/bias"), "does not train, such as blocks/0/attn/k/bias"),
         (("--biases", pairs), "not a bias set"),
     ):
         assert main(arguments(base, pairs, tmp_path / "none", *start, *refused)) == 1
         assert reason in capsys.readouterr().err
         assert not (tmp_path / "none").exists()
+
+    half = ("--steps", 2, "--dtype", "bfloat16", "--no-brackets", "--lr", "1e-9")
+    assert main(arguments(base, pairs, tmp_path / "half", *start, *half)) == 0
+    assert "were trained with brackets True, and go on with False" in capsys.readouterr().out
+    kept = load_bias_set(tmp_path / "half" / "biases.safetensors").values  # not rounded on the way
+    assert all(np.allclose(kept[name], values, atol=1e-6) for name, values in sets[0].values.items())
 
 
 def test_training_everything(base, pairs, tmp_path):
