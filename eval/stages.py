@@ -158,7 +158,9 @@ def _origin(run: epath.Path) -> dict[str, Any]:
     beside = run.parent / f"{name}.json"
     made = read_result(beside) if beside.exists() else {}
     if made.get("kind") == "beir" and not made.get("cross_encoder"):
-        return {**made["first_stage"], "run": run.name, "model": made["model"]}
+        first = made["first_stage"]
+        # A ranking that was itself made of a run keeps the model that its first stage names.
+        return {**first, "run": run.name, "model": made["model"] or first.get("model")}
     return {"name": "run", "run": run.name}
 
 

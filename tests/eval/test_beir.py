@@ -81,6 +81,14 @@ def test_hybrid(small, tmp_path, models):
         "both": ("--model", "fake", "--hybrid"),
         "from run": ("--first-stage", tmp_path / "model", "--hybrid"),
         "reranked": ("--first-stage", tmp_path / "both", "--cross-encoder", "fake", "--rerank-depth", 3),
+        "reranked run": (
+            "--first-stage",
+            tmp_path / "from run",
+            "--cross-encoder",
+            "fake",
+            "--rerank-depth",
+            3,
+        ),
     }.items():
         assert run(small, *options, "--output", tmp_path / name) == 0
     runs = {name: read_run(tmp_path / name / "small.trec") for name in ("model", "bm25", "both", "from run")}
@@ -88,6 +96,7 @@ def test_hybrid(small, tmp_path, models):
     result, reranked = read(tmp_path / "both/small.json"), read(tmp_path / "reranked/small.json")
     assert result["settings"]["hybrid"]["fusion"] == {"scores": "min-max", "depth": 1000}
     assert " on org/fake + BM25 (scaled scores), top 3, " in label(reranked)
+    assert label(read(tmp_path / "reranked run/small.json")) == label(reranked)
     assert reranked["first_stage"]["metrics"] == result["metrics"]
     assert run(small, "--hybrid", "--output", tmp_path / "none") == 1
 
