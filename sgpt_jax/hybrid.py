@@ -21,9 +21,9 @@ def fuse(run: Run, words: Run, k: int) -> dict[str, dict[str, float]]:
 
     A ranking's best document has 1 and the last of its first 1,000 has 0, as has one that is not among them (min-max
     normalisation and a convex combination, here with equal weights: Bruch, Gai and Ingber, ACM TOIS 42(1), 2023; see
-    eval/results/adapt beside reciprocal rank fusion). Where BM25 has fewer, its 0 is 0, the score of what shares no
-    word with the query. Where all scores of a query are equal, all have 1; infinite ones have 1 or 0, and do not count
-    for the scale. Ties rank as everywhere (`sgpt_jax.metrics.rank`).
+    eval/results/adapt beside reciprocal rank fusion). Where BM25 finds fewer, the scale begins at its 0, the score of
+    what shares no word with the query. Where all scores of a query are equal, all have 1; infinite ones have 1 or 0,
+    and do not count for the scale. Ties rank as everywhere (`sgpt_jax.metrics.rank`).
 
     Args:
         run: {query id: {document id: score}} of any first stage, to a depth of 1,000 or of all documents.
