@@ -8,7 +8,6 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -142,10 +141,7 @@ def prepare(config: TrainConfig) -> Run:
     trainable, frozen = split_params(params, mask)
     if bias_set is not None:
         notes += _check_start(model, mask, config, bias_set)
-        # The set's own float32, whatever dtype the model computes in.
-        trainable = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.asarray(bias_set.values.get(leaf_path(path), leaf), jnp.float32), trainable
-        )
+        trainable = _begin_with(bias_set, trainable)
     notes.append(describe_split(trainable, frozen))
     if any(isinstance(module, Dense) for module in model.modules):
         notes.append(
@@ -382,6 +378,18 @@ def _check_start(model: BiEncoder, mask: Any, config: TrainConfig, bias_set: Bia
         for key, value in now.items()
         if bias_set.header.get(key) not in (None, value)
     ]
+
+
+def _begin_with(bias_set: BiasSet, trainable: Any) -> Any:
+    """The trainable parameters with the set's own float32, whatever dtype the model computes in, where each lies."""
+
+    def placed(path: Any, leaf: jax.Array) -> jax.Array:
+        values = bias_set.values.get(leaf_path(path))
+        if values is None:
+            return leaf
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
+
+    return jax.tree_util.tree_map_with_path(placed, trainable)
 
 
 def _started_from(config: TrainConfig) -> str | None:

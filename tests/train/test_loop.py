@@ -247,17 +247,24 @@ def check_run(folder, before, wanted):
 def test_eight_devices(tmp_path):
     """Data, weights and heads spread over devices: the numbers of one device, which are torch's."""
     before, options, wanted = fixture_run(tmp_path)
-    runs = []
+    runs, mixed_mesh = [], "data=2,fsdp=2,tensor=2"
     meshes = ["data={},fsdp={},tensor={}".format(*sizes) for sizes in SHAPES]
     for mesh in meshes:
         chunk = "8" if mesh.startswith("data=2") else "0"
         runs.append([*options, "--output", str(tmp_path / mesh), "--mesh", mesh, "--chunk-size", chunk])
+    learnt, again = tmp_path / mixed_mesh / "biases.safetensors", tmp_path / "again"
+    start = ("--biases", str(learnt), "--lr", "1e-9", "--mesh", mixed_mesh)
+    runs.append([*options, "--output", str(again), *start])
     code, output, errors = Process(tmp_path, [json.dumps(runs)], SEVERAL, **cpus(8)).wait()
     assert code == 0, output + errors
     for mesh in meshes:
         check_run(tmp_path / mesh, before, wanted)
+    # A run that starts from the biases of another has them where that one had.
+    sets = [load_file(path) for path in (learnt, again / "biases.safetensors")]
+    assert sets[0].keys() == sets[1].keys()
+    assert all(np.allclose(sets[1][name], values, atol=1e-6) for name, values in sets[0].items())
     # A checkpoint of eight devices goes on on one.
-    mixed = tmp_path / "data=2,fsdp=2,tensor=2"
+    mixed = tmp_path / mixed_mesh
     shutil.rmtree(mixed / "checkpoints/3")
     assert main([*options, "--output", str(mixed), "--chunk-size", "3", "--resume"]) == 0
     check_parameters(load_file(mixed / "model.safetensors"), before, wanted)
