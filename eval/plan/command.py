@@ -1,11 +1,11 @@
 """What a run would need, before a machine for it is rented: memory, FLOPs, time, and the mesh to ask for.
 
 The programs are this project's own: the training step, the encoding of the bi-encoder, the scoring of the
-cross-encoder, in bfloat16, and exact search. Memory and time are worked out from the model's config; where libtpu is
-installed, or the GPUs are here, the program is compiled for the target as well, which needs no TPU. Without --full, two
-shallow versions are compiled and the other layers extrapolated, unless that comes near the memory (a whole program was
-seen to need twice as much): a deep program takes a CPU many minutes. The time is the least that published peaks allow;
-real programs reach perhaps half of it.
+cross-encoder, in bfloat16, and exact search. Memory and time are worked out from the model's config; where libtpu or
+JAX's CUDA plugin is installed, the program is compiled for the target as well, which needs no TPU and no GPU. Without
+--full, two shallow versions are compiled and the other layers extrapolated, unless that comes near the memory (a whole
+program was seen to need twice as much): a deep program takes a CPU many minutes. The time is the least that published
+peaks allow; real programs reach perhaps half of it.
 
 With --output, the same command of the same commit goes on after an interruption with the plans that are not there yet
 (those of search are quickly made again).
@@ -17,6 +17,7 @@ import argparse
 import bisect
 import dataclasses
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -147,6 +148,9 @@ def main(args: argparse.Namespace) -> None:
     if all(target.chip.kind == "tpu" for target in targets):
         # libtpu would look for a TPU where JAX starts; a plan only needs its compiler.
         jax.config.update("jax_platforms", "cpu")
+    else:
+        # JAX's CUDA plugin would refuse to be loaded without a GPU, of which a plan only needs the compiler.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if args.task == "search":
         _search(targets, args)
         return
@@ -161,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
             part += "-int8" if args.weights else ""
             stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
             file = epath.Path(args.output) / f"{stem}.json"
-            facts = {"asked": _asked(name, args)} | provenance("libtpu")
+            facts = {"asked": _asked(name, args)} | provenance("libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
             result = parse_json(file.read_text()) if file.exists() else {}
             known = not (facts["versions"]["commit"] or "-dirty").endswith("-dirty")
             if not known or any(result.get(key) != facts[key] for key in ("asked", "versions", "device")):
@@ -388,11 +392,8 @@ def _compile(
         return None, plan, []
     devices = compiler.devices_of(target)
     if devices is None:
-        missing = f"{target.count} of these GPUs are not here, so nothing was compiled"
-        if target.chip.kind == "tpu":
-            missing = compiler.NO_LIBTPU
-        return None, plan, [missing]
-    notes: list[str] = []
+        return None, plan, [compiler.missing(target)]
+    notes = [compiler.WITHOUT_GPU] if devices and compiler.is_described(devices[0]) else []
     while True:
         print(f"compiling for {target.name}, {mesh_spec(plan.sizes)} ...", file=sys.stderr, flush=True)
         try:

@@ -1,4 +1,4 @@
-"""What the compiler says of a program on its target: memory of every device and FLOPs; for a TPU without one."""
+"""What the compiler says of a program on its target, memory of every device and FLOPs, without having the target."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.sharding import make_mesh
 
 from .devices import GIB, Target
+from .gpus import target_config
 from .programs import Work, at_depth, lower
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,15 @@ NO_LIBTPU = (
     "libtpu is not installed, so nothing was compiled: what follows is the analytic part alone. "
     "pip install libtpu (of the version that `pip install 'jax[tpu]'` would take) needs no TPU"
 )
+NO_CUDA = (
+    "the GPUs are not here, nor is JAX's CUDA plugin installed, so nothing was compiled: what follows is the analytic "
+    "part alone. pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of jax's version, needs no GPU"
+)
+WITHOUT_GPU = (
+    "compiled without the GPU: untuned, and with XLA's attention where a run has cuDNN's, which may need less"
+)
+# What can be compiled without the GPU: Triton's kernels are chosen by trying them.
+_WITHOUT_GPU: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "0"}
 
 # The two ways in which libtpu says so.
 _TOO_MUCH = (
@@ -62,18 +72,25 @@ class DoesNotFit(Exception):
 
 
 def devices_of(target: Target) -> list[Any] | None:
-    """Devices to compile for: described ones of a TPU slice, or the GPUs that are here; None where there are none."""
+    """Devices to compile for: described ones, or the GPUs that are here; None where the compiler is not installed.
+
+    On a machine with GPUs these are used, whatever they are; it needs as many as the target has.
+    """
+    from jax.experimental import topologies
+
     if target.chip.kind == "gpu":
-        try:
-            found = jax.devices("gpu")
-        except RuntimeError:
+        if jax.default_backend() == "gpu":
+            found = jax.local_devices()
+            return found[: target.count] if len(found) >= target.count else None
+        if not _has_cuda_plugin():
             return None
-        return found[: target.count] if len(found) >= target.count else None
+        shape = f"1x1x{target.count}"  # slices, hosts, GPUs of a host
+        config = target_config(target.chip_name)
+        return list(topologies.get_topology_desc(shape, "cuda", target_config=config, topology=shape).devices)
     if importlib.util.find_spec("libtpu") is None:
         return None
     # No TPU is asked for: libtpu must neither look for one on the network nor wait for it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    from jax.experimental import topologies
 
     options: dict[str, Any] = {}
     sizes = [int(size) for size in str(target.shape).split("x")]
@@ -84,6 +101,31 @@ def devices_of(target: Target) -> list[Any] | None:
     if any(size % 2 for size in sizes[:2]):
         options["chips_per_host_bounds"] = [*sizes, 1][:3]
     return list(topologies.get_topology_desc(f"{target.chip_name}:{target.shape}", "tpu", **options).devices)
+
+
+def _has_cuda_plugin() -> bool:
+    return importlib.util.find_spec("jax_plugins") is not None and any(
+        importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
+    )
+
+
+def missing(target: Target) -> str:
+    """Why `devices_of` has none."""
+    if target.chip.kind == "tpu":
+        return NO_LIBTPU
+    if jax.default_backend() == "gpu":
+        return f"{target.count} of these GPUs are not here, so nothing was compiled (JAX_PLATFORMS=cpu needs none)"
+    return NO_CUDA
+
+
+def is_described(device: Any) -> bool:
+    """Whether it is a GPU that is not here."""
+    return device.platform == "gpu" and jax.default_backend() != "gpu"
+
+
+def compile_lowered(lowered: jax.stages.Lowered, device: Any) -> jax.stages.Compiled:
+    """Compiles for the device, which need not be here."""
+    return lowered.compile(compiler_options=_WITHOUT_GPU if is_described(device) else None)
 
 
 def depth_step(config: DecoderConfig) -> int:
@@ -145,7 +187,7 @@ def _compile(config: DecoderConfig, work: Work, mesh: Mesh) -> tuple[float, floa
     """(temporary bytes, FLOPs, seconds) of a program."""
     start = time.monotonic()
     try:
-        compiled = lower(config, work, mesh).compile()
+        compiled = compile_lowered(lower(config, work, mesh), mesh.devices.flat[0])
     except jax.errors.JaxRuntimeError as error:
         found = next(filter(None, (re.search(pattern, str(error)) for pattern in _TOO_MUCH)), None)
         if found is None:

@@ -1,6 +1,6 @@
 """What exact search over vectors that stay on the chips would need: bytes of a chip, the time of a batch, what fits.
 
-The programs are those of `sgpt_jax.index.held`. For TPU slices they are compiled, where libtpu is installed.
+The programs are those of `sgpt_jax.index.held`. They are compiled where `eval plan` can.
 """
 
 from __future__ import annotations
@@ -112,11 +112,9 @@ def _milliseconds(search: Search, layout: Layout, target: Target) -> dict[str, f
 
 def _compiled(search: Search, layout: Layout, target: Target) -> tuple[dict[str, Any] | None, str | None]:
     """What the compiler says of the program that looks at a block, and of the merge; or why it says nothing."""
-    if target.chip.kind == "gpu":
-        return None, "nothing is compiled for GPUs that are not here"
     devices = compiler.devices_of(target)
     if devices is None:
-        return None, compiler.NO_LIBTPU
+        return None, compiler.missing(target)
     mesh = Mesh(np.array(devices), ("rows",))
 
     def sharded(shape: tuple[int, ...], dtype: Any, by_rows: bool) -> jax.ShapeDtypeStruct:
@@ -142,7 +140,7 @@ def _compiled(search: Search, layout: Layout, target: Target) -> tuple[dict[str,
     ]
     temporaries, largest = [], 0
     for program in programs:
-        compiled = program.compile()
+        compiled = compiler.compile_lowered(program, devices[0])
         memory = compiled.memory_analysis()
         assert memory is not None
         temporaries.append(

@@ -159,8 +159,11 @@ def cudnn_length(major: int, length: int) -> int:
 
 
 def _gpu_major() -> int | None:
-    """The major compute capability of the NVIDIA GPU that is traced for; None where it is something else."""
-    if platform() != "gpu":
+    """The major compute capability of the NVIDIA GPU that is traced for; None where it is something else.
+
+    None too where no GPU is here and a plan is compiled for one: cuDNN's kernels cannot be made without it.
+    """
+    if platform() != "gpu" or jax.default_backend() != "gpu":
         return None
     major = str(jax.local_devices(backend="gpu")[0].compute_capability).partition(".")[0]
     return int(major) if major.isdigit() else None  # AMD's are names
