@@ -60,12 +60,25 @@ def versions(*packages: str) -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
-        found["commit"] = None
+    found["commit"] = _commit(Path(__file__).parent)
     return found
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that is checked out, with "-dirty" behind it if tracked files differ from it; None without git.
+
+    Those in `folder`/results do not count: what a program writes there does not change what the next one does.
+    """
+    git = ["git", "-C", str(folder)]
+    changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results"]
+    try:
+        found = [
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            for command in ([*git, "rev-parse", "--short=12", "HEAD"], changed)
+        ]
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        return None
+    return found[0] + ("-dirty" if found[1] else "")
 
 
 def device() -> dict[str, Any]:
