@@ -1,5 +1,8 @@
-"""A tiny decoder and its tasks, for plans."""
+"""A tiny decoder and its tasks, and the options of a plan."""
 
+import argparse
+
+from eval.plan import command as plan
 from eval.plan.programs import Work
 from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
 
@@ -16,3 +19,12 @@ WORKS = {
     "in chunks": Work(task="train", rows=16, length=64, examples=8, chunk=4, dtype="float32"),
     "everything": Work(task="train", rows=16, length=64, examples=8, dtype="float32", trainable="all"),
 }
+
+
+def arguments(**changed):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    args = parser.parse_args(["--model", "gpt-j-6b", "--topology", "v5e-8", "--no-compile"])
+    for name, value in changed.items():
+        setattr(args, name, value)
+    return args

@@ -393,7 +393,7 @@ def _compile(
     devices = compiler.devices_of(target)
     if devices is None:
         return None, plan, [compiler.missing(target)]
-    notes = [compiler.WITHOUT_GPU] if devices and compiler.is_described(devices[0]) else []
+    notes = [compiler.WITHOUT_GPU] if compiler.is_described(devices[0]) else []
     while True:
         print(f"compiling for {target.name}, {mesh_spec(plan.sizes)} ...", file=sys.stderr, flush=True)
         try:

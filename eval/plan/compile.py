@@ -18,7 +18,7 @@ from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.sharding import make_mesh
 
 from .devices import GIB, Target
-from .gpus import target_config
+from .gpus import GPUS, target_config
 from .programs import Work, at_depth, lower
 
 logger = logging.getLogger(__name__)
@@ -50,14 +50,14 @@ class Compiled:
 
     Attributes:
         temporaries: bytes beside arguments and results: activations, gathered weights, everything else.
-        flops: as the compiler counts the compiled program: a loop's body once.
+        flops: as the compiler counts the compiled program, a loop's body once; None where it does not say (a GPU's).
         seconds: that compiling took.
         layers: depths that were compiled; where it is not the model's own, the rest is extrapolated linearly.
         by_depth: temporaries of each of these.
     """
 
     temporaries: float
-    flops: float
+    flops: float | None
     seconds: float
     layers: tuple[int, ...]
     by_depth: tuple[float, ...]
@@ -72,9 +72,9 @@ class DoesNotFit(Exception):
 
 
 def devices_of(target: Target) -> list[Any] | None:
-    """Devices to compile for: described ones, or the GPUs that are here; None where the compiler is not installed.
+    """Devices to compile for; None where they cannot be had, for which `missing` says why.
 
-    On a machine with GPUs these are used, whatever they are; it needs as many as the target has.
+    They are described, but on a machine with GPUs: there these are used, whatever they are.
     """
     from jax.experimental import topologies
 
@@ -82,7 +82,7 @@ def devices_of(target: Target) -> list[Any] | None:
         if jax.default_backend() == "gpu":
             found = jax.local_devices()
             return found[: target.count] if len(found) >= target.count else None
-        if not _has_cuda_plugin():
+        if target.chip_name not in GPUS or not has_cuda_plugin():
             return None
         shape = f"1x1x{target.count}"  # slices, hosts, GPUs of a host
         config = target_config(target.chip_name)
@@ -103,7 +103,8 @@ def devices_of(target: Target) -> list[Any] | None:
     return list(topologies.get_topology_desc(f"{target.chip_name}:{target.shape}", "tpu", **options).devices)
 
 
-def _has_cuda_plugin() -> bool:
+def has_cuda_plugin() -> bool:
+    """Whether JAX's compiler for NVIDIA GPUs is installed."""
     return importlib.util.find_spec("jax_plugins") is not None and any(
         importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
     )
@@ -114,7 +115,13 @@ def missing(target: Target) -> str:
     if target.chip.kind == "tpu":
         return NO_LIBTPU
     if jax.default_backend() == "gpu":
-        return f"{target.count} of these GPUs are not here, so nothing was compiled (JAX_PLATFORMS=cpu needs none)"
+        return (
+            f"{target.count} GPUs are not here, so nothing was compiled; with JAX_PLATFORMS=cpu it is compiled "
+            "without them"
+        )
+    if target.chip_name not in GPUS:
+        known = ", ".join(GPUS)
+        return f"nothing was compiled: the GPUs that need not be here are {known}"
     return NO_CUDA
 
 
@@ -165,7 +172,7 @@ def compile_work(
     times = config.num_layers / step - 2
     return Compiled(
         two[0] + times * max(0.0, three[0] - two[0]),
-        two[1] + times * (three[1] - two[1]),
+        None if two[1] is None or three[1] is None else two[1] + times * (three[1] - two[1]),
         two[2] + three[2],
         (2 * step, 3 * step),
         (two[0], three[0]),
@@ -183,7 +190,7 @@ def counted_flops(config: DecoderConfig, work: Work) -> float | None:
     return float(costs["flops"]) if costs and "flops" in costs else None
 
 
-def _compile(config: DecoderConfig, work: Work, mesh: Mesh) -> tuple[float, float, float]:
+def _compile(config: DecoderConfig, work: Work, mesh: Mesh) -> tuple[float, float | None, float]:
     """(temporary bytes, FLOPs, seconds) of a program."""
     start = time.monotonic()
     try:
@@ -200,4 +207,4 @@ def _compile(config: DecoderConfig, work: Work, mesh: Mesh) -> tuple[float, floa
     seconds = time.monotonic() - start
     logger.info("compiled %d layers in %.0f s", config.num_layers, seconds)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes + results, float((costs or {}).get("flops", 0.0)), seconds
+    return memory.temp_size_in_bytes + results, (costs or {}).get("flops"), seconds

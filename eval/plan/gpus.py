@@ -1,9 +1,6 @@
 """GPUs that are not here, described to XLA's compiler: it makes their programs from these figures alone.
 
-Sources: for H100, H200 and A100 the device descriptions that XLA has of them (openxla/xla,
-xla/backends/gpu/target_config/specs); for L40S and L4 NVIDIA's white paper on Ada, section on the multiprocessor, and
-data sheets. What the limits of a block and of a grid are is the same for all (CUDA programming guide, table of
-technical specifications by compute capability).
+Source: the device descriptions that XLA has of these (openxla/xla, xla/backends/gpu/target_config/specs).
 """
 
 from __future__ import annotations
@@ -72,15 +69,12 @@ _HOPPER: dict[str, Any] = {"capability": (9, 0), "cores": 132, "units": 128, "th
                            "cache": 50 * 2**20, "clock": 1.98}  # fmt: skip
 _AMPERE: dict[str, Any] = {"capability": (8, 0), "cores": 108, "units": 64, "threads": 2048, "shared_memory": 167936,
                            "cache": 40 * 2**20, "clock": 1.41}  # fmt: skip
-_ADA: dict[str, Any] = {"capability": (8, 9), "units": 128, "threads": 1536, "shared_memory": 102400}
 
 GPUS: dict[str, Gpu] = {
     "h100": Gpu(name="NVIDIA H100 80GB HBM3", **_HOPPER),
     "h200": Gpu(name="NVIDIA H200 141GB HBM3e", **_HOPPER),
     "a100": Gpu(name="NVIDIA A100-SXM4-80GB", **_AMPERE),
     "a100-40gb": Gpu(name="NVIDIA A100-SXM4-40GB", **_AMPERE),
-    "l40s": Gpu(name="NVIDIA L40S", cores=142, cache=96 * 2**20, clock=2.52, **_ADA),
-    "l4": Gpu(name="NVIDIA L4", cores=58, cache=48 * 2**20, clock=2.04, **_ADA),
 }
 
 

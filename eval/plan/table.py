@@ -21,7 +21,7 @@ _NOTES = """
 GiB are of one device. Rows have {length} tokens; "rows at a time" are over all devices (of training: the GradCache
 chunk; "all" is the batch at once). "By arithmetic" is the analytic model; "compiled" is what XLA's compiler for the
 target says of the real program (for GPUs with XLA's attention in place of cuDNN's); with a star, two shallow versions
-were compiled and the other layers extrapolated. "Usable" is the compiler's limit, of a GPU 95% of its memory. A plan
+were compiled and the other layers extrapolated. "Usable" is the compiler's limit, of an H100 95% of its memory. A plan
 fits if it needs no more than that compiled or, where nothing was compiled, no more than {margin} of that by arithmetic,
 which is not exact. "No" names the number of chips that would do. Time and tokens a second are rooflines from the
 published peaks of arithmetic, memory and interconnect, with every position of every row in use: real programs reach
