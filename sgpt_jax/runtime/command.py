@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 import unicodedata
@@ -10,6 +12,9 @@ import warnings
 from collections.abc import Callable
 
 from sgpt_jax.errors import InputError
+
+# New objects between two of Python's searches for cycles, 700 by default. Imports and tracing make many that stay.
+OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 # Zero-width joiner and non-joiner: several scripts are written with them.
 _JOINERS = "\u200c\u200d"
@@ -31,6 +36,10 @@ def run_command(
             `output`, if it has one, is named where the system does not say which file it could not write.
         cache_programs: keep compiled programs on disk.
     """
+    # With the process its memory goes: nothing there is worth a last search for cycles.
+    atexit.register(gc.freeze)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *thresholds[1:])
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _tell(f"note: {message}")  # type: ignore[assignment]
@@ -56,6 +65,8 @@ def run_command(
     except KeyboardInterrupt:
         _tell("interrupted")
         return 130
+    finally:
+        gc.set_threshold(*thresholds)
     return 0
 
 

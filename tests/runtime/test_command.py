@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def test_warnings_are_notes_without_source_lines(capsys):
 
     assert run_command(action, argparse.Namespace()) == 0
     assert capsys.readouterr().err == "note: 2 texts were cut\n"
+
+
+def test_cycles_are_searched_for_less_often_while_a_command_runs():
+    before, during = gc.get_threshold(), []
+    run_command(lambda: during.append(gc.get_threshold()), argparse.Namespace())
+    run_command(raising(InputError("no such thing")), argparse.Namespace())
+    assert during[0][0] > 10 * before[0] and gc.isenabled()
+    assert gc.get_threshold() == before
 
 
 def test_a_reader_that_has_enough_ends_a_command_in_silence():
