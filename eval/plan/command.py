@@ -269,7 +269,7 @@ def search(config: DecoderConfig, target: Target, args: argparse.Namespace) -> I
 
 def evaluate(config: DecoderConfig, target: Target, work: Work, sizes: Sizes) -> Plan:
     """One way to run it, by arithmetic."""
-    use = memory(config, work, sizes)
+    use = memory(config, work, sizes, gpu=target.chip.kind == "gpu")
     roofline = times(config, work, sizes, target.chip)
     return Plan(sizes, work, use, roofline, use.total <= target.chip.budget)
 

@@ -32,7 +32,8 @@ NO_CUDA = (
     "part alone. pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of jax's version, needs no GPU"
 )
 # Temporaries of a step of GPT-Neo 1.3B's biases, 160 rows of 80 tokens: 29.7 GB so, 23.1 GB compiled by an H200 itself
-# (eval/results/speed/train-gpt-neo-1.3b-h200.json).
+# (eval/results/speed/train-gpt-neo-1.3b-h200.json), before MLPs computed their activations again for the gradient; 19.6
+# GB so since then.
 WITHOUT_GPU = (
     "compiled without the GPU: untuned, and with XLA's attention where a run has cuDNN's, which needs less"
 )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from sgpt_jax.decoder.attention import QUERY_BLOCK
+from sgpt_jax.decoder.attention import GPU_QUERY_BLOCK, QUERY_BLOCK
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.flops import forward_flops, layer_weights
@@ -75,12 +75,9 @@ class Times:
         return max(self.compute, self.memory, self.exchange)
 
 
-def computed_scores(length: int) -> int:
+def computed_scores(length: int, block: int = QUERY_BLOCK) -> int:
     """Scores of a head over a row, as `sgpt_jax.decoder.attention.attend` computes them: block by block of queries."""
-    return sum(
-        min(QUERY_BLOCK, length - start) * min(start + QUERY_BLOCK, length)
-        for start in range(0, length, QUERY_BLOCK)
-    )
+    return sum(min(block, length - start) * min(start + block, length) for start in range(0, length, block))
 
 
 def chunks_of(work: Work) -> int:
@@ -119,28 +116,30 @@ def flops(config: DecoderConfig, work: Work, *, loops_once: bool = False) -> flo
     return total + pooling * passes
 
 
-def memory(config: DecoderConfig, work: Work, sizes: Sizes) -> Memory:
+def memory(config: DecoderConfig, work: Work, sizes: Sizes, *, gpu: bool = False) -> Memory:
     """Bytes of a device. Parameters and optimizer are exact; the rest is a model of what XLA keeps.
 
     Args:
         config: the decoder's.
         work: the program.
         sizes: of the mesh.
+        gpu: of GPUs, whose attention takes more queries at a time. It is counted as XLA's, not as cuDNN's.
     """
     mesh_ways, tensor = sizes[0] * sizes[1], sizes[2]
     item = compute_dtype(work.dtype).itemsize
     rows = (work.chunk if work.task == "train" and chunks_of(work) > 1 else work.rows) / mesh_ways
     tokens = rows * work.length
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    scores = config.num_heads * computed_scores(work.length) / work.length  # a token
+    block = GPU_QUERY_BLOCK if gpu else QUERY_BLOCK
+    scores = config.num_heads * computed_scores(work.length, block) / work.length  # a token
     gathered = 0.0
     if sizes[1] > 1 or work.build.int8:  # a layer or the table of tokens, gathered or multiplied out
         gathered = item * max(layer_weights(config), config.vocab_size * config.hidden_dim) / tensor
     masks = rows * work.length**2 * len(set(config.windows or (None,)))
     if work.task != "train":
         parameters, _, _ = device_bytes(config, "", work.build, sizes)
-        block = scores * min(QUERY_BLOCK, work.length) / work.length
-        attention = item * (3 * width + 2 * kv_width) + 4 * width + 10 * block * 2
+        at_once = scores * min(block, work.length) / work.length
+        attention = item * (3 * width + 2 * kv_width) + 4 * width + 10 * at_once * 2
         mlp = (item + 4) * config.mlp_dim * (2 if config.gated else 1)
         widest = attention + mlp if config.parallel else max(attention, mlp)
         activations = tokens * (12 * config.embed_dim + widest / tensor) + masks
@@ -148,10 +147,15 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes) -> Memory:
             gathered += 3 * 4 * HEAD_TARGETS * min(HEAD_ENTRIES, config.vocab_size)
         return Memory(parameters, 0, 0, activations, gathered)
     parameters, optimizer, trainable = device_bytes(config, work.trainable, work.build, sizes)
-    # In the compute dtype q, k, v and the MLP, in both dtypes the weights of attention, in float32 its sums and norms.
-    kept: float = item * (width + 2 * kv_width + config.mlp_dim * (4 if config.gated else 3)) + 4 * width
-    kept += (4 + item) * scores
-    kept = kept / tensor + (item + 8) * config.embed_dim * (1 if config.shared_norm else 2)
+    # What linear layers give and what is normed in the compute dtype, attention's weights in both, its sums in float32.
+    projected = 2 * width + 2 * kv_width + config.mlp_dim * (2 if config.gated else 1)
+    if config.qk_norm != "none":
+        projected += width + kv_width
+    kept = (item * projected + 4 * width + (4 + item) * scores) / tensor
+    norms = (1 if config.shared_norm else 2) * (2 if config.norm_at == "both" else 1)
+    kept += item * norms * config.embed_dim
+    if work.trainable != "bias":  # what the linear layers take
+        kept += item * (config.mlp_dim / tensor + 4 * config.embed_dim)
     activations = tokens * kept * config.num_layers + masks
     vectors = 4 * work.rows * most_texts(work.length) * config.hidden_dim / mesh_ways
     once_more = tokens * 4 * (2 * config.mlp_dim / tensor + 4 * config.embed_dim)

@@ -13,6 +13,7 @@ from flax import nnx
 from sgpt_jax.decoder.build import INT8_LIMIT, Build
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.matmul import add_bias, project, project_int8
+from sgpt_jax.decoder.sharding import platform
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -159,11 +160,20 @@ class MLP(nnx.Module):
         self.down = make(config.mlp_dim, config.embed_dim, name="down")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        activate = ACTIVATIONS[self.activation]
-        # In float32 whatever the dtype: a CPU would round after every step of a bfloat16 activation.
-        up = self.up(x).astype(jnp.float32)  # [B, T, F]
-        out = activate(up) if self.gate is None else activate(self.gate(x).astype(jnp.float32)) * up
-        return self.down(out.astype(x.dtype))
+        up = self.up(x)  # [B, T, F]
+        gate = None if self.gate is None else self.gate(x)
+        # XLA keeps float32 parts of an activation for the gradient on a GPU; on a TPU it computes them again by itself.
+        activate = jax.checkpoint(_activate, static_argnums=2) if platform() == "gpu" else _activate
+        return self.down(activate(up, gate, self.activation))
+
+
+def _activate(up: jax.Array, gate: jax.Array | None, activation: str) -> jax.Array:
+    """What stands between the linear layers of an MLP."""
+    function = ACTIVATIONS[activation]
+    # In float32 whatever the dtype: a CPU would round after every step of a bfloat16 activation.
+    wide = up.astype(jnp.float32)
+    out = function(wide) if gate is None else function(gate.astype(jnp.float32)) * wide
+    return out.astype(up.dtype)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
