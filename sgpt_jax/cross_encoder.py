@@ -374,7 +374,7 @@ class CrossEncoder:
     ) -> Iterator[tuple[np.ndarray, jax.Array]]:
         """Starts one batch after the other: of which pair each target is, and the targets' log-probabilities."""
         pairs, contexts, queries = tokens.pairs, tokens.contexts, tokens.queries
-        graphdef, params = split(self.decoder)
+        structure, params = split(self.decoder)
         shards = num_shards(self.mesh)
         sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         plans = plan_batches(
@@ -390,7 +390,7 @@ class CrossEncoder:
             report.tokens += int((batch.segments >= 0).sum())
             report.tokens_padded += plan.padded_tokens
             log_probs = score_tokens(
-                graphdef, params, *jax.device_put((batch, targets), sharding), mesh=self.mesh
+                structure, params, *jax.device_put((batch, targets), sharding), mesh=self.mesh
             )
             yield owners, log_probs
 

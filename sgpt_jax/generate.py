@@ -92,8 +92,8 @@ def generate(
     limit = min(text.max_seq_length, _longest(decoder.config)) - max_new_tokens
     prefix, rows = _tokenise(text, prompt, documents, limit, max_document_tokens, show_progress)
     check_ids([prefix, *rows], decoder.config.vocab_size)
-    graphdef, params = split(decoder)
-    shared = read_prefix(graphdef, params, np.array([prefix], np.int32), mesh=mesh) if prefix else None
+    structure, params = split(decoder)
+    shared = read_prefix(structure, params, np.array([prefix], np.int32), mesh=mesh) if prefix else None
     stops = _stops(text.tokenizer, decoder.config.vocab_size)
     sharding = jax.local_devices()[0] if mesh is None else batch_sharding(mesh)
     options: dict[str, Any] = {"steps": max_new_tokens, "sampling": sampling, "mesh": mesh}
@@ -101,7 +101,7 @@ def generate(
     def start() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
         for members, *arrays in _batches(decoder, text.pad_id, shared, rows, seeds, max_new_tokens, mesh):
             laid = jax.device_put(tuple(arrays), sharding)
-            yield members, generate_tokens(graphdef, params, shared, *laid, stops, **options)
+            yield members, generate_tokens(structure, params, shared, *laid, stops, **options)
 
     found: dict[int, Generated] = {}
     with progress("writing", "text", len(rows), show=show_progress) as bar:

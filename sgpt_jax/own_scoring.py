@@ -165,7 +165,7 @@ def _score_ids(
         row_multiple=num_shards(mesh),
         batch_texts=batch_size,
     )
-    graphdef, params = split(decoder)
+    structure, params = split(decoder)
     sharding = jax.local_devices()[0] if mesh is None else batch_sharding(mesh)
 
     def start() -> Iterator[tuple[PlannedBatch, int, jax.Array]]:
@@ -178,7 +178,7 @@ def _score_ids(
                     tokens[number, column] = begin + own.index(ids[pair])
                     begin += len(ids[pair])
             arrays = jax.device_put((lay_out(plan, ids, text.pad_id), tokens), sharding)
-            yield plan, room, read_scores(graphdef, params, *arrays, own.readout, mesh=mesh)
+            yield plan, room, read_scores(structure, params, *arrays, own.readout, mesh=mesh)
 
     def fetch(started: tuple[PlannedBatch, int, jax.Array]) -> tuple[PlannedBatch, np.ndarray]:
         plan, room, found = started

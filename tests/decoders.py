@@ -453,7 +453,7 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     path.write_bytes(len(start).to_bytes(8, "little") + start + data)
 
 
-forward = jax.jit(lambda graphdef, params, ids, mask: merge(graphdef, params)(ids, mask), static_argnums=0)
+forward = jax.jit(lambda structure, params, ids, mask: merge(structure, params)(ids, mask), static_argnums=0)
 
 
 def load(folder, dtype="float32"):

@@ -218,10 +218,10 @@ def test_memory_does_not_hold_all_logits():
         vocab_size=vocabulary, embed_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8,
         max_positions=positions, positions="learned",
     )  # fmt: skip
-    graphdef, params = split(nnx.eval_shape(lambda: Decoder(config, Build(jnp.float32, rngs=nnx.Rngs(0)))))
+    structure, params = split(nnx.eval_shape(lambda: Decoder(config, Build(jnp.float32, rngs=nnx.Rngs(0)))))
     array = jax.ShapeDtypeStruct((1, positions), jnp.int32)
     program = log_probs.score_tokens.lower(
-        graphdef, params, Batch(array, array, array), Targets(array, array), mesh=None
+        structure, params, Batch(array, array, array), Targets(array, array), mesh=None
     )
     used = program.compile().memory_analysis().temp_size_in_bytes
     assert used < positions * vocabulary * 4 / 3
@@ -347,10 +347,10 @@ def test_what_is_no_pair(bad, tokenizer, decoder_of):
 
 
 def test_nan_is_refused(tokenizer, decoder_of):
-    graphdef, params = split(decoder_of("gpt2"))
+    structure, params = split(decoder_of("gpt2"))
     damaged = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
     with pytest.raises(NaNScoreError, match="pair 1 is NaN") as caught:
-        predict(encoder(merge(graphdef, damaged), tokenizer), [("", "d"), ("q", "d")])
+        predict(encoder(merge(structure, damaged), tokenizer), [("", "d"), ("q", "d")])
     assert caught.value.index == 1
 
 

@@ -217,8 +217,8 @@ def test_another_job_is_refused(folder, model, tmp_path, monkeypatch, small_part
             rerank_job(model, RUN, QUERIES, DOCUMENTS, tmp_path / "out")
     decoder = load_decoder(folder)
     text = TextEncoder(load_tokenizer(folder), 192)
-    graphdef, params = split(decoder)
-    other_weights = merge(graphdef, jax.tree.map(lambda leaf: leaf * 1.5, params))
+    structure, params = split(decoder)
+    other_weights = merge(structure, jax.tree.map(lambda leaf: leaf * 1.5, params))
     changes = {
         "prompt changed": (CrossEncoder(decoder, text, Prompt.parse("{}")), RUN, QUERIES),
         "reduction changed": (CrossEncoder(decoder, text, model.prompt, "mean"), RUN, QUERIES),
@@ -253,8 +253,8 @@ def test_what_is_missing_is_named(model, tmp_path):
 
 
 def test_nan_names_the_ids(model, tmp_path):
-    graphdef, params = split(model.decoder)
-    damaged = merge(graphdef, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params))
+    structure, params = split(model.decoder)
+    damaged = merge(structure, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params))
     with pytest.raises(InputError, match=r"query '[12b]', document 'i' is NaN"):
         rerank_job(CrossEncoder(damaged, model.text, model.prompt), RUN, QUERIES, DOCUMENTS, tmp_path / "out")
     assert not (tmp_path / "out.trec").exists()

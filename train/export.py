@@ -66,8 +66,8 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
         InputError: neither of the two is possible.
     """
     if jax.process_count() > 1:
-        graphdef, params = split(model.decoder)
-        model = dataclasses.replace(model, decoder=merge(graphdef, jax.tree.map(to_numpy, params)))
+        structure, params = split(model.decoder)
+        model = dataclasses.replace(model, decoder=merge(structure, jax.tree.map(to_numpy, params)))
     trained = {
         leaf_path(path): to_numpy(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
     }
@@ -90,12 +90,12 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
         note = OVER_INT8 if model.decoder.build.int8 else ""
         save_settings(model, folder, training=training, results=results, note=note)
         return [f"adapters: {folder / ADAPTERS}"]
-    graphdef, params = split(model.decoder)
+    structure, params = split(model.decoder)
     # Merged in float32, whatever dtype the adapters were trained in.
     masters = jax.tree_util.tree_map_with_path(
         lambda path, leaf: trained[leaf_path(path)] if is_adapter(path) else leaf, params
     )
-    model = dataclasses.replace(model, decoder=merge(graphdef, masters))
+    model = dataclasses.replace(model, decoder=merge(structure, masters))
     try:
         model.save_pretrained(folder, training=training, results=results)
     except InputError as error:

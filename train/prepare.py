@@ -63,7 +63,7 @@ class Run:
         model: the bi-encoder before training.
         base_sha256: of the weights before training.
         started_from: the bias set it began with, by name and hash, or None.
-        graphdef: the decoder's structure.
+        structure: the decoder's structure.
         frozen: the parameters that do not train, None in place of the others.
         state: what the steps change.
         run_step: the jitted step, see `train.step.make_step`.
@@ -86,7 +86,7 @@ class Run:
     model: BiEncoder
     base_sha256: str
     started_from: str | None
-    graphdef: Any
+    structure: Any
     frozen: Any
     state: TrainState
     run_step: jax.stages.Wrapped
@@ -114,7 +114,7 @@ class Run:
     def trained_model(self, trainable: Any) -> BiEncoder:
         """The bi-encoder with these trained parameters."""
         params = join_params(trainable, self.frozen, compute_dtype(self.config.dtype))
-        return dataclasses.replace(self.model, decoder=merge(self.graphdef, params))
+        return dataclasses.replace(self.model, decoder=merge(self.structure, params))
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -134,7 +134,7 @@ def prepare(config: TrainConfig) -> Run:
     bias_set = load_bias_set(config.biases) if config.biases else None
     examples, evaluate, notes = _open_data(config)
     model = _load_model(config, mesh)
-    graphdef, params = split(model.decoder)
+    structure, params = split(model.decoder)
     base_sha256 = load.base_sha256(load.open_model(resolve(config.model)).files, model.decoder)
     mask = trainable_mask(params, config.trainable)
     notes += _check_export(model, mask, config)
@@ -155,7 +155,7 @@ def prepare(config: TrainConfig) -> Run:
     state = init_state(trainable, optimizer, config.seed, mesh)
     chunk_rows = -(-config.chunk_size // shards) * shards
     step = make_step(
-        graphdef,
+        structure,
         pooling=model.pooling,
         modules=model.modules,
         loss=loss_config(config),
@@ -175,7 +175,7 @@ def prepare(config: TrainConfig) -> Run:
         batches.set_state(position)
     notes += _describe_steps(examples, total, warmup, start)
     return Run(
-        config, mesh, model, base_sha256, _started_from(config), graphdef, frozen, state,
+        config, mesh, model, base_sha256, _started_from(config), structure, frozen, state,
         jit_step(step, state, mesh), chunk_rows, rate, len(examples), batches, evaluate,
         config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks,
     )  # fmt: skip

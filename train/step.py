@@ -88,7 +88,7 @@ def init_state(
 
 
 def make_step(
-    graphdef: Any,
+    structure: Any,
     *,
     pooling: str,
     modules: Modules = (),
@@ -103,7 +103,7 @@ def make_step(
     The norm is that of the whole gradient before clipping: it is finite exactly when all of its entries are.
 
     Args:
-        graphdef: the decoder's structure.
+        structure: the decoder's structure.
         pooling: see `sgpt_jax.pool`.
         modules: what follows it, as it is: none of it trains.
         loss: what is minimised.
@@ -125,7 +125,7 @@ def make_step(
             params = join_params(trainable, frozen, dtype)
             vectors = encode_in_chunks(
                 lambda params, part: encode_rows(
-                    graphdef, params, part[0], pooling, most_texts(length), part[1]
+                    structure, params, part[0], pooling, most_texts(length), part[1]
                 ),
                 params,
                 (rows, batch["skip"]),

@@ -76,9 +76,9 @@ def at_depth(config: DecoderConfig, layers: int) -> DecoderConfig:
 
 
 def abstract_params(config: DecoderConfig, build: Build, mesh: Mesh) -> tuple[Any, Any]:
-    """(graphdef, params): each leaf a `jax.ShapeDtypeStruct` with its sharding."""
-    graphdef, params = abstract_decoder(config, build)
-    return graphdef, jax.tree.map(_sharded, params, param_shardings(params, config, mesh))
+    """(structure, params): each leaf a `jax.ShapeDtypeStruct` with its sharding."""
+    structure, params = abstract_decoder(config, build)
+    return structure, jax.tree.map(_sharded, params, param_shardings(params, config, mesh))
 
 
 def abstract_state(params: Any, work: Work, mesh: Mesh) -> tuple[TrainState, Any, Any]:
@@ -105,7 +105,7 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
         work: see `Work`; its rows and its chunk must divide over the mesh.
         mesh: of real devices, or of described ones (`jax.experimental.topologies`).
     """
-    graphdef, params = abstract_params(config, work.build, mesh)
+    structure, params = abstract_params(config, work.build, mesh)
     rows = _packed(mesh, work)
     if work.task == "encode":
         options = {
@@ -115,14 +115,14 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
             "normalize": True,
             "mesh": mesh,
         }
-        return embed.lower(graphdef, params, (), rows, 0, **options)
+        return embed.lower(structure, params, (), rows, 0, **options)
     if work.task == "score":
         shards = num_shards(mesh)
         targets = _rows(mesh, shards, work.rows * work.length // shards)
-        return score_tokens.lower(graphdef, params, rows, Targets(targets, targets), mesh=mesh)
+        return score_tokens.lower(structure, params, rows, Targets(targets, targets), mesh=mesh)
     state, frozen, optimizer = abstract_state(params, work, mesh)
     step = make_step(
-        graphdef,
+        structure,
         pooling="weightedmean",
         loss=LossConfig(),
         optimizer=optimizer,

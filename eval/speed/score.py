@@ -204,20 +204,20 @@ def memory(config: DecoderConfig) -> dict[str, float]:
     head runs at every token. `logits_float32`, for comparison, is [1, T, V] itself, with T 2,048 or the model's limit.
     """
     length = min(MEMORY_LENGTH, config.max_positions or MEMORY_LENGTH)
-    graphdef, params = abstract_decoder(config, Build(jnp.dtype("float32")))
+    structure, params = abstract_decoder(config, Build(jnp.dtype("float32")))
     array = jax.ShapeDtypeStruct((1, length), jnp.int32)
     batch = Batch(array, array, array)
 
     def hidden_states(params: Any, batch: Batch) -> jax.Array:
-        decoder = merge(graphdef, params)
+        decoder = merge(structure, params)
         return decoder(batch.input_ids, positions=batch.positions, segments=batch.segments)
 
     def all_logits(params: Any, batch: Batch, targets: jax.Array) -> jax.Array:
-        logits = merge(graphdef, params).logits(hidden_states(params, batch))
+        logits = merge(structure, params).logits(hidden_states(params, batch))
         return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
 
     lowered = {
-        "scores": score_tokens.lower(graphdef, params, batch, Targets(array, array), mesh=None),
+        "scores": score_tokens.lower(structure, params, batch, Targets(array, array), mesh=None),
         "hidden_states": jax.jit(hidden_states).lower(params, batch),
         "all_logits": jax.jit(all_logits).lower(params, batch, array),
     }

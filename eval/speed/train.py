@@ -126,14 +126,14 @@ def triplets(data: DataSet, count: int) -> list[Example]:
 
 def _ours(model: BiEncoder, batch: dict, rule: str) -> tuple[Callable[[], float], dict[str, float]]:
     """The step and its memory in megabytes: the compiled program's, and the optimizer's moments."""
-    graphdef, params = split(model.decoder)
+    structure, params = split(model.decoder)
     params = jax.tree.map(jnp.copy, params)  # the step overwrites what it trains
     mask = trainable_mask(params, rule)
     trainable, frozen = split_params(params, mask)
     optimizer = make_optimizer(mask, lambda _: jnp.float32(RATE))
     state = init_state(trainable, optimizer, 0, None)
     step = make_step(
-        graphdef,
+        structure,
         pooling=model.pooling,
         loss=LossConfig(),
         optimizer=optimizer,

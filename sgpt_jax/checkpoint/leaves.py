@@ -30,7 +30,7 @@ def with_leaves(
         InputError: the result has no such leaf as one in `values`, or of another shape.
     """
     _, params = split(decoder)
-    graphdef, abstract = abstract_decoder(config, build)
+    structure, abstract = abstract_decoder(config, build)
     old = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     expected = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     misfits = [
@@ -54,4 +54,4 @@ def with_leaves(
         value = np.asarray(values.get(name, np.zeros(leaf.shape)), leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
 
-    return merge(graphdef, jax.tree_util.tree_map_with_path(fill, abstract, shardings))
+    return merge(structure, jax.tree_util.tree_map_with_path(fill, abstract, shardings))

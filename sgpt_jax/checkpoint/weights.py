@@ -115,7 +115,7 @@ class _Target:
 
     def __init__(self, config: DecoderConfig, family: Family, build: Build, mesh: Mesh | None):
         self.config, self.family, self.build = config, family, build
-        self.graphdef, self.abstract = abstract_decoder(config, build)
+        self.structure, self.abstract = abstract_decoder(config, build)
         self.expected = _by_path(self.abstract)
         self.scales = {scale_name(leaf) for leaf, values in self.expected.items() if values.dtype == np.int8}
         self.rules = active_rules(config, family.rules, self.expected)
@@ -259,13 +259,13 @@ def _build(target: _Target, filled: Mapping[str, jax.Array], problems: Iterable[
         InputError: there are problems; all are listed.
     """
     _refuse_misfits(target, problems)
-    graphdef, abstract = target.graphdef, target.abstract
+    structure, abstract = target.structure, target.abstract
     if any(leaf not in filled for leaf in target.expected):
         # Embedding checkpoints are saved without their head; vectors need none, and logits say so.
         headless = dataclasses.replace(target.config, head="none", head_bias=False, head_transform=False)
-        graphdef, abstract = abstract_decoder(headless, target.build)
+        structure, abstract = abstract_decoder(headless, target.build)
     params = jax.tree_util.tree_map_with_path(lambda path, _: filled[leaf_path(path)], abstract)
-    return merge(graphdef, params)
+    return merge(structure, params)
 
 
 def _refuse_misfits(target: _Target, problems: Iterable[str]) -> None:

@@ -65,19 +65,19 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def read_prefix(graphdef: Any, params: Any, ids: jax.Array, *, mesh: Mesh | None = None) -> Cache:
+@functools.partial(jax.jit, static_argnames=("structure", "mesh"))
+def read_prefix(structure: Any, params: Any, ids: jax.Array, *, mesh: Mesh | None = None) -> Cache:
     """The cache, of one row, of what all prompts begin with: int32 [1, P], P at least 1."""
-    decoder = merge(graphdef, params)
+    decoder = merge(structure, params)
     with on_mesh(mesh):
         length = ids.shape[1]
         empty = Cache.empty(decoder.config, 1, length, decoder.dtype)
         return decoder.extend(ids, jnp.arange(length)[None], jnp.ones((1, length), bool), empty, 0)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "steps", "sampling", "mesh"))
+@functools.partial(jax.jit, static_argnames=("structure", "steps", "sampling", "mesh"))
 def generate_tokens(
-    graphdef: Any,
+    structure: Any,
     params: Any,
     prefix: Cache | None,
     ids: jax.Array,
@@ -94,7 +94,7 @@ def generate_tokens(
     One program for each shape of `ids`; the loop over tokens is inside it.
 
     Args:
-        graphdef, params: from `model.split`; the decoder is causal and has a language-model head.
+        structure, params: from `model.split`; the decoder is causal and has a language-model head.
         prefix: what all prompts begin with, from `read_prefix`; None for nothing.
         ids: int32 [B, T], the prompts after the prefix, padded on the left.
         lengths: int32 [B], tokens of each; 0 for a row that is there for the shape alone.
@@ -108,7 +108,7 @@ def generate_tokens(
         Both [B, steps], replicated: tokens int32, with the one that ends a text and -1 after it; and their
         log-probabilities float32, at temperature 1 over the whole vocabulary, 0 after it.
     """
-    decoder = merge(graphdef, params)
+    decoder = merge(structure, params)
     rows, width = ids.shape
     keys = jax.vmap(jax.random.key)(seeds)
 

@@ -21,9 +21,9 @@ HEAD_ENTRIES = 8192
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
+@functools.partial(jax.jit, static_argnames=("structure", "mesh"))
 def score_tokens(
-    graphdef: Any, params: Any, batch: Batch, targets: Targets, *, mesh: Mesh | None
+    structure: Any, params: Any, batch: Batch, targets: Targets, *, mesh: Mesh | None
 ) -> jax.Array:
     """Log-probabilities of the targets.
 
@@ -32,7 +32,7 @@ def score_tokens(
     decided at run time: one program serves all batches of a shape.
 
     Args:
-        graphdef, params: from `model.split`.
+        structure, params: from `model.split`.
         batch: R rows.
         targets: W divides R; [W, M].
         mesh: the mesh of the arrays; None for one device.
@@ -40,7 +40,7 @@ def score_tokens(
     Returns:
         float32 [W, M], replicated; without meaning where there is no target.
     """
-    decoder = merge(graphdef, params)
+    decoder = merge(structure, params)
     with on_mesh(mesh):
         hidden = decoder(batch.input_ids, positions=batch.positions, segments=batch.segments)
         size = head_targets()

@@ -187,7 +187,7 @@ class Decoder(nnx.Module):
         for layer, block in enumerate(self.blocks):
             view = context.at(layer)
             if context.cache is None:
-                x = _run_block(*nnx.split(block), x, view)
+                x = _run_block(block, x, view)
             else:
                 x = block(x, view, functools.partial(context.cache.add, layer))
             x = by_rows(x)
@@ -248,10 +248,10 @@ class Decoder(nnx.Module):
         return softcap(logits, self.config.logit_softcap)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_block(graphdef: Any, state: Any, x: jax.Array, view: View) -> jax.Array:
+@jax.jit
+def _run_block(block: Block, x: jax.Array, view: View) -> jax.Array:
     """A block's hidden states. Blocks that are alike are traced and lowered once, and inlined by XLA all the same."""
-    return nnx.merge(graphdef, state)(x, view)
+    return block(x, view)
 
 
 def _check_range(values: jax.Array, size: int, what: str, of_what: str) -> None:
@@ -268,20 +268,34 @@ def _check_range(values: jax.Array, size: int, what: str, of_what: str) -> None:
 
 
 def abstract_decoder(config: DecoderConfig, build: Build) -> tuple[Any, dict]:
-    """The decoder's structure without any memory: (graphdef, params of `jax.ShapeDtypeStruct`)."""
+    """A decoder without any memory: (structure, params of `jax.ShapeDtypeStruct`), see `split`."""
     return split(nnx.eval_shape(lambda: Decoder(config, build)))
 
 
 def split(decoder: Decoder) -> tuple[Any, dict]:
-    """Takes a decoder apart for pure functions: (graphdef, params).
+    """Takes a decoder apart for pure functions: (structure, params).
 
-    The graphdef is hashable (a static argument of `jax.jit`); the params are a plain nested dict of arrays, such as
+    The structure is hashable (a static argument of `jax.jit`); the params are a plain nested dict of arrays, such as
     `params["blocks"][0]["attn"]["q"]["kernel"]`, [in, out].
     """
-    graphdef, state = nnx.split(decoder)
-    return graphdef, nnx.to_pure_dict(state)
+    leaves, found = jax.tree.flatten(decoder)
+    structure, places = _known(found)
+    return structure, jax.tree.map(leaves.__getitem__, places)
 
 
-def merge(graphdef: Any, params: dict) -> Decoder:
+def merge(structure: Any, params: dict) -> Decoder:
     """The inverse of `split`."""
-    return nnx.merge(graphdef, params)
+    _, places = _known(structure)
+    leaves = [None] * structure.num_leaves
+    jax.tree.map(leaves.__setitem__, places, params)
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.lru_cache(maxsize=256)
+def _known(structure: Any) -> tuple[Any, dict]:
+    """(the first structure that equals this one, which `jax.jit` then knows without comparing, its leaves' numbers).
+
+    The numbers are in a dict as `split` has it. To have `nnx.split` find it takes a hundred times as long.
+    """
+    numbered = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return structure, nnx.to_pure_dict(nnx.state(numbered))

@@ -15,9 +15,9 @@ from sgpt_jax.decoder.model import merge
 from sgpt_jax.decoder.sharding import on_mesh
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
+@functools.partial(jax.jit, static_argnames=("structure", "mesh"))
 def read_scores(
-    graphdef: Any,
+    structure: Any,
     params: Any,
     batch: Batch,
     tokens: jax.Array,
@@ -30,7 +30,7 @@ def read_scores(
     Of the language-model head, one or two columns are computed, at the tokens that are read alone.
 
     Args:
-        graphdef, params: from `model.split`.
+        structure, params: from `model.split`.
         batch: R rows, without prefixes.
         tokens: int32 [R, S]: for each of a row's S texts the token in the row at which its score is read.
         readout: int32 [1] or [2], a vocabulary entry whose logit is the score, and one whose logit is taken from it;
@@ -43,7 +43,7 @@ def read_scores(
     Raises:
         ValueError: for vocabulary entries of a checkpoint without a language-model head.
     """
-    decoder = merge(graphdef, params)
+    decoder = merge(structure, params)
     with on_mesh(mesh):
         hidden = decoder(batch.input_ids, positions=batch.positions, segments=batch.segments)
         states = jnp.take_along_axis(hidden, tokens[:, :, None], axis=1)  # [R, S, E]

@@ -198,12 +198,12 @@ def rows_apart(plan: PlannedBatch, vectors: np.ndarray) -> Iterator[PlannedBatch
 
 
 def encode_rows(
-    graphdef: Any, params: Any, batch: Batch, pooling: str, room: int, skip: Array | int = 0
+    structure: Any, params: Any, batch: Batch, pooling: str, room: int, skip: Array | int = 0
 ) -> Array:
     """The vectors of all texts in packed rows.
 
     Args:
-        graphdef, params: of the decoder, see `sgpt_jax.decoder.model.split`.
+        structure, params: of the decoder, see `sgpt_jax.decoder.model.split`.
         batch: R rows, without prefixes.
         pooling: see `sgpt_jax.pool`.
         room: S, how many texts a row has room for.
@@ -215,16 +215,18 @@ def encode_rows(
     Raises:
         ValueError: for an unknown pooling mode.
     """
-    hidden = merge(graphdef, params)(
+    hidden = merge(structure, params)(
         batch.input_ids, positions=batch.positions, segments=batch.segments, dropout_keys=batch.dropout_keys
     )
     texts = jnp.arange(1, 1 + room)
     return pool_texts(hidden, batch.segments[:, None] == texts[:, None], pooling, skip)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "pooling", "room", "dimension", "normalize", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("structure", "pooling", "room", "dimension", "normalize", "mesh")
+)
 def embed(
-    graphdef: Any,
+    structure: Any,
     params: Any,
     modules: Modules,
     batch: Batch,
@@ -239,7 +241,7 @@ def embed(
     """The vectors of packed rows: pooled, through the modules, cut, and L2-normalised if `normalize`.
 
     Args:
-        graphdef, params, batch, skip, pooling, room: see `encode_rows`.
+        structure, params, batch, skip, pooling, room: see `encode_rows`.
         modules: see `apply_modules`.
         dimension: D, how many dimensions are kept.
         normalize: scale what is kept to length 1.
@@ -249,7 +251,7 @@ def embed(
         float32 [R, room, D], replicated.
     """
     with on_mesh(mesh):
-        vectors = encode_rows(graphdef, params, batch, pooling, room, skip)
+        vectors = encode_rows(structure, params, batch, pooling, room, skip)
     vectors = apply_modules(vectors, modules)[..., :dimension]
     if normalize:
         vectors = l2_normalize(vectors)

@@ -102,10 +102,10 @@ class Embedder:
 
     def _embed(self, chunk: Chunk, plan: PlannedBatch, room: int, normalize: bool) -> jax.Array:
         """Starts a batch: float32 [R, room, D]."""
-        graphdef, params = self._parts
+        structure, params = self._parts
         sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
         return embed(
-            graphdef,
+            structure,
             params,
             self.modules,
             jax.device_put(lay_out(plan, chunk.ids, self.pad_id), sharding),

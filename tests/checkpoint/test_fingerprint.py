@@ -18,13 +18,13 @@ SETTINGS = {"pooling": "mean", "brackets": False, "max_seq_length": 75}
 
 def changed(decoder, name, change):
     """The decoder with another value at one place of one leaf."""
-    graphdef, params = split(decoder)
+    structure, params = split(decoder)
 
     def replace(path, leaf):
         found = "/".join(str(getattr(entry, "key", entry)) for entry in path)
         return leaf.at[(0,) * leaf.ndim].add(change) if found == name else leaf
 
-    return merge(graphdef, jax.tree_util.tree_map_with_path(replace, params))
+    return merge(structure, jax.tree_util.tree_map_with_path(replace, params))
 
 
 def test_dtype_file_format_mesh_and_prefix_do_not_matter(tmp_path):

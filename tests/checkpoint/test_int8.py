@@ -93,7 +93,7 @@ def test_gradients_are_those_over_the_dequantised_copy(tmp_path):
     target = np.random.default_rng(1).normal(size=(2, 9, int8.config.embed_dim)).astype(np.float32)
 
     def gradients(decoder):
-        graphdef, params = split(decoder)
+        structure, params = split(decoder)
         trained = lambda leaf: leaf.ndim == 1 and leaf.dtype == jnp.float32  # noqa: E731
         frozen = {
             name for name, leaf in _named(params).items() if not trained(leaf) or name.endswith("kernel")
@@ -103,7 +103,7 @@ def test_gradients_are_those_over_the_dequantised_copy(tmp_path):
             full = jax.tree_util.tree_map_with_path(
                 lambda path, leaf: ours.get(sgpt_name(path), leaf), params
             )
-            return jnp.sum((merge(graphdef, full)(ids, np.ones_like(ids)) - target) ** 2)
+            return jnp.sum((merge(structure, full)(ids, np.ones_like(ids)) - target) ** 2)
 
         ours = {name: leaf for name, leaf in _named(params).items() if name not in frozen}
         return jax.grad(loss)(ours)

@@ -26,9 +26,9 @@ CONFIG = DecoderConfig(
 
 
 def counted(function, config, rows, length):
-    graphdef, params = abstract_decoder(config, Build(jnp.dtype("float32")))
+    structure, params = abstract_decoder(config, Build(jnp.dtype("float32")))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    lowered = jax.jit(lambda params, ids: function(merge(graphdef, params), params, ids)).lower(params, ids)
+    lowered = jax.jit(lambda params, ids: function(merge(structure, params), params, ids)).lower(params, ids)
     return lowered.cost_analysis()["flops"]
 
 
@@ -54,7 +54,7 @@ def test_head():
 @pytest.mark.parametrize("biases_only", [True, False])
 def test_training(biases_only):
     config = dataclasses.replace(CONFIG, mlp_bias=True, qkv_bias=True, attn_out_bias=True)
-    graphdef, abstract = abstract_decoder(config, Build(jnp.dtype("float32")))
+    structure, abstract = abstract_decoder(config, Build(jnp.dtype("float32")))
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     trained = [not biases_only or "bias" in str(path[-1]) for path, _ in leaves]
 
@@ -65,7 +65,7 @@ def test_training(biases_only):
         def loss(chosen):
             new = iter(chosen)
             full = [next(new) if train else value for value, train in zip(values, trained, strict=True)]
-            decoder = merge(graphdef, jax.tree_util.tree_unflatten(jax.tree.structure(params), full))
+            decoder = merge(structure, jax.tree_util.tree_unflatten(jax.tree.structure(params), full))
             return jnp.sum(decoder(ids, jnp.ones_like(ids)) ** 2)
 
         return jax.grad(loss)(chosen)

@@ -20,15 +20,15 @@ PROMPTS = WRITTEN.pop("prompts")
 
 def write(decoder, prompts, *, shared=0, width=32, sampling=GREEDY, seeds=(0, 1, 2), stops=(), mesh=None):
     """Tokens [B, 10] and log-probabilities; the first `shared` tokens of all prompts are read once."""
-    graphdef, params = split(decoder)
-    prefix = read_prefix(graphdef, params, np.array([prompts[0][:shared]], np.int32)) if shared else None
+    structure, params = split(decoder)
+    prefix = read_prefix(structure, params, np.array([prompts[0][:shared]], np.int32)) if shared else None
     rest = [ids[shared:] for ids in prompts]
     ids = np.array([[0] * (width - len(row)) + row for row in rest], np.int32)
     lengths, drawn = np.array([len(row) for row in rest], np.int32), np.array(seeds, np.uint32)
     table = np.zeros(decoders.VOCAB_SIZE, bool)
     table[list(stops)] = True
     return generate_tokens(
-        graphdef, params, prefix, ids, lengths, drawn, table, steps=10, sampling=sampling, mesh=mesh
+        structure, params, prefix, ids, lengths, drawn, table, steps=10, sampling=sampling, mesh=mesh
     )
 
 
@@ -66,11 +66,11 @@ def test_a_text_ends_with_its_stop(tiny, alone):
         length = whole.tolist().index(end) + 1 if end in whole else 10
         assert found.tolist() == [*whole[:length], *[-1] * (10 - length)]
         assert (scores[length:] == 0).all()
-    graphdef, params = split(tiny)
+    structure, params = split(tiny)
     nothing = np.zeros((2, 16), np.int32)
     table = np.zeros(decoders.VOCAB_SIZE, bool)
     found = generate_tokens(
-        graphdef, params, None, nothing, np.zeros(2, np.int32), np.zeros(2, np.uint32), table, steps=10,
+        structure, params, None, nothing, np.zeros(2, np.int32), np.zeros(2, np.uint32), table, steps=10,
         sampling=GREEDY,
     )  # fmt: skip
     assert (np.array(found[0]) == -1).all()
@@ -133,11 +133,11 @@ def test_on_a_mesh(tmp_path):
         lengths, seeds = np.array([5, 5, 5, 0], np.int32), np.zeros(4, np.uint32)
         found = []
         for there in (None, mesh):
-            graphdef, params = split(sgpt.load_decoder(folder, mesh=there))
-            prefix = read_prefix(graphdef, params, np.array([PROMPTS[2]], np.int32), mesh=there)
+            structure, params = split(sgpt.load_decoder(folder, mesh=there))
+            prefix = read_prefix(structure, params, np.array([PROMPTS[2]], np.int32), mesh=there)
             rows = jax.device_put((ids, lengths, seeds), None if there is None else batch_sharding(there))
             found.append(generate_tokens(
-                graphdef, params, prefix, *rows, np.zeros(384, bool), steps=6, sampling=GREEDY, mesh=there
+                structure, params, prefix, *rows, np.zeros(384, bool), steps=6, sampling=GREEDY, mesh=there
             ))
         np.testing.assert_array_equal(*(tokens for tokens, _ in found))
         np.testing.assert_allclose(*(log_probs for _, log_probs in found), atol=1e-5)

@@ -19,12 +19,11 @@ from sgpt_jax.decoder.layers import MLP
 def test_on_a_gpu_nothing_of_an_activation_is_kept_in_float32(activation, gated, monkeypatch):
     config = dataclasses.replace(TINY, activation=activation, gated=gated)
     mlp = MLP(config, Build(jnp.dtype("bfloat16"), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(mlp)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, config.embed_dim)), jnp.bfloat16)
 
     def gradients():
         """(result, gradients, the shapes of what is kept for these in float32)."""
-        result, backward = jax.vjp(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+        result, backward = jax.vjp(lambda mlp, x: mlp(x), mlp, x)
         kept = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.dtype == jnp.float32]
         return result, backward(jnp.ones_like(result)), kept
 

@@ -46,9 +46,9 @@ def test_eight_devices_give_the_same_vectors_and_logits(tmp_path):
         ids = np.array([[5, 6, 7, 8]] * 8)
 
         def all_logits(decoder):
-            graphdef, params = split(decoder)
+            structure, params = split(decoder)
             def run(params):
-                decoder = merge(graphdef, params)
+                decoder = merge(structure, params)
                 return decoder.logits(decoder(ids, np.ones_like(ids)))
             return np.asarray(jax.jit(run)(params))
 

@@ -71,11 +71,11 @@ def test_several_texts_in_a_row_do_not_see_each_other(variant, tmp_path):
     row = np.concatenate([text[:length] for text, length in zip(ids, lengths, strict=True)])
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     positions = np.concatenate([np.arange(length) for length in lengths])
-    graphdef, params = split(decoder)
+    structure, params = split(decoder)
 
     @jax.jit
     def run(params):
-        return merge(graphdef, params)(row[None], positions=positions[None], segments=segments[None])
+        return merge(structure, params)(row[None], positions=positions[None], segments=segments[None])
 
     assert relative_error(np.asarray(run(params))[0], expected["hidden"][mask.astype(bool)]) < 2e-5
 

@@ -55,13 +55,13 @@ def make_batch(size=7, negatives=2):
     }
 
 
-def run_step(graphdef, params, batch, chunk, dropout, rate=1e-2):
+def run_step(structure, params, batch, chunk, dropout, rate=1e-2):
     mask = trainable_mask(params, "bias")
     trainable, frozen = split_params(params, mask)
     optimizer = make_optimizer(mask, linear_schedule(rate, 0, 10))
     step = jax.jit(
         make_step(
-            graphdef,
+            structure,
             pooling="weightedmean",
             loss=LossConfig(),
             optimizer=optimizer,
@@ -113,7 +113,7 @@ def test_a_thousand_examples_fit_where_64_do():
         vocab_size=64, embed_dim=48, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=12, mlp_dim=96,
         max_positions=None, rotary=RotaryConfig(dim=12), qkv_bias=True, attn_out_bias=True, mlp_bias=True,
     )  # fmt: skip
-    graphdef, params = split(Decoder(config, Build(jnp.dtype("float32"), rngs=nnx.Rngs(0))))
+    structure, params = split(Decoder(config, Build(jnp.dtype("float32"), rngs=nnx.Rngs(0))))
     mask = trainable_mask(params, "bias")
     trainable, frozen = split_params(params, mask)
     optimizer = make_optimizer(mask, lambda _: 1e-3)
@@ -132,7 +132,7 @@ def test_a_thousand_examples_fit_where_64_do():
             "scores": shape((size, 2), jnp.float32),
         }
         step = make_step(
-            graphdef,
+            structure,
             pooling="weightedmean",
             loss=LossConfig(),
             optimizer=optimizer,
@@ -149,17 +149,17 @@ def test_a_thousand_examples_fit_where_64_do():
 @pytest.mark.parametrize("variant", ["gpt2", "gpt_neo", "bloom", "llama"])
 def test_packed_texts_have_the_vectors_they_have_alone(variant, tmp_path):
     """Learned positions, windows, ALiBi and rotary positions: none sees its neighbours in the row."""
-    graphdef, params = split(load_decoder(decoders.write_checkpoint(variant, tmp_path)))
+    structure, params = split(load_decoder(decoders.write_checkpoint(variant, tmp_path)))
     ids = texts(30)
     rows, vectors = pack(ids, LENGTH, 0)
     rows = pad_rows(rows, len(rows.segments) + 2, 5)
     alone, mask = np.zeros((8, LENGTH), np.int32), np.zeros((8, LENGTH), np.int32)
     for row, text in enumerate(ids[:8]):
         alone[row, : len(text)], mask[row, : len(text)] = text, 1
-    hidden = jax.jit(lambda params: merge(graphdef, params)(alone, mask))(params)
+    hidden = jax.jit(lambda params: merge(structure, params)(alone, mask))(params)
     for mode in POOLING_MODES if variant == "gpt2" else ("weightedmean",):
         packed = jax.jit(encode_rows, static_argnums=(0, 3, 4))(
-            graphdef, params, rows, mode, most_texts(LENGTH)
+            structure, params, rows, mode, most_texts(LENGTH)
         )
         packed = np.asarray(packed).reshape(-1, packed.shape[-1])[vectors]
         expected = np.asarray(pool(hidden, mask, mode))

@@ -65,7 +65,7 @@ def start_as_peft(model, trainable):
 
 
 def three_steps(model, rule, chunk_rows, *, dtype=jnp.float32):
-    graphdef, params = split(model.decoder)
+    structure, params = split(model.decoder)
     mask = trainable_mask(params, rule)
     trainable, frozen = split_params(params, mask)
     optimizer = make_optimizer(mask, linear_schedule(1e-3, 0, 3))
@@ -73,7 +73,7 @@ def three_steps(model, rule, chunk_rows, *, dtype=jnp.float32):
     plan = BatchPlan(ListExamples(read_pairs(data(1))), 8, seed=0, shuffle=False, no_duplicates=False)
     batches = PackedBatches(plan, model.text, vocab_size=384, symmetric=False, steps=3)
     step = make_step(
-        graphdef, pooling="weightedmean", loss=LossConfig(), optimizer=optimizer, dtype=dtype,
+        structure, pooling="weightedmean", loss=LossConfig(), optimizer=optimizer, dtype=dtype,
         chunk_rows=chunk_rows, dropout=False,
     )  # fmt: skip
     run_step, losses, norms = jit_step(step, state, None), [], []
@@ -85,7 +85,7 @@ def three_steps(model, rule, chunk_rows, *, dtype=jnp.float32):
         state, loss, norm = run_step(state, frozen, arrays)
         losses.append(float(loss))
         norms.append(float(norm))
-    decoder = merge(graphdef, join_params(state.trainable, frozen, dtype))
+    decoder = merge(structure, join_params(state.trainable, frozen, dtype))
     return losses, norms, {name: np.asarray(leaf) for name, leaf in named(state.trainable).items()}, decoder
 
 

@@ -45,7 +45,7 @@ def test_three_steps(run, tmp_path):
     model = BiEncoder.from_pretrained(
         write_model(variant, tmp_path), brackets=brackets, max_seq_length=75, pooling="weightedmean"
     )
-    graphdef, params = split(model.decoder)
+    structure, params = split(model.decoder)
     before = dict(export_tensors(model.decoder, model.hf_config))
     mask = trainable_mask(params, "bias")
     trainable, frozen = split_params(params, mask)
@@ -55,7 +55,7 @@ def test_three_steps(run, tmp_path):
     batches = PackedBatches(plan, model.text, vocab_size=384, symmetric=False, steps=3)
     # Rows of 75 tokens hold several texts each, and two rows go at a time: packing and GradCache change nothing.
     step = make_step(
-        graphdef,
+        structure,
         pooling="weightedmean",
         loss=LossConfig(),
         optimizer=optimizer,
@@ -77,7 +77,7 @@ def test_three_steps(run, tmp_path):
     np.testing.assert_allclose(losses, wanted["losses"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(norms, wanted["norms"], rtol=1e-4)
     np.testing.assert_allclose([float(rate(s)) for s in range(3)], wanted["rates"], rtol=1e-6)
-    decoder = merge(graphdef, join_params(state.trainable, frozen, jnp.float32))
+    decoder = merge(structure, join_params(state.trainable, frozen, jnp.float32))
     check_parameters(dict(export_tensors(decoder, model.hf_config)), before, wanted)
 
 
