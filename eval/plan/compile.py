@@ -31,9 +31,9 @@ NO_CUDA = (
     "the GPUs are not here, nor is JAX's CUDA plugin installed, so nothing was compiled: what follows is the analytic "
     "part alone. pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of jax's version, needs no GPU"
 )
-# Temporaries of a step of GPT-Neo 1.3B's biases, 160 rows of 80 tokens: 29.7 GB so, 23.1 GB compiled by an H200 itself
-# (eval/results/speed/train-gpt-neo-1.3b-h200.json), before MLPs computed their activations again for the gradient; 19.6
-# GB so since then.
+# Temporaries of a step of GPT-Neo 1.3B's biases, 160 rows of 80 tokens: 29.7 GB compiled without the GPU, 23.1 by an
+# H200's own compiler (eval/results/speed/train-gpt-neo-1.3b-h200.json). Both are of the time before MLPs computed their
+# activations again for the gradient; without the GPU it is 19.6 GB since then.
 WITHOUT_GPU = (
     "compiled without the GPU: untuned, and with XLA's attention where a run has cuDNN's, which needs less"
 )

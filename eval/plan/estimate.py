@@ -76,7 +76,10 @@ class Times:
 
 
 def computed_scores(length: int, block: int = QUERY_BLOCK) -> int:
-    """Scores of a head over a row, as `sgpt_jax.decoder.attention.attend` computes them: block by block of queries."""
+    """Scores of a head over a row, as `sgpt_jax.decoder.attention.attend` computes them: `block` queries at a time.
+
+    By default as on TPUs and CPUs; those that a GPU's longer blocks add are masked, and not counted as work.
+    """
     return sum(min(block, length - start) * min(start + block, length) for start in range(0, length, block))
 
 
@@ -123,14 +126,14 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes, *, gpu: bool = False
         config: the decoder's.
         work: the program.
         sizes: of the mesh.
-        gpu: of GPUs, whose attention takes more queries at a time. It is counted as XLA's, not as cuDNN's.
+        gpu: of GPUs, where training keeps the scores of more queries at a time (XLA's attention, not cuDNN's).
     """
     mesh_ways, tensor = sizes[0] * sizes[1], sizes[2]
     item = compute_dtype(work.dtype).itemsize
     rows = (work.chunk if work.task == "train" and chunks_of(work) > 1 else work.rows) / mesh_ways
     tokens = rows * work.length
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    block = GPU_QUERY_BLOCK if gpu else QUERY_BLOCK
+    block = GPU_QUERY_BLOCK if gpu and work.task == "train" else QUERY_BLOCK
     scores = config.num_heads * computed_scores(work.length, block) / work.length  # a token
     gathered = 0.0
     if sizes[1] > 1 or work.build.int8:  # a layer or the table of tokens, gathered or multiplied out
@@ -147,14 +150,17 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes, *, gpu: bool = False
             gathered += 3 * 4 * HEAD_TARGETS * min(HEAD_ENTRIES, config.vocab_size)
         return Memory(parameters, 0, 0, activations, gathered)
     parameters, optimizer, trainable = device_bytes(config, work.trainable, work.build, sizes)
-    # What linear layers give and what is normed in the compute dtype, attention's weights in both, its sums in float32.
+    # In the compute dtype: q, k, v (again behind norms of their own), what attention gives, what up and gate give, what
+    # is normed; attention's weights in both dtypes, its sums in float32.
     projected = 2 * width + 2 * kv_width + config.mlp_dim * (2 if config.gated else 1)
     if config.qk_norm != "none":
         projected += width + kv_width
     kept = (item * projected + 4 * width + (4 + item) * scores) / tensor
     norms = (1 if config.shared_norm else 2) * (2 if config.norm_at == "both" else 1)
     kept += item * norms * config.embed_dim
-    if work.trainable != "bias":  # what the linear layers take
+    if (
+        work.trainable != "bias"
+    ):  # what the linear layers take, and as much as the compiler keeps of norms that train
         kept += item * (config.mlp_dim / tensor + 4 * config.embed_dim)
     activations = tokens * kept * config.num_layers + masks
     vectors = 4 * work.rows * most_texts(work.length) * config.hidden_dim / mesh_ways

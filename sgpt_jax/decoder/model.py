@@ -276,26 +276,37 @@ def split(decoder: Decoder) -> tuple[Any, dict]:
     """Takes a decoder apart for pure functions: (structure, params).
 
     The structure is hashable (a static argument of `jax.jit`); the params are a plain nested dict of arrays, such as
-    `params["blocks"][0]["attn"]["q"]["kernel"]`, [in, out].
+    `params["blocks"][0]["attn"]["q"]["kernel"]`, [in, out]. No two places of a decoder may share a variable.
     """
     leaves, found = jax.tree.flatten(decoder)
-    structure, places = _known(found)
+    structure, places = _places(found)
     return structure, jax.tree.map(leaves.__getitem__, places)
 
 
 def merge(structure: Any, params: dict) -> Decoder:
-    """The inverse of `split`."""
-    _, places = _known(structure)
+    """The inverse of `split`.
+
+    Raises:
+        ValueError: the params are not those of this structure.
+    """
+    _, places = _places(structure)
+    expected: Any = jax.tree.structure(places)
+    if expected != jax.tree.structure(params):
+        raise ValueError("these parameters belong to a decoder of another structure")
     leaves = [None] * structure.num_leaves
     jax.tree.map(leaves.__setitem__, places, params)
     return jax.tree.unflatten(structure, leaves)
 
 
 @functools.lru_cache(maxsize=256)
-def _known(structure: Any) -> tuple[Any, dict]:
-    """(the first structure that equals this one, which `jax.jit` then knows without comparing, its leaves' numbers).
+def _places(structure: Any) -> tuple[Any, dict]:
+    """Where the leaves of a structure stand in the params.
 
-    The numbers are in a dict as `split` has it. To have `nnx.split` find it takes a hundred times as long.
+    Worked out once: `nnx.split` takes ten times as long as all of `split`.
+
+    Returns:
+        the first structure that was equal to this one, so that `jax.jit` meets the same object in every call; and the
+        params with each leaf's number in its place.
     """
     numbered = jax.tree.unflatten(structure, range(structure.num_leaves))
     return structure, nnx.to_pure_dict(nnx.state(numbered))

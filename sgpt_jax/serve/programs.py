@@ -59,7 +59,7 @@ class Embedder:
         lengths = row_lengths(model.text.max_seq_length)
         several = [length for length in lengths if length in (128, 512, 2048) or length == lengths[-1]]
         self.shapes = shapes(lengths, self.budget, num_shards(model.mesh), several)
-        self._graphdef, self._params = split(model.decoder)
+        self._structure, self._params = split(model.decoder)
         self.programs = len(self.shapes)
         self._programs: dict[Shape, Any] = {}
 
@@ -67,7 +67,7 @@ class Embedder:
         """Makes the programs, one at a time; yields the shape of each."""
         for shape in self.shapes:
             lowered = embed.lower(
-                self._graphdef,
+                self._structure,
                 self._params,
                 self.model.modules,
                 *_structs(self._arrays([], shape.holding([])), _sharding(self.model.mesh)),
@@ -139,7 +139,7 @@ class _PairLane:
         self.budget = by_platform(cpu=cross_encoder.CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
         lengths = [length for length in row_lengths(model.text.max_seq_length) if length > 32]
         self.shapes = shapes(lengths, self.budget, num_shards(model.mesh), lengths)
-        self._graphdef, self._params = split(model.decoder)
+        self._structure, self._params = split(model.decoder)
         self.programs = len(self.shapes)
         self._programs: dict[Shape, Any] = {}
 
@@ -178,7 +178,7 @@ class Scorer(_PairLane):
     def _lower(self, plan: PlannedBatch) -> Any:
         arrays, _ = self._arrays([], plan)
         placed = _structs(arrays, _sharding(self.model.mesh))
-        return score_tokens.lower(self._graphdef, self._params, *placed, mesh=self.model.mesh)
+        return score_tokens.lower(self._structure, self._params, *placed, mesh=self.model.mesh)
 
     def _arrays(self, items: Sequence[TokenPair], plan: PlannedBatch) -> tuple[tuple[Any, Any], np.ndarray]:
         contexts, queries = [item.context for item in items], [item.query for item in items]
@@ -211,7 +211,7 @@ class PairReader(_PairLane):
     def _lower(self, plan: PlannedBatch) -> Any:
         placed = _structs(self._arrays([], plan), _sharding(self.model.mesh))
         return read_scores.lower(
-            self._graphdef, self._params, *placed, self.own.readout, mesh=self.model.mesh
+            self._structure, self._params, *placed, self.own.readout, mesh=self.model.mesh
         )
 
     def _arrays(self, items: Sequence[list[int]], plan: PlannedBatch) -> tuple[Any, np.ndarray]:

@@ -67,4 +67,22 @@ def test_a_weight_that_was_changed_in_place_is_what_the_next_split_has():
     decoder.blocks[1].mlp.up.kernel[...] = kernel
     assert not split(decoder)[1]["blocks"][1]["mlp"]["up"]["kernel"].any()
     decoder.blocks[1].mlp.activation = "relu"
-    assert split(decoder)[0] is not split(Decoder(TINY, FLOAT32))[0]
+    assert split(decoder)[0] != split(Decoder(TINY, FLOAT32))[0]
+
+
+def test_a_block_that_computes_something_else_differs_in_structure():
+    """So that a block is not run as another that was traced before it."""
+    alike, scaled = (
+        Decoder(dataclasses.replace(TINY, scale_by_layer=each), FLOAT32).blocks for each in (False, True)
+    )
+    assert jax.tree.structure(alike[0]) == jax.tree.structure(alike[1])
+    assert jax.tree.structure(scaled[0]) != jax.tree.structure(scaled[1])
+
+
+def test_parameters_of_another_structure_are_refused():
+    structure, params = split(Decoder(TINY, FLOAT32))
+    kernel = params["blocks"][0]["mlp"]["up"].pop("kernel")
+    for wrong in (None, {"x": kernel}):
+        params["blocks"][0]["mlp"]["up"]["kernel"] = wrong
+        with pytest.raises(ValueError, match="another structure"):
+            merge(structure, params)
