@@ -33,7 +33,7 @@ NO_CUDA = (
 )
 # Temporaries of a step of GPT-Neo 1.3B's biases, 160 rows of 80 tokens: 29.7 GB compiled without the GPU, 23.1 by an
 # H200's own compiler (eval/results/speed/train-gpt-neo-1.3b-h200.json). Both are of the time before MLPs computed their
-# activations again for the gradient; without the GPU it is 19.6 GB since then.
+# activations again for the gradient.
 WITHOUT_GPU = (
     "compiled without the GPU: untuned, and with XLA's attention where a run has cuDNN's, which needs less"
 )

@@ -158,9 +158,8 @@ def memory(config: DecoderConfig, work: Work, sizes: Sizes, *, gpu: bool = False
     kept = (item * projected + 4 * width + (4 + item) * scores) / tensor
     norms = (1 if config.shared_norm else 2) * (2 if config.norm_at == "both" else 1)
     kept += item * norms * config.embed_dim
-    if (
-        work.trainable != "bias"
-    ):  # what the linear layers take, and as much as the compiler keeps of norms that train
+    # What the linear layers take, and as much as the compiler keeps of norms that train.
+    if work.trainable != "bias":
         kept += item * (config.mlp_dim / tensor + 4 * config.embed_dim)
     activations = tokens * kept * config.num_layers + masks
     vectors = 4 * work.rows * most_texts(work.length) * config.hidden_dim / mesh_ways
