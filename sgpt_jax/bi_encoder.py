@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -36,19 +35,11 @@ from sgpt_jax.reports import EncodeReport
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.prefetch import ahead
 from sgpt_jax.runtime.progress import Show, beside, shared_progress
-from sgpt_jax.saving import save_settings
+from sgpt_jax.saving import DEQUANTISED, save_settings
 from sgpt_jax.text.encoder import Side, TextEncoder, check_ids
 
 # CPU: tokens of a batch; more make no matmul faster.
 CPU_BATCH_TOKENS = 4096
-
-
-# What a model card says of weights that were int8.
-DEQUANTISED = (
-    "The weights are the dequantised copy of int8 weights, one scale for each output channel, that the model was used "
-    "with: another rounding of the base model's than its own files have."
-)
-
 
 _ARGUMENTS = (
     "pooling", "brackets", "max_seq_length", "truncate_dim", "dtype", "biases", "weights", "adapter", "bidirectional",
@@ -297,7 +288,7 @@ class BiEncoder:
         asked = [texts] if isinstance(texts, str) else texts
         prompt = self.text.prompt(side, prompt_name) if prompt is None else prompt
         ids = self.text.ids(asked, side, prompt=prompt, show_progress=beside(show_progress))
-        chunk = self._plan(ids, prompt, side, truncate_dim, batch_tokens, batch_size)
+        chunk = self._chunk(ids, prompt, side, truncate_dim, batch_tokens, batch_size)
         with shared_progress("embedding", "text", len(ids), show_progress) as bar:
             (vectors,) = self._embedder().vectors(
                 [chunk], normalize, lambda plan: bar.update(len(plan.texts))
@@ -345,31 +336,22 @@ class BiEncoder:
             float32 [n, D] for each chunk.
         """
         report = EncodeReport() if report is None else report
-        begin = time.perf_counter() - report.seconds
-
-        def wait(seconds: float) -> None:
-            report.waited += seconds
-            report.seconds = time.perf_counter() - begin
-
-        def count(plan: PlannedBatch) -> None:
-            report.texts += len(plan.texts)
-            report.tokens_padded += plan.padded_tokens
-            report.seconds = time.perf_counter() - begin
-            on_batch(len(plan.texts))
-
-        def cut(texts: int) -> None:
-            report.cut += texts
+        report.begin()
 
         def planned() -> Iterator[Chunk]:
             for texts in chunks:
                 prompt = self.text.prompt(side)
-                ids = self.text.ids(texts, side, prompt=prompt, show_progress=False, on_cut=cut)
+                ids = self.text.ids(texts, side, prompt=prompt, show_progress=False, on_cut=report.add_cut)
                 report.tokens += sum(map(len, ids))
-                yield self._plan(ids, prompt, side, None, batch_tokens)
+                yield self._chunk(ids, prompt, side, batch_tokens=batch_tokens)
 
-        with contextlib.closing(ahead(planned(), 2, wait)) as ready:
+        def done(plan: PlannedBatch) -> None:
+            report.add_batch(len(plan.texts), plan.padded_tokens)
+            on_batch(len(plan.texts))
+
+        with contextlib.closing(ahead(planned(), 2, report.add_wait)) as ready:
             first = 0
-            for vectors in self._embedder().vectors(ready, normalize, count):
+            for vectors in self._embedder().vectors(ready, normalize, done):
                 warn_not_finite(vectors, first)
                 first += len(vectors)
                 yield vectors
@@ -440,13 +422,13 @@ class BiEncoder:
     def _embedder(self) -> Embedder:
         return Embedder(self.decoder, self.pooling, self.modules, self.text.pad_id, self.mesh)
 
-    def _plan(
+    def _chunk(
         self,
         ids: list[list[int]],
         prompt: str,
         side: Side | None,
-        truncate_dim: int | None,
-        batch_tokens: int | None,
+        truncate_dim: int | None = None,
+        batch_tokens: int | None = None,
         batch_size: int | None = None,
     ) -> Chunk:
         check_ids(ids, self.decoder.config.vocab_size)
@@ -457,9 +439,8 @@ class BiEncoder:
             row_multiple=num_shards(self.mesh),
             batch_texts=batch_size,
         )
-        return Chunk(
-            ids, plans, self.skip(prompt, side), np.zeros((len(ids), self._kept(truncate_dim)), np.float32)
-        )
+        vectors = np.zeros((len(ids), self._kept(truncate_dim)), np.float32)
+        return Chunk(ids, plans, self.skip(prompt, side), vectors)
 
 
 def _first(*values: Any) -> Any:

@@ -6,44 +6,28 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sgpt_jax.decoder.log_probs import score_tokens
-from sgpt_jax.decoder.model import Decoder, split
-from sgpt_jax.decoder.sharding import batch_sharding, describe_devices, num_shards
+from sgpt_jax.decoder.model import Decoder
+from sgpt_jax.decoder.sharding import describe_devices
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.scoring import Scoring, is_classifier, read_scoring
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.habits import refuse, refuse_attribute, refuse_source, translate
 from sgpt_jax.load import Parts, load_parts, open_model, token_limit
 from sgpt_jax.own_scoring import OwnScoring, score_pairs
-from sgpt_jax.packing.layout import BATCH_TOKENS, lay_out, plan_batches
-from sgpt_jax.packing.shared import lay_out_targets, shared_rows
+from sgpt_jax.query_scoring import batch_budget, count_pairs, log_probs_of_targets, sum_log_probs
 from sgpt_jax.reports import ScoreReport
-from sgpt_jax.runtime.one_behind import one_behind
-from sgpt_jax.runtime.platform import by_platform
-from sgpt_jax.runtime.progress import Show, beside, shared_progress
-from sgpt_jax.text.encoder import TextEncoder, check_ids
-from sgpt_jax.text.pairs import (
-    DEFAULT_PROMPT,
-    Prompt,
-    TokenPairs,
-    check_pairs,
-    query_room,
-    query_tokens,
-    tokenise_pairs,
-)
+from sgpt_jax.runtime.progress import Show, beside
+from sgpt_jax.text.encoder import TextEncoder
+from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt, check_pairs, query_room, query_tokens, tokenise_pairs
 
 Reduction = Literal["sum", "mean", "search-endpoint"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-
-# CPU: tokens of a batch. Small batches stay in the caches, and little of the last one is padding.
-CPU_BATCH_TOKENS = 1024
 
 # A tokenizer that states no limit states about 1e30.
 UNSTATED = 10**9
@@ -234,7 +218,7 @@ class CrossEncoder:
                 queries,
                 documents,
                 mesh=self.mesh,
-                batch_tokens=_batch_tokens(batch_tokens),
+                batch_tokens=batch_budget(batch_tokens),
                 batch_size=batch_size,
                 show_progress=show_progress,
             )
@@ -249,11 +233,14 @@ class CrossEncoder:
         tokens = tokenise_pairs(
             self.text, self.prompt, queries, documents, show_progress=beside(show_progress)
         )
-        done = _count(tokens, count)
+        done = count_pairs(tokens, count)
         # The 0 at the end is for those without query tokens, whose index is -1.
         sums = np.append(
-            self.sums(
+            sum_log_probs(
+                self.decoder,
+                self.text,
                 tokens,
+                mesh=self.mesh,
                 batch_size=batch_size,
                 batch_tokens=batch_tokens,
                 show_progress=show_progress,
@@ -332,67 +319,12 @@ class CrossEncoder:
             raise InputError(f"{self.name}: a re-ranker's scores are no log-probabilities of tokens")
         queries, documents = check_pairs([(query, document)])
         tokens = tokenise_pairs(self.text, self.prompt, queries, documents, show_progress=False)
-        for ids in (tokens.contexts, tokens.queries):
-            check_ids(ids, self.decoder.config.vocab_size)
-        found = [_fetch(started)[1] for started in self._start(tokens, None, ScoreReport())]
+        found = [
+            log_probs
+            for _, log_probs in log_probs_of_targets(self.decoder, self.text, tokens, mesh=self.mesh)
+        ]
         log_probs = np.concatenate([*found, np.zeros(0)]).astype(np.float32)
         return query_tokens(self.text, self.prompt, query), log_probs
-
-    def sums(
-        self,
-        tokens: TokenPairs,
-        *,
-        batch_size: int | None = None,
-        batch_tokens: int | None = None,
-        show_progress: Show = None,
-        shown: int | None = None,
-        report: ScoreReport | None = None,
-    ) -> np.ndarray:
-        """The sum of the query's log-probabilities for each of `tokens.pairs`, float64; see `predict`.
-
-        Progress counts the first `shown` pairs, or all.
-        """
-        for ids in (tokens.contexts, tokens.queries):
-            check_ids(ids, self.decoder.config.vocab_size)
-        report = ScoreReport() if report is None else report
-        sums = np.zeros(len(tokens.pairs))
-        shown = len(sums) if shown is None else shown
-        with shared_progress("scoring", "pair", shown, show_progress) as bar:
-            for owners, log_probs in one_behind(
-                self._start(tokens, batch_tokens, report, batch_size), _fetch
-            ):
-                np.add.at(sums, owners, log_probs)
-                bar.update(int((np.unique(owners) < shown).sum()))
-        return sums
-
-    def _start(
-        self,
-        tokens: TokenPairs,
-        batch_tokens: int | None,
-        report: ScoreReport,
-        batch_size: int | None = None,
-    ) -> Iterator[tuple[np.ndarray, jax.Array]]:
-        """Starts one batch after the other: of which pair each target is, and the targets' log-probabilities."""
-        pairs, contexts, queries = tokens.pairs, tokens.contexts, tokens.queries
-        structure, params = split(self.decoder)
-        shards = num_shards(self.mesh)
-        sharding = jax.local_devices()[0] if self.mesh is None else batch_sharding(self.mesh)
-        plans = plan_batches(
-            shared_rows(pairs, list(map(len, contexts)), list(map(len, queries)), self.decoder.config),
-            batch_tokens=_batch_tokens(batch_tokens),
-            row_multiple=shards,
-            batch_texts=batch_size,
-        )
-        read = [queries[query][:-1] for _, query in pairs]  # the last token is predicted, but not read
-        for plan in plans:
-            batch = lay_out(plan, read, self.text.pad_id, contexts)
-            targets, owners = lay_out_targets(plan, pairs, contexts, queries, shards)
-            report.tokens += int((batch.segments >= 0).sum())
-            report.tokens_padded += plan.padded_tokens
-            log_probs = score_tokens(
-                structure, params, *jax.device_put((batch, targets), sharding), mesh=self.mesh
-            )
-            yield owners, log_probs
 
 
 def _pair_text(scoring: Scoring, parts: Parts, asked: int | None) -> TextEncoder:
@@ -410,10 +342,6 @@ def is_template(prompt: str | Prompt | None) -> bool:
     return isinstance(prompt, Prompt) or (prompt is not None and "{}" in prompt)
 
 
-def _batch_tokens(asked: int | None) -> int:
-    return asked or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
-
-
 def _tell(done: ScoreReport, report: ScoreReport | None) -> None:
     """Warns the caller of `predict`, and adds to its report."""
     if (warning := done.warning()) is not None:
@@ -428,26 +356,3 @@ def _without_nan(scores: np.ndarray) -> np.ndarray:
     if wrong.size:
         raise NaNScoreError(f"the score of pair {wrong[0]} is NaN", int(wrong[0]))
     return scores.astype(np.float32)
-
-
-def _fetch(started: tuple[np.ndarray, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-    """The targets' pairs and log-probabilities, [n] each, without what is no target."""
-    owners, log_probs = started
-    used = owners >= 0
-    return owners[used], np.asarray(log_probs, np.float64)[used]
-
-
-def _count(tokens: TokenPairs, count: int) -> ScoreReport:
-    """What the first `count` pairs are; the tokens are those of all."""
-    used = [
-        (tokens.pairs[index], length)
-        for index, length in zip(tokens.indices, tokens.lengths, strict=True)
-        if length
-    ]
-    return ScoreReport(
-        pairs=count,
-        tokens_alone=sum(len(tokens.contexts[context]) + int(length) - 1 for (context, _), length in used),
-        documents_cut=int(tokens.documents_cut[:count].sum()),
-        queries_cut=int(tokens.queries_cut[:count].sum()),
-        queries_empty=int((tokens.lengths[:count] == 0).sum()),
-    )

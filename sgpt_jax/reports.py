@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 
 @dataclasses.dataclass
@@ -25,6 +26,25 @@ class EncodeReport:
     tokens_padded: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+
+    def begin(self) -> None:
+        """The clock goes on from `seconds`."""
+        self._begin = time.perf_counter() - self.seconds
+
+    def add_cut(self, texts: int) -> None:
+        self.cut += texts
+
+    def add_batch(self, texts: int, tokens_padded: int) -> None:
+        self.texts += texts
+        self.tokens_padded += tokens_padded
+        self._stop()
+
+    def add_wait(self, seconds: float) -> None:
+        self.waited += seconds
+        self._stop()
+
+    def _stop(self) -> None:
+        self.seconds = time.perf_counter() - self._begin
 
 
 @dataclasses.dataclass

@@ -14,6 +14,12 @@ from sgpt_jax.text.tokenizer import save_tokenizer
 if TYPE_CHECKING:
     from sgpt_jax.bi_encoder import BiEncoder
 
+# What a model card says of weights that were int8.
+DEQUANTISED = (
+    "The weights are the dequantised copy of int8 weights, one scale for each output channel, that the model was used "
+    "with: another rounding of the base model's than its own files have."
+)
+
 
 def save_settings(
     model: BiEncoder,

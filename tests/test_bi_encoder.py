@@ -8,6 +8,7 @@ import decoders
 import jax
 import numpy as np
 import pytest
+from gguf_files import write_gguf
 
 import sgpt_jax as sgpt
 from sgpt_jax.checkpoint import bias_sets as biases
@@ -79,7 +80,7 @@ def test_tokenizers_with_bos(tmp_path):
 def test_gguf_equals_the_folder(variant, dtype, tmp_path):
     folder = decoders.write_checkpoint(variant, tmp_path / "folder")
     decoders.write_tokenizer(folder)
-    ours = sgpt.BiEncoder.from_pretrained(decoders.write_gguf(variant, tmp_path / "model.gguf", dtype=dtype))
+    ours = sgpt.BiEncoder.from_pretrained(write_gguf(variant, tmp_path / "model.gguf", dtype=dtype))
     theirs = sgpt.BiEncoder.from_pretrained(folder)
     # Qwen2's tokenizer composes characters and splits digits, which the folder's does not.
     texts = TEXTS if variant != "qwen2" else ["A heron waits in the shallow water.", "x", "", '["quoted"]']
@@ -88,14 +89,14 @@ def test_gguf_equals_the_folder(variant, dtype, tmp_path):
 
 
 def test_gguf_with_published_llama3_frequencies(tmp_path):
-    file = open_checkpoint(decoders.write_gguf("llama", tmp_path / "model.gguf"))
+    file = open_checkpoint(write_gguf("llama", tmp_path / "model.gguf"))
     plain = rotary_frequencies(RotaryConfig(dim=64, base=500_000.0))
     for factor in (8.0, 32.0):
         scaled = RotaryConfig(dim=64, base=500_000.0, scaling="llama3", factor=factor)
         settings = file._llama3_scaling(plain / rotary_frequencies(scaled), 500_000.0)
         assert (settings["rope_type"], settings["factor"]) == ("llama3", factor)
     with pytest.raises(InputError, match="none of the published"):
-        open_checkpoint(decoders.write_gguf("llama3", tmp_path / "other.gguf"))
+        open_checkpoint(write_gguf("llama3", tmp_path / "other.gguf"))
 
 
 def test_a_vector_does_not_depend_on_its_batch(model):

@@ -25,6 +25,7 @@ from sgpt_jax.decoder.model import Decoder, merge, split
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import lay_out, plan_batches
 from sgpt_jax.packing.shared import lay_out_targets, row_room, shared_rows
+from sgpt_jax.query_scoring import sum_log_probs
 from sgpt_jax.reports import ScoreReport
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, SEARCH_ENDPOINT_PROMPT, Prompt, tokenise_pairs
@@ -94,7 +95,7 @@ def without_sharing(model, pairs):
         contexts=[tokens.contexts[context] for context, _ in tokens.pairs],
         pairs=[(index, query) for index, (_, query) in enumerate(tokens.pairs)],
     )
-    return model.sums(alone)[tokens.indices]
+    return sum_log_probs(model.decoder, model.text, alone, mesh=None)[tokens.indices]
 
 
 def assert_close(ours, theirs):

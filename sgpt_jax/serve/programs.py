@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sgpt_jax import bi_encoder, cross_encoder
-from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.bi_encoder import CPU_BATCH_TOKENS, BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import split
@@ -24,6 +23,7 @@ from sgpt_jax.own_scoring import OwnScoring
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch, Row, lay_out
 from sgpt_jax.packing.rows import embed, fill_rows, most_texts, rows_apart, vector_indices
 from sgpt_jax.packing.shared import lay_out_targets
+from sgpt_jax.query_scoring import batch_budget
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.serve.shapes import Shape, choose, row_lengths, shapes
 
@@ -55,7 +55,7 @@ class Embedder:
     def __init__(self, model: BiEncoder) -> None:
         self.model = model
         # On a CPU, a batch of seconds would keep everybody waiting who comes next.
-        self.budget = by_platform(cpu=bi_encoder.CPU_BATCH_TOKENS // 4, accelerator=BATCH_TOKENS)
+        self.budget = by_platform(cpu=CPU_BATCH_TOKENS // 4, accelerator=BATCH_TOKENS)
         lengths = row_lengths(model.text.max_seq_length)
         several = [length for length in lengths if length in (128, 512, 2048) or length == lengths[-1]]
         self.shapes = shapes(lengths, self.budget, num_shards(model.mesh), several)
@@ -136,7 +136,7 @@ class _PairLane:
 
     def __init__(self, model: CrossEncoder) -> None:
         self.model = model
-        self.budget = by_platform(cpu=cross_encoder.CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
+        self.budget = batch_budget()
         lengths = [length for length in row_lengths(model.text.max_seq_length) if length > 32]
         self.shapes = shapes(lengths, self.budget, num_shards(model.mesh), lengths)
         self._structure, self._params = split(model.decoder)

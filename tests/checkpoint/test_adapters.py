@@ -8,6 +8,7 @@ import pytest
 from adapters import ADAPTERS, adapter_tensors, write_adapter
 from decoders import hidden_states, relative_error
 from folders import QUERIES, expected
+from gguf_files import write_gguf
 from safetensors.numpy import load_file, save_file
 
 import sgpt_jax as sgpt
@@ -62,7 +63,7 @@ def test_a_chain(tmp_path):
 
 
 def test_over_a_gguf_file_and_on_a_bi_encoder(tmp_path):
-    base = decoders.write_gguf("llama", tmp_path / "base.gguf")
+    base = write_gguf("llama", tmp_path / "base.gguf")
     adapter = write_adapter("plain", tmp_path / "adapter", "some/base")
     hidden = hidden_states(loaded(base, adapter), *inputs("plain"))
     assert relative_error(hidden[0], expected("plain")["hidden"]) < 1e-5

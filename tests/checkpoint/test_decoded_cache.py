@@ -9,6 +9,7 @@ import decoders
 import jax
 import numpy as np
 import pytest
+from gguf_files import write_gguf
 
 from sgpt_jax import BiEncoder, load_decoder, make_mesh
 from sgpt_jax.checkpoint import decoded_cache
@@ -26,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    return decoders.write_gguf("llama", tmp_path / "model.gguf")
+    return write_gguf("llama", tmp_path / "model.gguf")
 
 
 def leaves(source, dtype="float32"):
@@ -108,7 +109,7 @@ def test_damaged_entries_are_replaced(cache, model, damage, tmp_path):
     elif damage == "no file of this kind":
         entry.write_bytes(b"nothing")
     else:
-        load_decoder(decoders.write_gguf("qwen2", tmp_path / "other.gguf"))
+        load_decoder(write_gguf("qwen2", tmp_path / "other.gguf"))
         (other,) = set(cache.iterdir()) - {entry}
         entry.write_bytes(other.read_bytes())
     assert same(leaves(model), first)
@@ -166,12 +167,12 @@ def test_what_is_old_is_removed(cache, model, tmp_path):
     (entry,) = cache.iterdir()
     killed = cache / "x.1.2.partial"
     killed.touch()
-    other = decoders.write_gguf("qwen2", tmp_path / "other.gguf")
+    other = write_gguf("qwen2", tmp_path / "other.gguf")
     load_decoder(other)
     assert killed.exists()  # it could be at work
     for file in (entry, killed):
         os.utime(file, (0, 0))
-    load_decoder(decoders.write_gguf("llama_tied", tmp_path / "third.gguf"))
+    load_decoder(write_gguf("llama_tied", tmp_path / "third.gguf"))
     assert not entry.exists()
     assert not killed.exists()
     assert len(list(cache.iterdir())) == 2

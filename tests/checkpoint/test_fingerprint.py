@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from decoders import load
+from gguf_files import write_gguf
 
 from sgpt_jax import load_decoder, make_mesh
 from sgpt_jax.checkpoint.bias_sets import BiasSet, apply_bias_set, bias_leaves
@@ -29,7 +30,7 @@ def changed(decoder, name, change):
 
 def test_dtype_file_format_mesh_and_prefix_do_not_matter(tmp_path):
     folder = decoders.write_checkpoint("llama", tmp_path / "a")
-    gguf = decoders.write_gguf("llama", tmp_path / "a.gguf")
+    gguf = write_gguf("llama", tmp_path / "a.gguf")
     found = {
         model_fingerprint(decoder, SETTINGS)
         for decoder in (

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, dequantize
+from gguf_files import write_gguf
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint import gguf, gguf_reader
@@ -22,7 +23,7 @@ DAMAGE = [None, True, 0, -1, 10**9, 2**40, 0.5, float("nan"), "", "x", [], [1, 2
 
 @pytest.fixture
 def opened(tmp_path):
-    path = epath.Path(decoders.write_gguf("llama", tmp_path / "model.gguf"))
+    path = epath.Path(write_gguf("llama", tmp_path / "model.gguf"))
     return path, gguf_reader.open_gguf(path)
 
 
@@ -102,7 +103,7 @@ def hidden_of(path, variant, ids=None):
     ],
 )
 def test_hidden_states_are_those_of_torch(variant, tmp_path):
-    path = decoders.write_gguf(variant, tmp_path / "model.gguf")
+    path = write_gguf(variant, tmp_path / "model.gguf")
     wanted = decoders.expected(variant)
     assert decoders.relative_error(hidden_of(path, variant), wanted["hidden"]) < 2e-5
     if "long_ids" in wanted:
@@ -124,13 +125,13 @@ def test_longrope(variant, tmp_path):
         "phi3.rope.scaling.original_context_length": original,
         "phi3.rope.scaling.attn_factor": float(reference.attention_factor),
     }
-    path = decoders.write_gguf(variant, tmp_path / "model.gguf", fields=fields, more=factors)
+    path = write_gguf(variant, tmp_path / "model.gguf", fields=fields, more=factors)
     assert decoders.relative_error(hidden_of(path, variant), decoders.expected(variant)["hidden"]) < 2e-5
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("Q8_0", 0.05), ("BF16", 0.05), ("Q5_1", 0.3), ("Q4_0", 0.6)])
 def test_quantised_matrices(dtype, most, tmp_path):
-    path = decoders.write_gguf("llama", tmp_path / "model.gguf", dtype=dtype)
+    path = write_gguf("llama", tmp_path / "model.gguf", dtype=dtype)
     kinds = {tensor.tensor_type.name for tensor in gguf_reader.open_gguf(path).tensors}
     assert dtype in kinds
     error = decoders.relative_error(hidden_of(path, "llama"), decoders.expected("llama")["hidden"])
@@ -208,7 +209,7 @@ def test_a_file_of_k_quants_is_what_the_gguf_package_decodes(tmp_path):
 
 
 def test_split_files(tmp_path):
-    first = decoders.write_gguf("llama", tmp_path / "model.gguf", split=7)
+    first = write_gguf("llama", tmp_path / "model.gguf", split=7)
     parts = gguf_reader.parts_of(first)
     assert len(parts) > 2 and all(part.exists() for part in parts)
     wanted = decoders.expected("llama")["hidden"]
@@ -224,15 +225,13 @@ def test_split_files(tmp_path):
 
 def test_embedding_files_say_their_pooling_and_mask(tmp_path):
     for kind, pooling in ((0, "weightedmean"), (1, "mean"), (2, "cls"), (3, "lasttoken")):
-        path = decoders.write_gguf("llama", tmp_path / f"{kind}.gguf", fields={"llama.pooling_type": kind})
+        path = write_gguf("llama", tmp_path / f"{kind}.gguf", fields={"llama.pooling_type": kind})
         assert BiEncoder.from_pretrained(path).pooling == pooling
     assert BiEncoder.from_pretrained(path, pooling="mean").pooling == "mean"
-    path = decoders.write_gguf("llama", tmp_path / "rank.gguf", fields={"llama.pooling_type": 4})
+    path = write_gguf("llama", tmp_path / "rank.gguf", fields={"llama.pooling_type": 4})
     with pytest.raises(InputError, match="pooling_type rank"):
         BiEncoder.from_pretrained(path)
-    path = decoders.write_gguf(
-        "llama_bidirectional", tmp_path / "both.gguf", fields={"llama.attention.causal": False}
-    )
+    path = write_gguf("llama_bidirectional", tmp_path / "both.gguf", fields={"llama.attention.causal": False})
     wanted = decoders.expected("llama_bidirectional")["hidden"]
     assert decoders.relative_error(hidden_of(path, "llama_bidirectional"), wanted) < 2e-5
 
@@ -241,8 +240,8 @@ def test_embeddinggemmas_dense_layers(tmp_path):
     weights = {f"dense_{i}.weight": np.random.RandomState(i).randn(*shape).astype(np.float32)
                for i, shape in ((2, (48, 32)), (3, (32, 48)))}  # fmt: skip
     fields = {"gemma-embedding.pooling_type": 1}
-    path = decoders.write_gguf("gemma3_bidirectional", tmp_path / "x.gguf", fields=fields, more=weights)
-    plain = decoders.write_gguf("gemma3_bidirectional", tmp_path / "y.gguf", fields=fields)
+    path = write_gguf("gemma3_bidirectional", tmp_path / "x.gguf", fields=fields, more=weights)
+    plain = write_gguf("gemma3_bidirectional", tmp_path / "y.gguf", fields=fields)
     model, texts = BiEncoder.from_pretrained(path), ["a heron", "the bay"]
     assert model.decoder.config.bidirectional and model.pooling == "mean" and model.dimension == 32
     wanted = (

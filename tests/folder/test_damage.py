@@ -11,10 +11,10 @@ import shutil
 import time
 import warnings
 
-import decoders
 import pytest
 from etils import epath
 from folders import write_folder
+from gguf_files import write_gguf
 
 from sgpt_jax.checkpoint import gguf_reader
 from sgpt_jax.checkpoint.gguf_tokenizer import load_gguf_tokenizer
@@ -136,7 +136,7 @@ def test_json_files_of_a_folder(file, folder, tmp_path):
 
 
 def test_headers_of_a_gguf_file(tmp_path):
-    path = decoders.write_gguf("llama", tmp_path / "model.gguf")
+    path = write_gguf("llama", tmp_path / "model.gguf")
     content = path.read_bytes()
     header = min(int(tensor.data_offset) for tensor in gguf_reader.open_gguf(path).tensors)
     draw = random.Random(0)

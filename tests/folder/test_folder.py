@@ -7,6 +7,7 @@ import decoders
 import numpy as np
 import pytest
 from etils import epath
+from gguf_files import write_gguf
 
 from sgpt_jax import load_decoder
 from sgpt_jax.decoder.modules import Normalize
@@ -73,7 +74,7 @@ def test_a_released_bracket_model(tmp_path):
 def test_a_plain_folder_and_a_gguf_file_say_nothing(tmp_path):
     dump(tmp_path / "model/config.json", {"model_type": "llama"})
     dump(tmp_path / "model/tokenizer_config.json", {"model_max_length": 1024})
-    assert read_settings(decoders.write_gguf("llama", tmp_path / "model.gguf")) == ModelSettings()
+    assert read_settings(write_gguf("llama", tmp_path / "model.gguf")) == ModelSettings()
     assert read_settings(tmp_path / "model") == ModelSettings()
 
 
@@ -196,7 +197,7 @@ def test_deep_json_is_no_crash(tmp_path):
 
 
 def test_a_folder_of_one_gguf_file_is_that_file(tmp_path):
-    file = decoders.write_gguf("llama", tmp_path / "model.GGUF")
+    file = write_gguf("llama", tmp_path / "model.GGUF")
     assert (resolve(tmp_path).path, resolve(tmp_path).name) == (file, tmp_path.name)
     assert load_decoder(tmp_path).config == load_decoder(file).config
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
