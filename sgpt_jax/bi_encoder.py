@@ -19,7 +19,7 @@ from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.decoder.modules import Modules, output_dimension
 from sgpt_jax.decoder.pooling import pooling_modes, similarities
 from sgpt_jax.decoder.sharding import describe_devices, num_shards
-from sgpt_jax.errors import InputError
+from sgpt_jax.errors import InputError, whole
 from sgpt_jax.folder.card import read_license
 from sgpt_jax.folder.hub import PushOptions, push_folder
 from sgpt_jax.folder.modules import describe_modules
@@ -414,7 +414,7 @@ class BiEncoder:
         Raises:
             InputError: there are not so many.
         """
-        size = self.dimension if truncate_dim is None else truncate_dim
+        size = self.dimension if truncate_dim is None else whole("truncate_dim", truncate_dim)
         if not 1 <= size <= self.dimension:
             raise InputError(f"truncate_dim {size}: the model's vectors have {self.dimension} dimensions")
         return size
@@ -432,9 +432,11 @@ class BiEncoder:
         batch_size: int | None = None,
     ) -> Chunk:
         check_ids(ids, self.decoder.config.vocab_size)
+        if batch_tokens is None:
+            batch_tokens = by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
         plans = plan_texts(
             [len(text) for text in ids],
-            batch_tokens=batch_tokens or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS),
+            batch_tokens=batch_tokens,
             max_length=self.text.max_seq_length,
             row_multiple=num_shards(self.mesh),
             batch_texts=batch_size,

@@ -22,7 +22,7 @@ from sgpt_jax.checkpoint.untrusted import read_object
 from sgpt_jax.checkpoint.weights import checkpoint_sha256, load_checkpoint
 from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.model import Decoder, split
-from sgpt_jax.errors import InputError
+from sgpt_jax.errors import InputError, whole
 from sgpt_jax.families import read_config
 from sgpt_jax.families.own_code import describe, own_code_of, without_own_code
 from sgpt_jax.folder.modules import check_decoder_is_on_top
@@ -250,6 +250,7 @@ def token_limit(config: DecoderConfig, asked: int | None, stated: int | None = N
     """
     limit = config.max_positions
     if asked is not None:
+        asked = whole("max_seq_length", asked)
         if limit is not None and asked > limit:
             raise InputError(f"max_seq_length {asked}, but the model has {limit} positions")
         return asked

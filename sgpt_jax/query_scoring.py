@@ -26,7 +26,7 @@ CPU_BATCH_TOKENS = 1024
 
 def batch_budget(asked: int | None = None) -> int:
     """Padded tokens of pairs computed at a time: what is asked for, or what suits the device."""
-    return asked or by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
+    return by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS) if asked is None else asked
 
 
 def sum_log_probs(

@@ -10,6 +10,7 @@ import pytest
 import sgpt_jax as sgpt
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder import hub
+from sgpt_jax.load import token_limit
 from sgpt_jax.packing import stream
 from sgpt_jax.precision import quantize_embeddings
 
@@ -57,6 +58,15 @@ def test_batch_size_bounds_the_texts_of_a_batch(model, monkeypatch):
     assert max(sizes) <= 3 < free and sum(sizes) == len(TEXTS)
     with pytest.raises(InputError, match="batch_size must be positive, not 0"):
         model.encode(TEXTS, batch_size=0)
+    for tokens in (0, -1):
+        with pytest.raises(InputError, match=f"batch_tokens must be positive, not {tokens}"):
+            model.encode(TEXTS, batch_tokens=tokens)
+
+
+@pytest.mark.parametrize("limit", ["8", 8.5, True])
+def test_a_limit_is_a_whole_number(model, limit):
+    with pytest.raises(InputError, match=f"max_seq_length must be a whole number, not {limit!r}"):
+        token_limit(model.decoder.config, limit)
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,12 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
     if only_biases:
         save_bias_set(folder / BIASES, BiasSet(biases, bias_header(model, record)))
         messages.append(f"biases: {folder / BIASES}")
-    for stale in folder.glob("model*.safetensors*"):
-        stale.unlink()  # of an earlier end of the same run: shards may have been more
+    apart = model.decoder.build.lora is not None and not record.config.merge
+    # What an earlier end of the same run left would be loaded in place of what is written now, or beside it.
+    for stale in folder.glob("model*.safetensors*" if apart else "adapter_*"):
+        stale.unlink()
     training, results = _training_rows(record, model.decoder.build.lora), _result_rows(record)
-    if model.decoder.build.lora is not None and not record.config.merge:
+    if apart:
         base = record.config.model
         base = str(epath.Path(base).resolve()) if epath.Path(base).exists() else base
         header = bias_header(model, record)

@@ -18,11 +18,12 @@ import numpy as np
 from etils import epath
 from safetensors import safe_open
 
-from sgpt_jax.checkpoint.tensors import TensorFiles, TorchFiles, map_safetensors
+from sgpt_jax.checkpoint.tensors import TensorFiles, TorchFiles, map_safetensors, same_values
 from sgpt_jax.checkpoint.untrusted import read_object
 from sgpt_jax.errors import InputError
-from sgpt_jax.families import family_of
+from sgpt_jax.families import family_of, read_config
 from sgpt_jax.families.reading import short
+from sgpt_jax.families.tables import TABLES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -171,8 +172,20 @@ class AdaptedFiles:
         self.encoded = [*base.encoded, *(file for file in files if file.exists())] if base.encoded else []
         self.most_values = base.most_values + sum(values.size for values in adapter.tensors.values())
         self.family = family_of(base.config)
+        self.table, self.head = (self.family.tensor_of(leaf) for leaf in TABLES)
         self.deltas, self.replaced = self._parts()
-        self._follow_vocabulary()
+        for key, values in self.replaced.items():
+            if key in (self.table, self.head):
+                self.config["vocab_size"] = int(values.shape[0])
+        own = read_config(base.config)
+        self.ties = own.head == "tied"
+        self.unties = self.ties and self._unties(own.vocab_size)
+        if self.unties:
+            self.config["tie_word_embeddings"] = False
+            if read_config(self.config).head == "tied":
+                raise InputError(
+                    f"{self.what}: it has a head of its own, which a {self.family.model_type} ties to its embeddings"
+                )
 
     def _parts(self) -> tuple[dict[str, _Delta], dict[str, np.ndarray]]:
         """What is added to tensors and what replaces them, by their names in the family's table."""
@@ -214,23 +227,20 @@ class AdaptedFiles:
             raise InputError(f"{self.what}: {module} has rank {stored}, but {CONFIG} says {rank}")
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
-    def _follow_vocabulary(self) -> None:
-        """A vocabulary that the adapter's embeddings enlarged; a tied head must stay tied."""
-        tables = {key: values for key, values in self.replaced.items() if self._is_table(key)}
-        if self.config.get("tie_word_embeddings") and len(tables) == 2:
-            one, other = tables.values()
-            if one.shape != other.shape or not np.array_equal(one, other):
-                raise InputError(
-                    f"{self.what}: it has embeddings and a head, which are one tensor in its base"
-                )
-        for values in tables.values():
-            self.config["vocab_size"] = int(values.shape[0])
+    def _unties(self, vocab_size: int) -> bool:
+        """Whether a head that the base ties becomes another tensor than the embeddings, as it does in peft.
 
-    def _is_table(self, key: str) -> bool:
-        return any(
-            rule.tensor == key and rule.leaves[0] in ("embed/tokens/embedding", "head/kernel")
-            for rule in self.family.rules
-        )
+        peft trains one of the two apart from the other, unless it was told to keep them tied. LoRA over the embeddings
+        alone changes both once it is merged, and so do embeddings for more than the base's `vocab_size`.
+        """
+        table, head = self.replaced.get(self.table or ""), self.replaced.get(self.head or "")
+        if self.adapter.config.get("ensure_weight_tying"):
+            return False
+        if self.head in self.deltas or (head is not None and table is None):
+            return True
+        if table is None or self.table in self.deltas:
+            return False
+        return len(table) == vocab_size if head is None else not same_values(table, head)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """The base's tensors with the adapter in them, and then what only the adapter has (a classifier's head).
@@ -239,16 +249,20 @@ class AdaptedFiles:
             InputError: the adapter does not fit the base.
         """
         left = self.deltas.keys() | self.replaced.keys()
+        tables: dict[str, np.ndarray] = {}
         for name, values in self.base.tensors():
             key = self.family.key(name)
             left -= {key}
-            if key in self.replaced:
-                values = self._replacement(key, values)
-            if key in self.deltas:
-                values = self._merged(key, values, self.deltas[key])
-            yield name, values
-        if self.config.get("tie_word_embeddings"):
-            left -= {key for key in left if self._is_table(key) and key in self.replaced}
+            if key in (self.table, self.head):
+                tables[key] = values
+            if key != self.head or not self.ties:
+                yield name, self._adapted(key, values)
+        if self.ties and self.head is not None and self.table in tables:
+            # A copy of the embeddings stays tied to them, whatever the adapter does to these.
+            own = self.head in tables and not same_values(tables[self.head], tables[self.table])
+            if self.unties or own:
+                yield self.head, self._adapted(self.head, tables.get(self.head, tables[self.table]))
+            left -= {self.head}
         heads = {key for key in left if key.startswith(("score.", "classifier.")) and key in self.replaced}
         if left - heads:
             names = sorted(left - heads)
@@ -259,9 +273,16 @@ class AdaptedFiles:
         for key in sorted(heads):
             yield key, self.replaced[key]
 
+    def _adapted(self, key: str, values: np.ndarray) -> np.ndarray:
+        """A tensor of the base with the adapter in it."""
+        if key in self.replaced:
+            values = self._replacement(key, values)
+        return self._merged(key, values, self.deltas[key]) if key in self.deltas else values
+
     def _replacement(self, key: str, values: np.ndarray) -> np.ndarray:
         new = self.replaced[key]
-        same = new.shape[1:] == values.shape[1:] if self._is_table(key) else new.shape == values.shape
+        is_table = key in (self.table, self.head)
+        same = new.shape[1:] == values.shape[1:] if is_table else new.shape == values.shape
         if not same:
             raise self._misfit(key, new.shape, values.shape)
         return new
@@ -271,8 +292,9 @@ class AdaptedFiles:
         update = delta.up.astype(np.float32)
         if delta.down is not None:
             update = update @ delta.down.astype(np.float32)
-        # peft goes by the kind of layer, whatever fan_in_fan_out says: GPT-2's Conv1D stores [in, out].
-        if delta.embedding or (update.ndim == 2 and self.family.model_type == "gpt2"):
+        # peft goes by the kind of layer, whatever fan_in_fan_out says: GPT-2's Conv1D, all but its head, is [in, out].
+        conv = update.ndim == 2 and self.family.model_type == "gpt2" and key != self.head
+        if delta.embedding or conv:
             update = update.T
         if update.shape != values.shape:
             raise self._misfit(key, update.shape, values.shape)

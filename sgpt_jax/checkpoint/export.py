@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from sgpt_jax.checkpoint.adapters import CONFIG as ADAPTER_CONFIG
 from sgpt_jax.checkpoint.lora import whole_leaf
 from sgpt_jax.checkpoint.quantise import scale_name
 from sgpt_jax.decoder.model import Decoder, split
@@ -22,6 +24,8 @@ from sgpt_jax.families.tables import active_rules, leaf_name
 from sgpt_jax.files.lines import write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def export_tensors(decoder: Decoder, hf: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
@@ -42,15 +46,23 @@ def export_tensors(decoder: Decoder, hf: Mapping[str, Any]) -> Iterator[tuple[st
 def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:
     """Writes config.json and model.safetensors as transformers reads them; above 5 GB several files and an index.
 
+    They take the place of weights that are there, once all are written.
+
     Args:
         decoder: the decoder; its dtype is the files' dtype.
         hf: the Hugging Face config that it was read from.
         folder: created where it is not there.
 
     Raises:
-        InputError: when transformers has no config for the decoder, as for biases added to some families.
+        InputError: when transformers has no config for the decoder, as for biases added to some families; or the
+            folder has an adapter, which would be loaded in place of the decoder. Nothing is written then.
     """
     folder = epath.Path(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"{folder} has an adapter ({ADAPTER_CONFIG}), which would be loaded in place of what is saved there: save "
+            "to another folder"
+        )
     config = export_config(hf, decoder.config)
     family = family_of(config)
     name = family.causal_lm
@@ -85,19 +97,21 @@ def export_folder(decoder: Decoder, hf: Mapping[str, Any], folder: Any) -> None:
         size += values.nbytes
         total += values.nbytes
     flush()
-    # One that an earlier model left would be read in place of the file written here.
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    if len(shards) == 1:
-        (folder / "shard-1.tmp").rename(folder / "model.safetensors")
-    else:
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            (folder / f"shard-{number}.tmp").rename(folder / file)
-            weight_map |= dict.fromkeys(names, file)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else several
+        (folder / f"shard-{number}.tmp").replace(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    new = set(weight_map.values())
+    if len(shards) > 1:
+        new.add("model.safetensors.index.json")
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", config)
+    for old in folder.iterdir():
+        if _WEIGHTS.fullmatch(old.name) and old.name not in new:
+            old.unlink()
 
 
 def count_parameters(params: Any) -> collections.Counter[str]:

@@ -73,10 +73,11 @@ def open_checkpoint(path: epath.Path) -> TensorFiles:
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
-        if (path / index).exists():
-            files = _shards(path, index)
-        elif (path / single).exists():
+        # In transformers' order: who saves into a folder of shards leaves their index there.
+        if (path / single).exists():
             files = [path / single]
+        elif (path / index).exists():
+            files = _shards(path, index)
         else:
             continue
         opened = (SafetensorsFiles if single.endswith("safetensors") else TorchFiles)(config, files)
@@ -157,6 +158,15 @@ def map_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         content = np.frombuffer(data, np.uint8)[start + first : start + end]
         tensors[name] = content.view(dtype).reshape(entry["shape"])
     return tensors
+
+
+def same_values(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two tensors are equal, bit by bit; compared some rows at a time, as embeddings are large."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits = np.dtype(f"u{one.itemsize}")
+    one, other = (np.ascontiguousarray(values).view(bits) for values in (one, other))
+    return all(np.array_equal(one[i : i + 4096], other[i : i + 4096]) for i in range(0, len(one), 4096))
 
 
 class TorchFiles:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from sgpt_jax.checkpoint import decoded_cache
 from sgpt_jax.checkpoint.fingerprint import leaves_sha256
 from sgpt_jax.checkpoint.gguf import GgufFile
 from sgpt_jax.checkpoint.quantise import quantise, scale_name
-from sgpt_jax.checkpoint.tensors import TensorFiles
+from sgpt_jax.checkpoint.tensors import TensorFiles, same_values
 from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.flops import layer_weights
@@ -24,7 +24,9 @@ from sgpt_jax.decoder.sharding import leaf_path, param_shardings
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import family_of, read_config
 from sgpt_jax.families.family import Family
-from sgpt_jax.families.tables import BUFFERS, active_rules, leaf_name
+from sgpt_jax.families.tables import BUFFERS, TABLES, active_rules, leaf_name
+
+T = TypeVar("T")
 
 # The ends of tensor names that quantised checkpoints and adapters have in place of weights.
 _FOREIGN = {
@@ -38,10 +40,34 @@ _FOREIGN = {
 }
 
 
+class _OwnHeadError(Exception):
+    """A head that config.json ties to the embeddings is in the files, and is not what they are."""
+
+
 def load_checkpoint(
     files: TensorFiles, dtype: str = "float32", mesh: Mesh | None = None, weights: str | None = None
 ) -> Decoder:
     """The decoder of an opened checkpoint; see `load_decoder`."""
+    return _with_own_head(files, lambda: _load(files, dtype, mesh, weights))
+
+
+def _with_own_head(files: TensorFiles, read: Callable[[], T]) -> T:
+    """Reads files again, with the config's tie undone, where their head turns out to be another than the embeddings.
+
+    transformers 5 does not tie these either, and says so. Merging an adapter of the head leaves such files.
+    """
+    try:
+        return read()
+    except _OwnHeadError:
+        files.config = {**files.config, "tie_word_embeddings": False}
+        if read_config(files.config).head == "tied":
+            raise InputError(
+                f"the checkpoint has a head that is not its embeddings, to which a {files.config['model_type']} ties it"
+            ) from None
+        return read()
+
+
+def _load(files: TensorFiles, dtype: str, mesh: Mesh | None, weights: str | None) -> Decoder:
     target = _open(files, Build(compute_dtype(dtype), int8=is_int8(weights)), mesh)
     cached = decoded_cache.find(files, target.build.dtype, int8=target.build.int8)
     if cached is not None and target.is_whole(decoded := decoded_cache.load(cached)):
@@ -64,6 +90,10 @@ def checkpoint_sha256(files: TensorFiles) -> str:
     Raises:
         InputError: the checkpoint does not fit its config.
     """
+    return _with_own_head(files, lambda: _sha256(files))
+
+
+def _sha256(files: TensorFiles) -> str:
     target = _open(files, Build(compute_dtype("bfloat16")), None)
     problems: list[str] = []
     views = not isinstance(files, GgufFile)
@@ -110,6 +140,7 @@ class _Target:
         expected: leaf name -> its shape and dtype.
         scales: the leaves among them that no tensor fills: those of int8 leaves.
         rules: tensor name without prefix -> (rule, layer).
+        tied: the tensors that must be the same, names without prefix: embeddings and head.
         shardings: leaf name -> where it lies; empty for the first device.
     """
 
@@ -120,6 +151,7 @@ class _Target:
         self.scales = {scale_name(leaf) for leaf, values in self.expected.items() if values.dtype == np.int8}
         self.rules = active_rules(config, family.rules, self.expected)
         self.heads = {rule.tensor for rule in family.rules if rule.leaves[0].startswith("head/")}
+        self.tied = {family.tensor_of(leaf) for leaf in TABLES} if config.head == "tied" else set()
         self.shardings: dict[str, Any] = {}
         if mesh is not None:
             self.shardings = _by_path(param_shardings(self.abstract, config, mesh))
@@ -150,8 +182,13 @@ def _leaves(
     """The leaves that the tensors hold, as views of them; what does not fit goes into `problems`."""
     origin: dict[str, str] = {}
     unknown: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, np.ndarray] = {}
     for name, tensor in tensors:
         key = target.family.key(name)
+        if key in target.tied:
+            tied[key] = tensor
+            if len(tied) == 2 and not same_values(*tied.values()):
+                raise _OwnHeadError
         if target.passes_over(key):
             continue
         if key not in target.rules:

@@ -91,6 +91,10 @@ class Family:
         """Prefix in checkpoints without a head: `base_prefix` less its first part, which leaves "decoder." for OPT."""
         return self.base_prefix.partition(".")[2]
 
+    def tensor_of(self, leaf: str) -> str | None:
+        """The name in the rules of the tensor that is a leaf; None where the family has no such leaf."""
+        return next((rule.tensor for rule in self.rules if rule.leaves == (leaf,)), None)
+
     def key(self, tensor: str) -> str:
         """A tensor's name in the rules: without prefix, in their spelling."""
         for prefix in (self.base_prefix, *self.other_prefixes):

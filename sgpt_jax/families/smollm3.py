@@ -17,9 +17,11 @@ def _read(hf: ConfigReader) -> DecoderConfig:
     rotates = hf.switches("no_rope_layers", layers) or [
         (layer + 1) % interval != 0 for layer in range(layers)
     ]
-    window = hf.optional_size("sliding_window")
-    window = window if hf.flag("use_sliding_window", False) else None
-    kinds = hf.kinds("layer_types", LAYER_KINDS, layers) or [LAYER_KINDS[not rotate] for rotate in rotates]
+    window, slides = hf.optional_size("sliding_window"), hf.flag("use_sliding_window", False)
+    kinds = hf.kinds("layer_types", LAYER_KINDS, layers)
+    if not kinds:
+        # transformers asks for use_sliding_window where it works the kinds out, not where they are stated.
+        kinds = [LAYER_KINDS[slides and not rotate] for rotate in rotates]
     settings = rotary(hf, head_dim)
     return llama_shape(
         hf,

@@ -23,6 +23,9 @@ BUFFERS = re.compile(
     r"|(.*\.)?rotary_emb\.inv_freq"
 )
 
+# The leaves with a row, or a column, for each vocabulary entry: where the head is tied, the first serves as both.
+TABLES = ("embed/tokens/embedding", "head/kernel")
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:

@@ -73,6 +73,8 @@ def read_modules(path: Path) -> tuple[str, bool, Modules]:
         elif kind == "Dense":
             modules.append(_read_dense(path / module["path"]))
         elif kind == "Normalize":
+            file = path / module["path"] / "config.json"
+            _check_features(file, read_object(file) if file.is_file() else {})
             modules.append(Normalize())
     if pooling is None:
         raise InputError(f"{path / 'modules.json'}: no Pooling module, so there are no text vectors")
@@ -121,7 +123,7 @@ def _read_pooling(file: Path) -> tuple[str, bool]:
         raise InputError(
             f"{file}: pooling {', '.join(map(repr, unknown))} is not supported (supported: {', '.join(POOLING_MODES)})"
         )
-    return "+".join(modes), config.get("include_prompt", True) is not False
+    return "+".join(modes), bool(config.get("include_prompt", True))
 
 
 def _named(file: Path) -> dict[str, Any]:
@@ -135,11 +137,7 @@ def _named(file: Path) -> dict[str, Any]:
 def _read_dense(folder: Path) -> Dense:
     file = folder / "config.json"
     config = _named(file)
-    for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, "sentence_embedding"):
-            raise InputError(
-                f"{file}: {key} is {config[key]!r}; only layers on the text's vector are supported"
-            )
+    _check_features(file, config)
     tensors = dict(_dense_tensors(folder))
     sizes = (config.get("out_features"), config.get("in_features"))
     weight, bias, residual = (tensors.get(key) for key in ("linear.weight", "linear.bias", "residual.weight"))
@@ -152,6 +150,15 @@ def _read_dense(folder: Path) -> Dense:
     if found != wanted:
         raise InputError(f"{folder}: the weights are {found}, the config wants {wanted}")
     return Dense(weight, bias, residual, bool(config.get("use_residual")), _activation(file, config))
+
+
+def _check_features(file: Path, config: dict[str, Any]) -> None:
+    """Refuses a module on anything but the text's vector."""
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key) not in (None, "sentence_embedding"):
+            raise InputError(
+                f"{file}: {key} is {config[key]!r}; only layers on the text's vector are supported"
+            )
 
 
 def _dense_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -165,11 +165,16 @@ def _names(path: Path, name: str) -> list[str]:
 def _read_limit(path: Path) -> int | None:
     file = path / _BERT
     config = _read_object(file)
-    stated = _check_transformer(file, config)
-    # sentence-transformers 6 no longer writes max_seq_length: the tokenizer's own limit has it.
-    limit = config.get("max_seq_length")
-    for other in (stated, _read_object(path / "tokenizer_config.json").get("model_max_length")):
-        limit = other if limit is None else limit
+    handed = _check_transformer(file, config)
+    tokenizer = _read_object(path / "tokenizer_config.json")
+    # In sentence-transformers' order; version 6 no longer writes max_seq_length. max_len is transformers' old spelling.
+    stated = (
+        handed,
+        config.get("max_seq_length"),
+        tokenizer.get("model_max_length"),
+        tokenizer.get("max_len"),
+    )
+    limit = next((value for value in stated if value is not None), None)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1):
         raise InputError(f"{path}: max_seq_length is {limit!r}, not a positive number")
     return None if limit is None or limit >= _NO_LIMIT else int(limit)

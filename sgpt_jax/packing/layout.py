@@ -101,10 +101,11 @@ def plan_batches(
         rounded up to a power of two times `row_multiple`.
 
     Raises:
-        InputError: `batch_texts` is not positive.
+        InputError: `batch_texts` or `batch_tokens` is not positive.
     """
-    if batch_texts is not None and batch_texts < 1:
-        raise InputError(f"batch_size must be positive, not {batch_texts}")
+    for name, size in (("batch_size", batch_texts), ("batch_tokens", batch_tokens)):
+        if size is not None and size < 1:
+            raise InputError(f"{name} must be positive, not {size}")
     ordered = sorted(rows, key=lambda row: -row.length)
     plans = []
     start = 0

@@ -157,3 +157,61 @@ def test_a_vocabulary_that_grew(tmp_path):
         )
         < 1e-5
     )
+
+
+@pytest.mark.parametrize("variant", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize(
+    ("saved", "lora", "tied"),
+    [
+        (("head",), (), False),
+        ((), ("head",), False),
+        (("embed",), (), False),
+        (("embed", "head"), (), False),
+        (("embed",), (), True),
+        ((), ("embed",), True),
+    ],
+)
+def test_a_head_that_the_base_ties(variant, saved, lora, tied, tmp_path):
+    """New tensors of peft's `modules_to_save`, and LoRA, over either of two tables that are one in the base."""
+    base = decoders.write_checkpoint(variant, tmp_path / "base")
+    embed = {"llama_tied": "model.embed_tokens", "gpt2": "transformer.wte"}[variant]
+    names = {"embed": embed, "head": "lm_head"}
+    old = decoders.tensors(variant)[f"{embed}.weight"]
+    random = np.random.RandomState(0)
+    tables, tensors = {"embed": old, "head": old}, {}
+    for which in saved:
+        tables[which] = random.standard_normal(old.shape).astype(np.float32)
+        tensors[f"{names[which]}.weight"] = tables[which]
+    for which in lora:
+        parts = {
+            "embed": ("lora_embedding_A", "lora_embedding_B"),
+            "head": ("lora_A.weight", "lora_B.weight"),
+        }
+        shapes = [
+            (2, old.shape[0]),
+            (old.shape[1], 2),
+        ]  # of embeddings; of a linear layer they are swapped around
+        if which == "head":
+            shapes = [(2, old.shape[1]), (old.shape[0], 2)]
+        down, up = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
+        tables[which] = old + 2 * ((up @ down).T if which == "embed" else up @ down)
+        tensors |= {
+            f"{names[which]}.{part}": values for part, values in zip(parts[which], (down, up), strict=True)
+        }
+        tensors[f"{names[which]}.base_layer.weight"] = old  # peft stores it with embeddings and heads
+    if tied:
+        tables["head"] = tables["embed"]
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": list(lora)}
+    config |= {"modules_to_save": list(saved), "ensure_weight_tying": tied and not lora}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {f"base_model.model.{name}": values for name, values in tensors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    decoder = loaded(base, adapter)
+    assert decoder.config.head == ("tied" if tied else "untied")
+    np.testing.assert_allclose(np.asarray(decoder.embed.tokens.embedding[...]), tables["embed"], rtol=1e-5)
+    hidden = random.standard_normal((1, 1, old.shape[1])).astype(np.float32)
+    assert relative_error(np.asarray(decoder.logits(hidden)), hidden @ tables["head"].T) < 1e-5

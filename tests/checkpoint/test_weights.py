@@ -12,8 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from sgpt_jax.checkpoint import bias_sets as biases
 from sgpt_jax.checkpoint.export import export_folder, export_tensors
+from sgpt_jax.checkpoint.fingerprint import weights_sha256
 from sgpt_jax.checkpoint.tensors import open_checkpoint
-from sgpt_jax.checkpoint.weights import load_checkpoint
+from sgpt_jax.checkpoint.weights import checkpoint_sha256, load_checkpoint
+from sgpt_jax.decoder.model import split
 from sgpt_jax.errors import InputError
 from sgpt_jax.load import load_decoder
 
@@ -270,6 +272,61 @@ def test_sharded_export(tmp_path, monkeypatch):
     assert len(set(index["weight_map"].values())) > 1
     assert not list((tmp_path / "out").glob("*.tmp"))
     check(tmp_path / "out", "gpt2")
+
+
+def test_an_export_takes_the_place_of_what_is_there(tmp_path, monkeypatch):
+    """In one file and in several, over either; and the one file is read where transformers left an index beside it."""
+    first, second = (
+        load(decoders.write_checkpoint(name, tmp_path / name)) for name in ("gpt2", "gpt2_unscaled")
+    )
+    weights = {f"model-{i:05d}-of-00003.safetensors" for i in range(1, 4)} | {"model.safetensors.index.json"}
+    out = tmp_path / "out"
+    for decoder, variant, size in (
+        (first, "gpt2", 40_000),
+        (second, "gpt2_unscaled", 10**9),
+        (first, "gpt2", 40_000),
+        (second, "gpt2_unscaled", 40_000),
+        (first, "gpt2", 10**9),
+        (first, "gpt2", 10**9),
+    ):
+        monkeypatch.setattr("sgpt_jax.checkpoint.export.MAX_SHARD_BYTES", size)
+        export_folder(decoder, decoders.config(variant), out)
+        names = {path.name for path in out.iterdir()}
+        assert names == {"config.json"} | (weights if size < 10**9 else {"model.safetensors"})
+        check(out, variant)
+    decoders.write_checkpoint("gpt2_unscaled", out, shards=3)
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"} | weights
+    (out / "config.json").write_text(json.dumps(decoders.config("gpt2")))
+    check(out, "gpt2")
+
+
+def test_no_export_beside_an_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    decoder = load(decoders.write_checkpoint("gpt2", tmp_path / "in"))
+    with pytest.raises(InputError, match="has an adapter"):
+        export_folder(decoder, decoders.config("gpt2"), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "in"}
+
+
+@pytest.mark.parametrize("fmt", ["safetensors", "bin"])
+def test_a_head_that_is_not_the_embeddings_it_is_tied_to(fmt, tmp_path):
+    """transformers 5 does not tie these either."""
+    if fmt == "bin":
+        pytest.importorskip("torch")
+    folder = decoders.write_checkpoint("llama_tied", tmp_path, with_buffers=True, fmt=fmt)
+    path = folder / ("model.safetensors" if fmt == "safetensors" else "pytorch_model.bin")
+    tied = load(folder)
+    assert tied.config.head == "tied"
+    tensors = decoders.tensors("llama_tied")
+    head = np.random.RandomState(0).standard_normal(tensors["model.embed_tokens.weight"].shape)
+    decoders.write_arrays(tensors | {"lm_head.weight": head.astype(np.float32)}, path)
+    for _ in range(2):  # from the file, and of .bin from the decoded weights that are kept
+        decoder = load(folder)
+        assert decoder.config.head == "untied"
+        hidden = np.random.RandomState(1).standard_normal((1, 1, head.shape[1])).astype(np.float32)
+        np.testing.assert_allclose(np.asarray(decoder.logits(hidden)), hidden @ head.T, rtol=1e-4, atol=1e-4)
+    opened = open_checkpoint(epath.Path(folder))
+    assert checkpoint_sha256(opened) == weights_sha256(split(load(folder, "bfloat16"))[1])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from sgpt_jax.checkpoint.tensors import open_checkpoint
 from sgpt_jax.checkpoint.weights import load_checkpoint
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.errors import InputError
+from sgpt_jax.families import read_config
 
 VARIANTS = decoders.SUPPORTED_NEW_VARIANTS
 
@@ -107,6 +108,14 @@ def test_the_text_part_of_a_folder_that_reads_pictures(variant, layout, tmp_path
 def test_refused(variant, tmp_path):
     with pytest.raises(InputError, match="qk_layernorm"):
         load(decoders.write_checkpoint(variant, tmp_path))
+
+
+@pytest.mark.parametrize("spelling", ["new", "old"])
+def test_smollm3_asks_for_its_switch_where_no_layer_types_are_stated(spelling):
+    config = decoders.config("smollm3_window", spelling)
+    assert read_config(config).windows == (None, 5, None)
+    stated = (None, 5, None) if spelling == "new" else ()
+    assert read_config(config | {"use_sliding_window": False}).windows == stated
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_dimensions(tmp_path):
     np.testing.assert_allclose(lengths, 1, rtol=1e-6)
     for call in (
         lambda: load(tmp_path / "dense", truncate_dim=25),
+        lambda: load(tmp_path / "dense", truncate_dim="8"),
         lambda: model.encode(QUERIES, truncate_dim=11),
     ):
         with pytest.raises(InputError, match="truncate_dim"):

@@ -227,6 +227,33 @@ def test_the_limit_of_sentence_transformers_6_is_the_tokenizers(tmp_path):
     assert read_settings(folder).max_seq_length == 75
     dump(folder / "tokenizer_config.json", {"model_max_length": 1000000000000000019884624838656})
     assert read_settings(folder).max_seq_length is None
+    dump(folder / "tokenizer_config.json", {"max_len": 60})
+    assert read_settings(folder).max_seq_length == 60
+
+
+@pytest.mark.parametrize("key", ["processor_kwargs", "tokenizer_args"])
+def test_a_limit_handed_to_the_tokenizer_comes_first(key, tmp_path):
+    folder = st_folder(tmp_path, bert={key: {"model_max_length": 8}})
+    dump(folder / "tokenizer_config.json", {"model_max_length": 75})
+    assert read_settings(folder).max_seq_length == 8
+
+
+@pytest.mark.parametrize("value", [None, 0, False])
+def test_a_prompt_that_is_not_pooled(value, tmp_path):
+    folder = st_folder(tmp_path, pooling=seven("mean_tokens") | {"include_prompt": value})
+    assert not read_settings(folder).include_prompt
+
+
+def test_normalize_is_for_the_texts_vector(tmp_path):
+    folder = st_folder(tmp_path, kinds=("Transformer", "Pooling", "Normalize"))
+    assert read_settings(folder).modules == (Normalize(),)
+    config = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    dump(folder / "2_Normalize/config.json", config)
+    assert read_settings(folder).modules == (Normalize(),)
+    for key in config:
+        dump(folder / "2_Normalize/config.json", config | {key: "token_embeddings"})
+        with pytest.raises(InputError, match=f"{key} is 'token_embeddings'"):
+            read_settings(folder)
 
 
 @pytest.mark.parametrize(
