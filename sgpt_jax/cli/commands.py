@@ -356,7 +356,7 @@ def export(options: argparse.Namespace) -> None:
     """Writes a model folder, or an index for another library."""
     if os.path.exists(os.path.join(options.source, MANIFEST)):
         ids = export_index(Index.open(options.source), options.output)
-        print(f"{options.output}: row numbers are its keys; {ids} has the document of each row, one a line")
+        print(f"{options.output}: its keys count from 0; {ids} has the document of each, one a line")
         return
     model = BiEncoder.from_settings(vars(options) | {"model": options.source})
     model.save_pretrained(options.output)

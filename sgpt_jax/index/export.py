@@ -18,7 +18,9 @@ _ROWS = 1 << 15  # at a time
 
 
 def export_index(index: Index, output: PathLike) -> Path:
-    """Writes the vectors of an index to FILE.faiss or FILE.usearch, under row numbers, and the ids beside it.
+    """Writes the vectors of an index to FILE.faiss or FILE.usearch, numbered from 0, and the ids beside it.
+
+    Rows of removed documents are left out, so the numbers are those of the lines of ids, not the index's row numbers.
 
     FAISS gets an `IndexFlatIP`: float32, exact, the ranking of `Index.search`. usearch gets its graph (HNSW) with inner
     products, approximate, in float32 for an index of float32 and float16 otherwise. Where the similarity is cosine, the
@@ -29,7 +31,7 @@ def export_index(index: Index, output: PathLike) -> Path:
         output: the file; its ending says which library.
 
     Returns:
-        the file of ids: line n, from 0, is `{"_id": id}` of row n.
+        the file of ids: line n, from 0, is `{"_id": id}` of vector n.
 
     Raises:
         InputError: another ending, the library is not installed, or the file cannot be written.
@@ -60,11 +62,11 @@ def _blocks(index: Index) -> Iterator[np.ndarray]:
         yield index.rows(start, start + _ROWS)
 
 
-def _vectors(index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows and their vectors, float32 [n, E]."""
+def _vectors(index: Index) -> Iterator[np.ndarray]:
+    """The vectors of all documents that can be found, float32 [n, E] at a time."""
     with progress("exporting", "doc", len(index)) as bar:
         for rows in _blocks(index):
-            yield rows, index.vectors(rows)
+            yield index.vectors(rows)
             bar.update(len(rows))
 
 
@@ -74,7 +76,7 @@ def _write_faiss(index: Index, path: Path) -> None:
     except ImportError:
         raise _missing("FAISS", "faiss-cpu") from None
     flat: Any = faiss.IndexFlatIP(index.dimension)
-    for _, vectors in _vectors(index):
+    for vectors in _vectors(index):
         flat.add(vectors)
     faiss.write_index(flat, str(path))
 
@@ -86,8 +88,8 @@ def _write_usearch(index: Index, path: Path) -> None:
         raise _missing("usearch", "usearch") from None
     dtype = "f32" if index.manifest.dtype == "float32" else "f16"
     graph: Any = Graph(ndim=index.dimension, metric="ip", dtype=dtype)
-    for rows, vectors in _vectors(index):
-        graph.add(rows.astype(np.uint64), vectors)
+    for vectors in _vectors(index):
+        graph.add(np.arange(len(graph), len(graph) + len(vectors), dtype=np.uint64), vectors)
     graph.save(str(path))
 
 

@@ -10,6 +10,7 @@ from sgpt_jax.cli.parser import main
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.index.build import build_index
+from sgpt_jax.index.change import remove_documents
 from sgpt_jax.index.columns import normalized
 from sgpt_jax.index.export import export_index
 from sgpt_jax.index.search import Index
@@ -56,7 +57,29 @@ def test_usearch_finds_nearly_the_same(index, tmp_path):
         len(set(ours) & set(theirs.tolist())) for ours, theirs in zip(rows.tolist(), found.keys, strict=True)
     ]
     assert np.mean(same) > 9.5
-    np.testing.assert_allclose(1 - found.distances[:, 0], scores[:, 0], atol=2e-3)
+    best = found.keys[:, 0] == rows[:, 0]  # the graph is approximate, and made by several threads
+    assert best.sum() > 6
+    np.testing.assert_allclose(1 - found.distances[best, 0], scores[best, 0], atol=2e-3)
+
+
+@pytest.mark.parametrize("library", ["faiss", "usearch"])
+def test_removed_documents_leave_no_gap_in_the_keys(library, tmp_path):
+    module = pytest.importorskip({"faiss": "faiss", "usearch": "usearch.index"}[library])
+    draw = np.random.RandomState(3)
+    vectors = normalized(draw.randn(30, 24).astype(np.float32))
+    documents = [Document(f"d{number}", "text") for number in range(30)]
+    build_index(tmp_path / "index", documents, lambda chunks: (vectors for _ in chunks))
+    remove_documents(tmp_path / "index", ["d0", "d7", "d8"])
+    index = Index.open(tmp_path / "index")
+    file = tmp_path / f"x.{library}"
+    ids = [json.loads(line)["_id"] for line in export_index(index, file).read_text().splitlines()]
+    assert ids == index.ids(index.rows())
+    found = (
+        module.read_index(str(file)).search(vectors[9:], 1)[1]
+        if library == "faiss"
+        else module.Index.restore(str(file)).search(vectors[9:], 1).keys
+    )
+    assert [ids[key] for key in found[:, 0].tolist()] == [f"d{number}" for number in range(9, 30)]
 
 
 def test_what_cannot_be_exported(index, tmp_path, capsys, monkeypatch):
