@@ -130,7 +130,7 @@ def load_models(options: argparse.Namespace) -> Models:
     """What the options name; the demonstration where they name nothing.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or the model is not the one that made the index.
     """
     mesh = device_mesh(options.mesh)
     index = None
@@ -146,6 +146,8 @@ def load_models(options: argparse.Namespace) -> Models:
     if settings.get("model") is None:
         raise InputError(f"{options.index}: does not say which model built it; give --model")
     encoder = BiEncoder.from_settings(settings, mesh)
+    if index is not None:
+        index.check_model(encoder.fingerprint())
     cross_encoder = None
     if options.cross_encoder is not None:
         cross_encoder = CrossEncoder.from_pretrained(

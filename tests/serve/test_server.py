@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 import serving
 from indexes import streamed
+from safetensors.numpy import load_file, save_file
 from serving import DOCUMENTS
 
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.parser import main, make_parser
+from sgpt_jax.corpus_index import index_corpus
 from sgpt_jax.errors import InputError
 from sgpt_jax.index.build import build_index
 from sgpt_jax.index.hits import title_and_snippet
@@ -159,6 +162,20 @@ def test_the_index_says_with_which_model_it_was_built(model, tmp_path):
     )
     with pytest.raises(InputError, match="another model"):
         load_models(options("--index", str(tmp_path / "other")))
+
+
+def test_an_index_is_served_with_its_own_model_alone(model, tmp_path):
+    index = str(tmp_path / "index")
+    index_corpus(index, DOCUMENTS, BiEncoder.from_pretrained(model, max_seq_length=24))
+    # The prompt of queries may change with the task.
+    assert load_models(options("--index", index, "--query-prompt", "query: ")).index is not None
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / "model.safetensors")
+    for arguments in (["--pooling", "mean"], ["--document-prompt", "text: "], ["--model", str(other)]):
+        with pytest.raises(InputError, match="was made with another model"):
+            load_models(options("--index", index, *arguments))
 
 
 @pytest.mark.parametrize(
