@@ -75,7 +75,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 nargs="*",
                 help="BEIR's corpus.jsonl, CSV, TSV (id, text or id, title, text), plain text, Parquet, or a data set "
                 "of the Hugging Face hub (hf:PATH, hf:PATH:SPLIT, hf:PATH:CONFIG:SPLIT); several files, or folders of "
-                "them, follow each other",
+                "them, follow each other; of a folder in BEIR's layout the corpus alone is read",
             ),
             option("-o", "--output", required=True, help="the index, a folder"),
             option(

@@ -119,7 +119,7 @@ def count_corpus(paths: Sequence[PathLike], notes: PathLike, reading: Reading) -
 
     Args:
         paths: files, data sets of the hub, or folders: the files in there whose names say that they hold records, by
-            name.
+            name; of a data set in BEIR's layout the corpus alone.
         notes: a folder for what was counted, which a later call with the same files goes on with; all processes see it.
         reading: see `read_corpus`, whose rules hold.
 
@@ -167,8 +167,16 @@ def _files(paths: Sequence[PathLike]) -> list[str]:
         names = sorted(name for name in os.listdir(path) if has_records(name) or is_parquet(name))
         if not names:
             raise InputError(f"{path}: has no file whose name says that it holds documents, such as .jsonl")
-        found += [os.path.join(path, name) for name in names]
+        found += [os.path.join(path, name) for name in _without_queries(path, names)]
     return found
+
+
+def _without_queries(folder: str, names: list[str]) -> list[str]:
+    """The files of records in a folder, without those that hold no documents where it has BEIR's layout."""
+    stems = [os.path.splitext(name.removesuffix(".gz"))[0] for name in names]
+    corpus = [name for name, stem in zip(names, stems, strict=True) if stem == "corpus"]
+    is_beir = corpus and ("queries" in stems or os.path.isdir(os.path.join(folder, "qrels")))
+    return corpus if is_beir else names
 
 
 def _parts(path: str, format: Format | None) -> list[Part]:

@@ -83,6 +83,27 @@ def test_counting_goes_on_and_each_process_counts_its_share(folder, tmp_path, mo
     assert count_corpus([folder], tmp_path / "notes", Reading()).total == 56
 
 
+@pytest.mark.parametrize("corpus", ["corpus.jsonl", "corpus.jsonl.gz"])
+@pytest.mark.parametrize("beside", ["queries.jsonl", "queries.tsv", "qrels/test.tsv"])
+def test_queries_beside_a_corpus_are_no_documents(corpus, beside, tmp_path):
+    data = b"\n".join([line(0), line(1)])
+    (tmp_path / corpus).write_bytes(gzip.compress(data) if corpus.endswith(".gz") else data)
+    (tmp_path / beside).parent.mkdir(exist_ok=True)
+    (tmp_path / beside).write_bytes(b"q1\ta query\n" if beside.endswith(".tsv") else line(99))
+    (tmp_path / "train.jsonl").write_bytes(line(2))
+    count = itertools.count()
+
+    def ids():
+        documents = everything(count_corpus([tmp_path], tmp_path / f"notes{next(count)}", Reading()))
+        return [document.id for document in documents]
+
+    assert ids() == ["d0", "d1"]
+    (tmp_path / corpus).rename(
+        tmp_path / corpus.replace("corpus", "more")
+    )  # a folder of files like any other
+    assert set(ids()) >= {"d0", "d1", "d2"}
+
+
 @pytest.mark.parametrize("size", [10, 1 << 24])
 def test_errors_name_the_line_of_the_file(tmp_path, monkeypatch, size):
     monkeypatch.setattr(counted, "PART_BYTES", size)
