@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS
@@ -26,3 +26,8 @@ def given(metadata: Mapping[str, Any], options: argparse.Namespace) -> dict[str,
     return dict(metadata) | {
         name: value for name in BI_ENCODER_SETTINGS if (value := vars(options).get(name)) is not None
     }
+
+
+def flags_given(options: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """The flags of those options that are given, for errors; an option that is not is None."""
+    return [f"--{name.replace('_', '-')}" for name in names if vars(options)[name] is not None]

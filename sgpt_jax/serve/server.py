@@ -20,6 +20,7 @@ import jax
 import uvicorn
 
 from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
+from sgpt_jax.cli.given import flags_given, given
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.demo import BIASES, MAX_SEQ_LENGTH, demo_model, read_demo
@@ -40,6 +41,8 @@ KEY_VARIABLE = "SGPT_API_KEY"
 _CONNECTIONS = 2048
 # In the demonstration: a query and the beginning of an abstract, so that a search takes seconds on two cores.
 _DEMO_DOCUMENT_TOKENS, _DEMO_PAIR_TOKENS = 96, 192
+# Of a model's options, those that it obeys.
+_DEMO_SETTINGS = {"dtype", "weights"}
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -127,10 +130,11 @@ def read_key(file: str | None) -> str | None:
 
 
 def load_models(options: argparse.Namespace) -> Models:
-    """What the options name; the demonstration where they name nothing.
+    """What the options name; the demonstration where they name neither a model nor an index.
 
     Raises:
-        InputError: it cannot be loaded, or the model is not the one that made the index.
+        InputError: it cannot be loaded, the model is not the one that made the index, or the demonstration cannot obey
+            an option.
     """
     mesh = device_mesh(options.mesh)
     index = None
@@ -139,10 +143,11 @@ def load_models(options: argparse.Namespace) -> Models:
     elif options.resident is not None:
         raise InputError("--resident is for an --index")
     if options.model is None and index is None:
+        if unused := flags_given(options, sorted({"cross_encoder", *BI_ENCODER_SETTINGS} - _DEMO_SETTINGS)):
+            raise InputError(f"{', '.join(unused)}: not for the demonstration; give a --model or an --index")
         return demo_models(options)
     # What the index was built with, as in `sgpt search`; options that are given come first.
-    settings = {} if index is None else dict(index.metadata)
-    settings |= {name: value for name in BI_ENCODER_SETTINGS if (value := getattr(options, name)) is not None}
+    settings = given({} if index is None else index.metadata, options)
     if settings.get("model") is None:
         raise InputError(f"{options.index}: does not say which model built it; give --model")
     encoder = BiEncoder.from_settings(settings, mesh)

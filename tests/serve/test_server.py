@@ -178,6 +178,26 @@ def test_an_index_is_served_with_its_own_model_alone(model, tmp_path):
             load_models(options("--index", index, *arguments))
 
 
+def test_the_demonstration_refuses_what_it_cannot_obey(monkeypatch):
+    demo = object()
+    monkeypatch.setattr("sgpt_jax.serve.server.demo_models", lambda options: demo)
+    assert load_models(options("--dtype", "bfloat16", "--weights", "int8", "--mesh", "data=1")) is demo
+    for arguments, named in (
+        (
+            ["--cross-encoder", "M", "--pooling", "mean"],
+            "--cross-encoder, --pooling: not for the demonstration",
+        ),
+        (["--no-brackets"], "--brackets: "),
+        (["--adapter", "A"], "--adapter: "),
+        (["--query-prompt", ""], "--query-prompt: "),
+        (["--dtype", "float32", "--max-seq-length", "9"], "--max-seq-length: "),
+        (["--resident", "int8"], "--resident is for an --index"),
+    ):
+        with pytest.raises(InputError) as error:
+            load_models(options(*arguments))
+        assert str(error.value).startswith(named)
+
+
 @pytest.mark.parametrize(
     ("text", "title", "shown"),
     [
