@@ -13,7 +13,7 @@ import numpy as np
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.columns import DOCUMENT
-from sgpt_jax.files.corpora import Document, document, read_corpus
+from sgpt_jax.files.corpora import Document, SeenIds, document, read_corpus
 from sgpt_jax.files.lines import PathLike
 from sgpt_jax.index.build import add_documents, build_index
 from sgpt_jax.index.files import MANIFEST, Dtype, Manifest
@@ -47,8 +47,8 @@ def index_corpus(
         folder: of the index; made when it is not there.
         corpus: a file, see `read_corpus`; documents by row, such as `count_corpus` gives for several files; or a series
             of documents: texts, whose ids are then their numbers from 0;
-            records with the keys of BEIR ({"_id", "title", "text"}, or other usual spellings); or `Document`s. A call
-            that goes on needs the same ones.
+            records with the keys of BEIR ({"_id", "title", "text"}, or other usual spellings); or `Document`s. The same
+            id with the same content is taken once. A call that goes on needs the same ones.
         model: what makes the vectors, as of documents.
         store: "float32", "float16" or "int8"; None is as in the index that is there, or float32.
         texts: keep the texts; None is as in the index that is there, or True.
@@ -58,7 +58,8 @@ def index_corpus(
         show_progress: None shows a bar on a terminal, after a second.
 
     Raises:
-        InputError: see `build_index` and `read_corpus`; or the model compares vectors by a distance.
+        InputError: see `build_index` and `read_corpus`; an id of a series has two contents; or the model compares
+            vectors by a distance.
     """
     if model.similarity_name not in ("cosine", "dot"):
         raise InputError(
@@ -131,18 +132,28 @@ def _check_unchanged(
 
 
 def _documents(corpus: Iterable[str | Mapping[str, Any] | Document]) -> Iterator[Document]:
+    """The documents of a series, those with the same id and content once."""
+    seen = SeenIds()
     for number, each in enumerate(corpus):
-        if isinstance(each, Document):
-            yield each
-        elif isinstance(each, str):
-            yield Document(str(number), each)
-        elif isinstance(each, Mapping):
-            try:
-                yield document(DOCUMENT.of_object(each))
-            except ValueError as error:
-                raise InputError(f"document {number}: {error}") from None
-        else:
-            raise TypeError(f"document {number} must be a str, a record or a Document, not {each!r:.80}")
+        found = _document(each, number)
+        first, same = seen.first(found.id, found.content(), number)
+        if not same:
+            raise InputError(f"document {number}: id {found.id!r} is document {first} with different content")
+        if first == number:
+            yield found
+
+
+def _document(each: str | Mapping[str, Any] | Document, number: int) -> Document:
+    if isinstance(each, Document):
+        return each
+    if isinstance(each, str):
+        return Document(str(number), each)
+    if isinstance(each, Mapping):
+        try:
+            return document(DOCUMENT.of_object(each))
+        except ValueError as error:
+            raise InputError(f"document {number}: {error}") from None
+    raise TypeError(f"document {number} must be a str, a record or a Document, not {each!r:.80}")
 
 
 def _metadata(model: BiEncoder) -> dict[str, Any]:

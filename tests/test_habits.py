@@ -9,6 +9,7 @@ import pytest
 
 import sgpt_jax as sgpt
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.corpora import Document
 from sgpt_jax.folder import hub
 from sgpt_jax.load import token_limit
 from sgpt_jax.packing import stream
@@ -191,3 +192,27 @@ def test_an_index_from_python(model, tmp_path, capsys):
     assert "document_prompt" in index.metadata and "a ferry" in capsys.readouterr().out
     with pytest.raises(InputError, match="document 1: the record has no `text`"):
         sgpt.index_corpus(tmp_path / "j", ["a", {"_id": "x", "title": "t"}], model)
+
+
+def test_an_index_from_python_has_each_id_once(model, tmp_path):
+    records = [
+        {"_id": "a", "title": "A title", "text": "of a ferry"},
+        {"id": "a", "title": "A title", "text": "of a ferry"},  # said twice
+        Document("b", "night market"),
+        "a text\ud83d",
+        {"_id": "b", "text": "night market"},
+    ]
+    index = sgpt.index_corpus(tmp_path / "i", records, model)
+    assert index.ids([0, 1, 2]) == ["a", "b", "3"] and len(index) == 3
+    sgpt.index_corpus(tmp_path / "i", [Document("c", "bay"), Document("c", "bay")], model, add=True)
+    assert len(sgpt.Index.open(tmp_path / "i")) == 4
+    for wrong, message in (
+        (
+            [records[0], {"_id": "a", "text": "A title of a ferry"}],
+            "document 1: id 'a' is document 0 with different",
+        ),
+        (["x", {"_id": "0", "text": "a"}], "document 1: id '0' is document 0 with different content"),
+        ([Document("\ud83d", "x")], "lone surrogate"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sgpt.index_corpus(tmp_path / "j", wrong, model)
