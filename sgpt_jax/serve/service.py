@@ -21,6 +21,7 @@ from sgpt_jax.serve.programs import Embedder, PairReader, Scorer, Searcher, Toke
 from sgpt_jax.serve.requests import Texts
 from sgpt_jax.text.encoder import Side, TextEncoder
 from sgpt_jax.text.pairs import query_tokens, tokenise_pairs
+from sgpt_jax.text.tokenizer import special_ids
 
 T = TypeVar("T")
 
@@ -223,17 +224,20 @@ class Service:
                     param=param,
                     code="invalid_value",
                 )
+        own_before, own_after = special_ids(text.tokenizer)
         before, after = self._frame(text, side, param)
         room = text.max_seq_length - len(before) - len(after)
+        keep = slice(-room, None) if text.tokenizer.truncation_side == "left" else slice(room)
         rows = []
         for ids in texts:
             row: list[int] = list(ids)  # type: ignore[arg-type]
-            if before and row[: len(before)] == before:
-                row = row[len(before) :]
-            if after and row[-len(after) :] == after:
-                row = row[: -len(after)]
+            # What the tokenizer has put there is in the frame, too. A bracket is the text's own.
+            if own_before and row[: len(own_before)] == own_before:
+                row = row[len(own_before) :]
+            if own_after and row[-len(own_after) :] == own_after:
+                row = row[: -len(own_after)]
             cuts[0] += len(row) > room
-            rows.append((before + row[:room] + after) or [text.eos_id])
+            rows.append(before + row[keep] + after if row else text.ids([""], side)[0])
         return rows, cuts[0]
 
     def _frame(self, text: TextEncoder, side: Side, param: str) -> tuple[list[int], list[int]]:

@@ -6,14 +6,17 @@ import dataclasses
 import time
 import warnings
 
+import decoders
 import httpx
 import numpy as np
 import pytest
 from serving import DOCUMENTS, listening_with, serve
 
+from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.serve.batching import Job
 from sgpt_jax.serve.http import Limits
 from sgpt_jax.serve.programs import TokenText
+from sgpt_jax.serve.service import Models
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client")
 
@@ -67,11 +70,21 @@ def test_token_ids_are_texts(client, models):
     np.testing.assert_allclose(
         vectors(client.embeddings.create(model="tiny", input=ids[4])), wanted[4:], **SAME
     )
-    # With the model's brackets around them already they do not get them twice.
-    framed = models.encoder.text.ids(["heron"], "document")[0]
-    np.testing.assert_allclose(
-        vectors(client.embeddings.create(model="tiny", input=framed)), wanted[4:], **SAME
-    )
+
+
+@pytest.mark.parametrize("brackets", [True, False])
+def test_ids_of_the_tokenizer_are_texts_with_their_own_brackets(brackets, tmp_path):
+    folder = decoders.write_tokenizer(decoders.write_checkpoint("llama", tmp_path / "tiny"), bos=True)
+    encoder = BiEncoder.from_pretrained(folder, brackets=brackets, max_seq_length=40)
+    texts = ['{"a": 1}', "f() { x }", "[12] see", "[]", "{", ""]
+    with serve(Models(encoder)) as (address, _):
+        for special in (True, False):  # with the tokenizer's BOS, and without
+            ids = [encoder.text.tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+            ids = [row for row in ids if row]  # an empty list is no text
+            for side in ("document", "query"):
+                reply = httpx.post(f"{address}/embed", json={"inputs": ids, "prompt_name": side}).json()
+                wanted = encoded(Models(encoder), texts[: len(ids)], side)
+                np.testing.assert_allclose(np.array(reply, np.float32), wanted, **SAME)
 
 
 def test_dimensions_are_cut_and_normalised(client, models):
