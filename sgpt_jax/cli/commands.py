@@ -59,6 +59,9 @@ def demo(options: argparse.Namespace) -> None:
 
 def embed(options: argparse.Namespace) -> None:
     """Writes the vectors of a file of texts, in constant memory."""
+    for name in ("brackets", "query_prompt", "document_prompt"):
+        if options.side is None and vars(options)[name]:
+            raise InputError(f"--{name.replace('_', '-')} is for texts of a --side, query or document")
     with atomic_write(options.output) as stream:
         if not stream.seekable():
             raise InputError(f"{options.output}: must be a file: its header is written last")
@@ -93,6 +96,8 @@ def search(options: argparse.Namespace) -> None:
     k = options.k or min(10, options.rerank or 10)
     if 0 < options.rerank < k:
         raise InputError(f"-k {k} asks for more documents than --rerank {options.rerank} scores")
+    if options.cross_encoder and not options.rerank:
+        raise InputError("--cross-encoder is for --rerank N")
     mesh = device_mesh(options.mesh)
     index = Index.open(options.index, mesh=mesh, resident=options.resident)
     queries = (

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.cli.given import given, reading_of
+from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
+from sgpt_jax.cli.given import flags_given, given, reading_of
 from sgpt_jax.corpus_index import index_corpus
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
@@ -33,6 +33,10 @@ def index(options: argparse.Namespace) -> None:
         raise InputError(f"--{asked[0]} and --{asked[1]} are two commands: give one after the other")
     if bool(options.corpus) == (asked in (["remove"], ["compact"])):
         raise InputError("give a corpus to index or to --add; --remove and --compact take none")
+    unused = flags_given(options, ("store", "chunk_size", *BI_ENCODER_SETTINGS, "mesh"))
+    unused += ["--no-texts"] * options.no_texts
+    if unused and not options.corpus:
+        raise InputError(f"{', '.join(unused)}: not for --{asked[0]}, which encodes nothing")
     if asked == ["remove"]:
         _remove(options)
     elif asked == ["compact"]:
