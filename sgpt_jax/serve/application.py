@@ -30,7 +30,7 @@ from sgpt_jax.serve.requests import (
     RerankRequest,
     SearchRequest,
 )
-from sgpt_jax.serve.service import Embedded, Scored, Service
+from sgpt_jax.serve.service import Scored, Service
 
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -148,19 +148,27 @@ class Routes:
             for number, value in enumerate(values)
         ]
         reply = {"object": "list", "data": data, "model": encoder.name, "usage": _usage(found.tokens)}
-        return json_response(reply, headers=_cut(found))
+        return json_response(reply, headers=_cut(found.cut))
 
     async def embed(self, body: Any, caller: str) -> Response:
         """POST /embed, as TEI has it."""
         asked = EmbedRequest.of(body, self._service.models.encoder.dimension)
         found = await self._service.embed(asked.texts, asked.side, caller, param="inputs", cut=asked.truncate)
         vectors = shortened(found.vectors, asked.dimensions, unit=asked.normalize)
-        return json_response(await _rows_as_json(vectors), headers=_cut(found))
+        return json_response(await _rows_as_json(vectors), headers=_cut(found.cut))
 
     async def rerank(self, body: Any, caller: str) -> Response:
         """POST /rerank, in Cohere's, Jina's, vLLM's and TEI's dialects."""
         asked = RerankRequest.of(body, self._cross_encoder())
-        scored = await self._service.score(asked.query, asked.documents, caller, asked.document_tokens)
+        scored = await self._service.score(
+            asked.query,
+            asked.documents,
+            caller,
+            asked.document_tokens,
+            param="texts" if asked.tei else "documents",
+            cut=asked.truncate,
+        )
+        headers = _cut(scored.documents_cut + scored.query_cut)
         scores = scored.raw if asked.raw else scored.shares
         order = sorted(range(len(scores)), key=lambda number: -scores[number])[: asked.top_n]
         if asked.tei:
@@ -169,7 +177,8 @@ class Routes:
                     {"index": number, "score": scores[number]}
                     | ({"text": asked.documents[number]} if asked.return_documents else {})
                     for number in order
-                ]
+                ],
+                headers=headers,
             )
         tokens = await self._tokens(asked.query, scored) if asked.return_tokens else None
         results = [
@@ -185,7 +194,8 @@ class Routes:
                 "results": results,
                 "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
                 "usage": _usage(scored.tokens),
-            }
+            },
+            headers=headers,
         )
 
     async def search(self, body: Any, caller: str) -> Response:
@@ -198,13 +208,14 @@ class Routes:
             self._cross_encoder()
             if not service.searcher.index.manifest.store_texts:
                 raise ApiError(400, "the index holds no texts to re-rank", param="rerank", code="no_texts")
-        vector = await self._query_vector(asked, caller)
+        vector, cut = await self._query_vector(asked, caller)
         hits = await service.search(vector, max(asked.k, asked.rerank), caller)
         searched = time.perf_counter()
         scored, order = None, list(range(len(hits)))
         if asked.rerank or asked.return_tokens:
             assert asked.query is not None
             scored = await service.score(asked.query, [hit.text for hit in hits], caller)
+            cut = max(cut, scored.query_cut) + scored.documents_cut
             if asked.rerank:
                 order.sort(key=lambda number: -scored.raw[number])
         order = order[: asked.k]
@@ -235,7 +246,8 @@ class Routes:
                 "hits": found,
                 "documents": len(service.searcher.index),
                 "seconds": {"search": searched - begin, "rerank": end - searched if scored else 0.0},
-            }
+            },
+            headers=_cut(cut),
         )
 
     def models(self, _: Request) -> Response:
@@ -293,11 +305,12 @@ class Routes:
             )
         return model.name
 
-    async def _query_vector(self, asked: SearchRequest, caller: str) -> np.ndarray:
+    async def _query_vector(self, asked: SearchRequest, caller: str) -> tuple[np.ndarray, int]:
+        """The query's vector, float32 [E], and 1 if the query was too long and cut, else 0."""
         if asked.vector is None:
             assert asked.query is not None
             found = await self._service.embed([asked.query], "query", caller, param="query")
-            return found.vectors[0]
+            return found.vectors[0], found.cut
         width = self._service.models.encoder.dimension
         if len(asked.vector) != width:
             raise ApiError(
@@ -306,7 +319,7 @@ class Routes:
                 param="vector",
                 code="invalid_value",
             )
-        return np.array(asked.vector, np.float32)
+        return np.array(asked.vector, np.float32), 0
 
     async def _tokens(self, query: str, scored: Scored) -> list[list[dict[str, Any]]]:
         """For each document the query's tokens with their log-probabilities."""
@@ -347,6 +360,6 @@ def _usage(tokens: int) -> dict[str, int]:
     return {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
-def _cut(found: Embedded) -> dict[str, str]:
-    """Says how many texts were too long and lost their end."""
-    return {"x-texts-cut": str(found.cut)} if found.cut else {}
+def _cut(texts: int) -> dict[str, str]:
+    """Says how many texts were too long and were cut."""
+    return {"x-texts-cut": str(texts)} if texts else {}

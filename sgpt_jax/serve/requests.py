@@ -171,6 +171,7 @@ class RerankRequest:
     Attributes:
         tei: asked as text-embeddings-inference is, with `texts`; the reply is a list.
         raw: scores as the model gives them; else from 0 to 1, in the same order.
+        truncate: whether texts that are too long are cut, or refused.
         top_n: how many to return; None for all.
         document_tokens: of a document, how many are read; None for all that the model can.
         return_documents: with their texts.
@@ -181,6 +182,7 @@ class RerankRequest:
     documents: list[str]
     tei: bool
     raw: bool
+    truncate: bool
     top_n: int | None
     document_tokens: int | None
     return_documents: bool
@@ -197,6 +199,7 @@ class RerankRequest:
             read_documents(fields, "texts" if tei else "documents"),
             tei,
             fields.flag("raw_scores", not fields.flag("use_activation", True)),
+            fields.flag("truncate", True),
             # vLLM's clients say 0 for all.
             fields.number("top_n", None, 0) or None,
             fields.number("max_tokens_per_doc", None, 1),

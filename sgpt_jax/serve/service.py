@@ -20,7 +20,8 @@ from sgpt_jax.serve.errors import ApiError
 from sgpt_jax.serve.programs import Embedder, PairReader, Scorer, Searcher, TokenPair, TokenText, Wanted
 from sgpt_jax.serve.requests import Texts
 from sgpt_jax.text.encoder import Side, TextEncoder
-from sgpt_jax.text.pairs import query_tokens, tokenise_pairs
+from sgpt_jax.text.pairs import TokenPairs, query_tokens, tokenise_pairs
+from sgpt_jax.text.templates import PairIds
 from sgpt_jax.text.tokenizer import special_ids
 
 T = TypeVar("T")
@@ -69,12 +70,16 @@ class Scored:
         log_probs: for each document the log-probabilities of the query's tokens, float32 [q]; of a re-ranker with a
             scoring of its own None.
         tokens: how many were read.
+        documents_cut: how many documents were too long and cut.
+        query_cut: 1 if the query was, else 0.
     """
 
     raw: list[float]
     shares: list[float]
     log_probs: list[np.ndarray] | None
     tokens: int
+    documents_cut: int
+    query_cut: int
 
 
 class Service:
@@ -155,32 +160,56 @@ class Service:
         return Embedded(vectors, sum(sizes), too_long)
 
     async def score(
-        self, query: str, documents: Sequence[str], caller: str, document_tokens: int | None = None
+        self,
+        query: str,
+        documents: Sequence[str],
+        caller: str,
+        document_tokens: int | None = None,
+        *,
+        param: str | None = None,
+        cut: bool = True,
     ) -> Scored:
         """Scores of a query and each of some documents.
 
+        Args:
+            query: their query.
+            documents: at least one.
+            caller: whom they are for.
+            document_tokens: how many tokens of a document are read, which does not count as cut; None for all.
+            param: the request's field that has the documents, for errors.
+            cut: whether texts that are too long are cut, or refused.
+
         Raises:
-            ApiError: the queue is full, or a score is not finite.
+            ApiError: a text is too long, the queue is full, or a score is not finite.
         """
         limit = document_tokens or self.models.document_tokens
-        if isinstance(self.scorer, PairReader):
-            ids = await self._in_thread(self._whole_pairs, query, documents, limit)
-            sizes = [len(pair) for pair in ids]
-            scores = np.array(await self._run(Job(PairReader.name, caller, ids, sizes)))
+        tokens = await self._in_thread(self._pairs, query, documents, limit)
+        cuts = int(tokens.documents_cut.sum()), int(tokens.queries_cut.any())
+        if any(cuts) and not cut:
+            assert self.models.cross_encoder is not None
+            most = self.models.cross_encoder.text.max_seq_length
+            message = f"{sum(cuts)} texts are too long: {most} tokens are read of a document and its query"
+            raise ApiError(413, message, param=param, code="text_too_long")
+        if isinstance(tokens, PairIds):
+            assert isinstance(self.scorer, PairReader)
+            sizes = [len(pair) for pair in tokens.ids]
+            scores = np.array(await self._run(Job(PairReader.name, caller, tokens.ids, sizes)))
             _check_finite(scores)
             shares = self.scorer.own.shares(scores)
-            return Scored(scores.tolist(), shares.tolist(), None, sum(sizes))
-        pairs, places = await self._in_thread(self._pairs, query, documents, limit)
+            return Scored(scores.tolist(), shares.tolist(), None, sum(sizes), *cuts)
+        pairs = [
+            TokenPair(tokens.contexts[context], tokens.queries[asked]) for context, asked in tokens.pairs
+        ]
         found: list[np.ndarray] = []
         if pairs:
             found = await self._run(Job(Scorer.name, caller, pairs, [pair.size for pair in pairs]))
         found.append(np.zeros(0, np.float32))  # where the place -1 of an empty query points to
-        log_probs = [found[place] for place in places]
+        log_probs = [found[place] for place in tokens.indices.tolist()]
         raw = np.array([values.sum(dtype=np.float64) for values in log_probs])
         _check_finite(raw)
         # The probability that a token of the query has on the (geometric) average; 1 for an empty query.
         shares = np.exp(raw / [max(1, len(values)) for values in log_probs])
-        return Scored(raw.tolist(), shares.tolist(), log_probs, sum(pair.size for pair in pairs))
+        return Scored(raw.tolist(), shares.tolist(), log_probs, sum(pair.size for pair in pairs), *cuts)
 
     async def search(self, vector: np.ndarray, k: int, caller: str) -> list[Hit]:
         """The k documents of the index with the highest scores for a query's vector, float32 [E]."""
@@ -254,30 +283,17 @@ class Service:
             self._frames[side] = full[: starts[-1]], full[starts[-1] + len(bare) :]
         return self._frames[side]
 
-    def _whole_pairs(self, query: str, documents: Sequence[str], limit: int | None) -> list[list[int]]:
-        """The pairs of a re-ranker as tokens."""
-        assert isinstance(self.scorer, PairReader)
-        text, own = self.scorer.model.text, self.scorer.own
-        documents = _first_tokens(text, documents, limit)
-        queries = [query] * len(documents)
-        return own.scoring.form.tokenise(
-            text, own.scoring.prompt, queries, documents, show_progress=False
-        ).ids
-
-    def _pairs(
-        self, query: str, documents: Sequence[str], limit: int | None
-    ) -> tuple[list[TokenPair], list[int]]:
-        """The different pairs as tokens, and the pair of each document, -1 for an empty query."""
+    def _pairs(self, query: str, documents: Sequence[str], limit: int | None) -> PairIds | TokenPairs:
+        """The pairs as tokens, as the cross-encoder reads them."""
         model = self.models.cross_encoder
-        assert model is not None and model.prompt is not None
+        assert model is not None
         documents = _first_tokens(model.text, documents, limit)
-        tokens = tokenise_pairs(
-            model.text, model.prompt, [query] * len(documents), documents, show_progress=False
-        )
-        pairs = [
-            TokenPair(tokens.contexts[context], tokens.queries[asked]) for context, asked in tokens.pairs
-        ]
-        return pairs, tokens.indices.tolist()
+        queries = [query] * len(documents)
+        if isinstance(self.scorer, PairReader):
+            scoring = self.scorer.own.scoring
+            return scoring.form.tokenise(model.text, scoring.prompt, queries, documents, show_progress=False)
+        assert model.prompt is not None
+        return tokenise_pairs(model.text, model.prompt, queries, documents, show_progress=False)
 
 
 def _scorer(model: CrossEncoder) -> Scorer | PairReader:

@@ -248,6 +248,41 @@ def test_tei(http, models):
     assert (info["model_id"], info["max_input_length"], info["documents"]) == ("tiny", 40, 3)
 
 
+def test_texts_that_are_cut_for_reranking_are_counted_or_refused(http):
+    long = "heron " * 200
+    for query, documents, cut in (
+        ("heron", ["ferry", "bay"], None),
+        ("heron", [long, "ferry", long + "!"], "2"),
+        (long, ["ferry"], "2"),  # which leaves no room for the document
+    ):
+        for field in ("texts", "documents"):
+            body = {"query": query, field: documents}
+            reply = http.post("/rerank", json=body)
+            assert (reply.status_code, reply.headers.get("x-texts-cut")) == (200, cut)
+            reply = http.post("/rerank", json=body | {"truncate": False})
+            assert reply.status_code == (413 if cut else 200)
+            if cut:
+                error = reply.json()["error"]
+                assert (error["code"], error["param"]) == ("text_too_long", field)
+                assert error["message"].startswith(f"{cut} texts are too long: 96 tokens")
+    # What is asked for is not cut.
+    body = {"query": "heron", "documents": [long], "max_tokens_per_doc": 4, "truncate": False}
+    reply = http.post("/rerank", json=body)
+    assert reply.status_code == 200 and "x-texts-cut" not in reply.headers
+    assert http.post("/rerank", json=body | {"truncate": "no"}).status_code == 400
+
+
+def test_texts_that_are_cut_for_a_search_are_counted(http):
+    for body, cut in (
+        ({"query": "heron"}, None),
+        ({"query": "heron " * 60}, "1"),  # more than the encoder's 40 tokens
+        ({"query": "heron", "rerank": 3}, "1"),  # d2, see the next test
+        ({"query": "heron " * 200, "rerank": 3}, "4"),  # the query once
+    ):
+        reply = http.post("/search", json=body)
+        assert (reply.status_code, reply.headers.get("x-texts-cut")) == (200, cut)
+
+
 def test_search(http, models):
     body = {"query": "the heron waits", "k": 2, "return_documents": True}
     reply = http.post("/search", json=body).json()

@@ -38,5 +38,8 @@ def test_scores_are_the_library_s(name, limit, models, tmp_path):
         np.testing.assert_allclose([hit["rerank_score"] for hit in found], alone, rtol=0, atol=1e-5)
         assert (np.diff(alone) <= 0).all()
         assert http.get("/info").json()["explains"] is False
+        body = {"query": query, "texts": ["short", "long " * 500]}
+        assert http.post("/rerank", json=body).headers["x-texts-cut"] == "1"
+        assert http.post("/rerank", json=body | {"truncate": False}).status_code == 413
         wrong = http.post("/rerank", json={"query": query, "documents": documents, "return_tokens": True})
         assert wrong.status_code == 400 and wrong.json()["error"]["code"] == "no_log_probs"
