@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
@@ -20,6 +21,10 @@ from sgpt_jax.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+# Escapes of lone surrogates, and as group 1 what only looks like them: a pair, a backslash that is escaped itself.
+_SURROGATES = re.compile(
+    rb"(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\[^u])|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
 # What is read of a body that is too large, so that its sender comes to read the answer.
 _DISCARD_SECONDS = 5.0
 
@@ -146,10 +151,20 @@ class Door:
                 413, f"the body has more than {self._limits.body_bytes} bytes", code="request_too_large"
             )
         try:
-            return orjson.loads(body)
+            return _loads(body)
         except orjson.JSONDecodeError as error:
             # Its message names the place and the kind of error, nothing of the body.
             raise ApiError(400, f"the body is not JSON: {error.msg}", code="invalid_json") from None
+
+
+def _loads(body: bytearray) -> Any:
+    """JSON with lone surrogates, which orjson refuses, as U+FFFD: where a caller cut an emoji in two, for one."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if "surrogate" not in error.msg:
+            raise
+        return orjson.loads(_SURROGATES.sub(lambda found: found[1] or rb"\ufffd", body))
 
 
 async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -13,12 +13,29 @@ from sgpt_jax.serve.http import Limits
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"nul", b'{"input": NaN}', b"\xff", b'{"input": "\\ud800"}', b"[" * 5000]
+    "body", [b"", b"{", b"[]", b"nul", b'{"input": NaN}', b"\xff", b'{"input": "\\ud8zz"}', b"[" * 5000]
 )
 def test_what_is_no_json_object_is_refused(http, body):
     reply = http.post("/v1/embeddings", content=body, headers={"content-type": "application/json"})
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("escaped", "text"),
+    [
+        (r"x\ud83d", "x\ufffd"),
+        (r"\uDE00 \ud83d\ud83d\uDe00", "\ufffd \ufffd😀"),
+        (r"\\ud83d \\\ud83d\n", "\\ud83d \\\ufffd\n"),
+    ],
+)
+def test_lone_surrogates_are_replaced(escaped, text, http):
+    def embedded(content):
+        return http.post("/embed", content=content, headers={"content-type": "application/json"})
+
+    reply = embedded(f'{{"inputs": "{escaped}"}}'.encode())
+    assert reply.status_code == 200
+    assert reply.json() == embedded(json.dumps({"inputs": text}).encode()).json()
 
 
 def test_vectors_that_are_not_finite_are_an_error_and_no_null(live, http, monkeypatch):
