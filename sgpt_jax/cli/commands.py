@@ -98,6 +98,8 @@ def search(options: argparse.Namespace) -> None:
         raise InputError(f"-k {k} asks for more documents than --rerank {options.rerank} scores")
     if options.cross_encoder and not options.rerank:
         raise InputError("--cross-encoder is for --rerank N")
+    if options.json and options.output:
+        raise InputError("--json prints what -o writes as a run: give one of them")
     mesh = device_mesh(options.mesh)
     index = Index.open(options.index, mesh=mesh, resident=options.resident)
     queries = (

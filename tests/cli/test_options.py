@@ -9,6 +9,7 @@ from sgpt_jax.cli.parser import main
     ("command", "message"),
     [
         ("search none heron --cross-encoder M", "--cross-encoder is for --rerank N"),
+        ("search none heron --json -o run.trec", "--json prints what -o writes"),
         ("index -o none --compact --store int8", "--store: not for --compact"),
         ("index -o none --compact --no-texts", "--no-texts: not for --compact"),
         ("index -o none --remove d1 --chunk-size 8 --model M", "--chunk-size, --model: not for --remove"),
