@@ -68,6 +68,8 @@ def test_triplets_by_number(all_nli):
     assert len(examples) == 5 and examples.negatives == 1
     assert examples.get(3, 0) == Example("a3", "p3", ("n3",))
     assert examples.keys(3, 0) == examples.keys(3, 1) != examples.keys(2, 0)
+    assert examples.digest() == HubExamples(f"hf:{all_nli}:triplet:train").digest()
+    assert examples.digest() != HubExamples(f"hf:{all_nli}:triplet:", "train[:40%]").digest()
     assert HubExamples(f"hf:{all_nli}:triplet:train", negatives=0).get(3, 0) == Example("a3", "p3")
     assert len(HubExamples(f"hf:{all_nli}:triplet:", "train[:40%]")) == 2
     with pytest.raises(InputError, match="labelled ones are for the recipe nli"):

@@ -29,7 +29,7 @@ from sgpt_jax.files.runs import read_run, write_json_run
 from sgpt_jax.metrics import Run
 from sgpt_jax.rerank_job import rerank_job
 
-from .data import Example, text_key
+from .data import Example, examples_digest, text_key, texts_digest
 from .dev import HeldOut, PseudoEvaluator
 from .generated import KIND as GENERATED
 from .generated import check_generator, generated, generator_of, settings
@@ -73,6 +73,9 @@ class AdaptationExamples:
     def keys(self, index: int, epoch: int) -> tuple[int, ...]:
         example = self.get(index, epoch)
         return text_key(example.query), text_key(example.positive)
+
+    def digest(self) -> str:
+        return examples_digest(self.get(index, 0) for index in range(len(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +157,10 @@ def check_adaptation(config: TrainConfig) -> None:
 
 def _describe(config: TrainConfig, documents: list[Document], real: Iterable[str]) -> dict[str, Any]:
     """What the stages depend on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for text in (part for document in documents for part in (document.id, document.title, document.text)):
-        digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+    parts = (part for document in documents for part in (document.id, document.title, document.text))
     asked = hashlib.blake2b("\n".join(real).encode("utf-8", "surrogatepass"), digest_size=16)
     options = ("pseudo", "pseudo_queries", "group_size", "dev_queries", "dev_documents", "seed")
-    described: dict[str, Any] = {"corpus": digest.hexdigest(), "queries": asked.hexdigest()}
+    described: dict[str, Any] = {"corpus": texts_digest(parts), "queries": asked.hexdigest()}
     described |= {name: getattr(config, name) for name in options}
     teacher = {"source": config.teacher or config.model}
     if config.generate is not None:

@@ -85,6 +85,15 @@ class Checkpoints:
         if step not in self.best.all_steps():
             self._save(self.best, step, trainable, {"dev": dev}, metrics={"dev": dev})
 
+    def drop_best_after(self, step: int) -> None:
+        """Removes the best ones of later steps: a run that goes on after `step` makes these steps anew.
+
+        What it makes may differ, as the evaluations may be at other steps; and orbax saves no step before its newest.
+        """
+        for later in self.best.all_steps():
+            if later > step:
+                self.best.delete(later)
+
     def restore(self, state: TrainState) -> tuple[int, TrainState, dict] | None:
         """The newest sound checkpoint: (steps done, state, data position); None when there is none at all.
 
@@ -128,7 +137,11 @@ class Checkpoints:
             data=ocp.args.JsonSave(about | {"digest": _digest(about)}),
         )
         with self._writing():
-            manager.save(step, args=arguments, **more)
+            saved = manager.save(step, args=arguments, **more)
+        if not saved:
+            raise InputError(
+                f"{manager.directory}: orbax did not save step {step}; the newest there is {manager.latest_step()}"
+            )
 
     def _restore(self, manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict] | None:
         """A checkpoint's leaves, as those of `like`, and the facts saved with them; None after moving a damaged one.

@@ -60,11 +60,32 @@ class ExampleSource(Protocol):
         """Identities of the example's texts, cheaper than the texts; two examples that share one share a text."""
         ...
 
+    def digest(self) -> str:
+        """Tells these examples, in this order, from any others."""
+        ...
+
 
 def text_key(text: str) -> int:
     """A 64-bit identity of a text, without regard to case and outer white space (as the SGPT repository compares)."""
     digest = hashlib.blake2b(text.strip().lower().encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def texts_digest(texts: Iterable[str]) -> str:
+    """A digest of texts in their order, 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """A digest of examples in their order, scores included."""
+    return texts_digest(
+        text
+        for query, positive, negatives, scores in examples
+        for text in (query, positive, *negatives, str(scores))
+    )
 
 
 class ListExamples:
@@ -91,6 +112,9 @@ class ListExamples:
             query, positive, negatives, _ = self.examples[index]
             self._keys[index] = tuple(text_key(text) for text in (query, positive, *negatives))
         return self._keys[index]
+
+    def digest(self) -> str:
+        return examples_digest(self.examples)
 
 
 def read_pairs(source: str, split: str | None = None) -> list[Example]:

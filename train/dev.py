@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -17,6 +19,8 @@ from sgpt_jax.files.sts import read_sts
 from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import evaluate
 
+from .data import texts_digest
+
 _DEPTH = 10
 
 
@@ -25,10 +29,12 @@ class DevEvaluator(Protocol):
 
     Attributes:
         name: of the metric.
+        data: what it looks at: "source", as the user names it, and "digest", of the content.
         details: what else the last look found, by name.
     """
 
     name: str
+    data: dict[str, str]
     details: dict[str, float]
 
     def __call__(self, model: BiEncoder) -> float: ...
@@ -50,7 +56,9 @@ class StsEvaluator:
 
     def __init__(self, path: str):
         self.details: dict[str, float] = {}
-        self._scores, self._first, self._second = zip(*read_sts(path), strict=True)
+        pairs = list(read_sts(path))
+        self._scores, self._first, self._second = zip(*pairs, strict=True)
+        self.data = {"source": path, "digest": texts_digest(map(str, itertools.chain(*pairs)))}
 
     def __call__(self, model: BiEncoder) -> float:
         vectors = model.encode([*self._first, *self._second], normalize=True, show_progress=False)
@@ -67,8 +75,11 @@ class RetrievalEvaluator:
         self.details: dict[str, float] = {}
         self._data = DataSet(epath.Path(folder).name, epath.Path(folder), split).load()
         evaluate(self._data.qrels, {}, queries=self._data.queries, cuts=(_DEPTH,))  # fails now if it must
-        for _ in self._data.documents():  # a line that cannot be read is found before training
-            pass
+        judged = json.dumps([self._data.queries, self._data.qrels])
+        # All documents pass by: a line that cannot be read is found before training.
+        texts = (part for document in self._data.documents() for part in (document.id, document.text))
+        digest = texts_digest(itertools.chain([judged], texts))
+        self.data = {"source": f"{folder}, split {split}", "digest": digest}
 
     def __call__(self, model: BiEncoder) -> float:
         data = self._data
@@ -106,6 +117,13 @@ class PseudoEvaluator:
     def __init__(self, kinds: Mapping[str, HeldOut]):
         self._kinds = kinds
         self.details: dict[str, float] = {}
+        parts = (
+            part
+            for held_out in kinds.values()
+            for document in held_out.documents
+            for part in (document.id, document.text, held_out.queries.get(document.id, ""))
+        )
+        self.data = {"source": "the held-out pseudo queries", "digest": texts_digest(parts)}
 
     def __call__(self, model: BiEncoder) -> float:
         values: dict[str, list[float]] = {}

@@ -66,3 +66,6 @@ class HubExamples:
     def keys(self, index: int, epoch: int) -> tuple[int, ...]:
         query, positive, negatives, _ = self.get(index, epoch)
         return tuple(text_key(text) for text in (query, positive, *negatives))
+
+    def digest(self) -> str:
+        return self._rows.fingerprint

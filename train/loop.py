@@ -20,9 +20,10 @@ from sgpt_jax.runtime.platform import by_platform
 
 from .export import Record, export
 from .log import Callback, RunLog
-from .prepare import LOOKS, Run, prepare, write_config
+from .prepare import LOOKED_AT, LOOKS, Run, prepare
 from .programs import StepPrograms
 from .recipes import TrainConfig
+from .resume import write_config
 from .step import agree, place_batch
 
 
@@ -94,7 +95,7 @@ def fit(run: Run, log: RunLog) -> bool:
                     log.say(f"{config.patience} evaluations in a row were no better: the run ends")
                     save = True
             if save:
-                position = run.batches.get_state() | {LOOKS: run.looks}
+                position = run.batches.get_state() | {LOOKS: run.looks, LOOKED_AT: run.looked_at}
                 run.checkpoints.save(done, run.state, position)
             if evaluate or save:
                 log.start_clock()
@@ -124,7 +125,7 @@ def finish(run: Run, log: RunLog) -> None:
     output = epath.Path(run.config.output)
     messages = export(run.trained_model(trainable), trainable, record, output, write=first)
     if first:
-        write_config(run.config)
+        write_config(run.config, run.inputs)
         log.plot()
     for message in messages:
         log.say(message)

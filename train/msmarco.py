@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import gzip
+import hashlib
 import mmap
 import pickle
 from typing import Any
@@ -172,6 +173,17 @@ class RotatingExamples:
     def keys(self, index: int, epoch: int) -> tuple[int, ...]:
         query, positive, negatives = self._ids(index, epoch)
         return (-1 - query, positive, *negatives)  # queries and passages are numbered apart
+
+    def digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for content in (self.queries.data, self.passages.data):
+            digest.update(content)
+        for record in self.records:
+            digest.update(repr(record).encode())
+            if self.scores is not None:
+                known, (query, positives, negatives) = self.scores, record
+                digest.update(repr([known[query].get(key) for key in positives + negatives]).encode())
+        return digest.hexdigest()
 
 
 def open_msmarco(

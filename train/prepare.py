@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from typing import Any
 
 import jax
@@ -23,7 +22,6 @@ from sgpt_jax.decoder.sharding import device_mesh, leaf_path, make_mesh, num_sha
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
 from sgpt_jax.files.hub_tables import is_hub
-from sgpt_jax.files.lines import write_json
 from sgpt_jax.folder.source import resolve
 
 from .adaptation import adaptation
@@ -45,12 +43,12 @@ from .optimizer import (
     trainable_mask,
     trained_kinds,
 )
-from .recipes import FREE, TrainConfig
-from .step import TrainState, init_state, jit_step, make_step
+from .recipes import TrainConfig
+from .resume import check_inputs, check_output, model_digest, write_config
+from .step import TrainState, agree, init_state, jit_step, make_step
 
-RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what transformers has there
-LOOKS = "looks"  # the key of the dev metrics so far in a checkpoint's facts, beside the position in the data
-ADAPTER_RUN = "run.json"  # where that is of a run that leaves adapters
+# Keys of a checkpoint's facts, beside the position in the data: the dev metrics so far, and what they looked at.
+LOOKS, LOOKED_AT = "looks", "looked_at"
 
 
 @dataclasses.dataclass
@@ -62,6 +60,7 @@ class Run:
         mesh: the devices, or None for the first one.
         model: the bi-encoder before training.
         base_sha256: of the weights before training.
+        inputs: a digest of what each option names, see `train.resume`.
         started_from: the bias set it began with, by name and hash, or None.
         structure: the decoder's structure.
         frozen: the parameters that do not train, None in place of the others.
@@ -79,12 +78,14 @@ class Run:
         warmup: how many of these are warm-up.
         notes: what the user should know before the first step.
         looks: the dev metrics so far.
+        looked_at: what they looked at, see `DevEvaluator.data`; None before any.
     """
 
     config: TrainConfig
     mesh: Mesh | None
     model: BiEncoder
     base_sha256: str
+    inputs: dict[str, str]
     started_from: str | None
     structure: Any
     frozen: Any
@@ -102,6 +103,7 @@ class Run:
     warmup: int
     notes: list[str]
     looks: list[float]
+    looked_at: dict[str, str] | None
 
     @property
     def exhausted(self) -> bool:
@@ -136,6 +138,12 @@ def prepare(config: TrainConfig) -> Run:
     model = _load_model(config, mesh)
     structure, params = split(model.decoder)
     base_sha256 = load.base_sha256(load.open_model(resolve(config.model)).files, model.decoder)
+    started_from = _started_from(config)
+    inputs = {
+        "model": model_digest(model, base_sha256, bias_set),
+        "corpus" if config.recipe == "adapt" else "data": examples.digest(),
+        **({"biases": started_from} if started_from else {}),
+    }
     mask = trainable_mask(params, config.trainable)
     notes += _check_export(model, mask, config)
     trainable, frozen = split_params(params, mask)
@@ -165,19 +173,25 @@ def prepare(config: TrainConfig) -> Run:
         dropout=config.dropout,
     )
     batches = _open_batches(config, examples, model, total)
-    if first:
-        write_config(config)
+    check_inputs(config, inputs)
     checkpoints = Checkpoints(epath.Path(config.output), config.keep_best)
-    start, looks = 0, []
+    start, looks, looked_at = 0, [], None
     if config.resume and (found := checkpoints.restore(state)) is not None:
         start, state, position = found
-        looks = position.pop(LOOKS, [])
+        looks, looked_at = position.pop(LOOKS, []), position.pop(LOOKED_AT, None)
         batches.set_state(position)
+    if evaluate is not None:
+        _check_looks(config, looks, looked_at, evaluate.data)
+        looked_at = evaluate.data
+    if config.resume:
+        checkpoints.drop_best_after(start)
+    if first:
+        write_config(config, inputs)
     notes += _describe_steps(examples, total, warmup, start)
     return Run(
-        config, mesh, model, base_sha256, _started_from(config), structure, frozen, state,
+        config, mesh, model, base_sha256, inputs, started_from, structure, frozen, state,
         jit_step(step, state, mesh), chunk_rows, rate, len(examples), batches, evaluate,
-        config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks,
+        config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks, looked_at,
     )  # fmt: skip
 
 
@@ -231,50 +245,6 @@ def loss_config(config: TrainConfig) -> LossConfig:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def check_output(config: TrainConfig) -> None:
-    """Looks at what is in the folder of the run: nothing, or the run to resume, with the same options.
-
-    Raises:
-        InputError: there is a run already and `resume` is off, or it had other options; or it is a bucket.
-    """
-    if "://" in config.output:
-        raise InputError(
-            f"{config.output}: logs and checkpoints grow step by step and must be in a local folder"
-        )
-    output = epath.Path(config.output)
-    paths = [output / "config.json", output / ADAPTER_RUN]
-    path = next((path for path in paths if path.exists()), paths[0])
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    try:
-        theirs = json.loads(path.read_text()).get(RUN) if path.exists() else None
-    except (ValueError, AttributeError):
-        theirs = None
-    if path.exists() and not config.resume:
-        raise InputError(
-            f"{output}: holds a run or a model already; go on with --resume, or name another folder"
-        )
-    if not config.resume or theirs is None:
-        return
-    other = [name for name, value in ours.items() if name not in FREE and theirs.get(name, value) != value]
-    if other:
-        differences = ", ".join(
-            f"{name.replace('_', '-')} {theirs.get(name)!r}, now {ours[name]!r}" for name in other
-        )
-        raise InputError(f"{output}: this run was started with other options: {differences}")
-
-
-def write_config(config: TrainConfig) -> None:
-    """Writes the run's configuration into config.json, beside what the model may have there (transformers keeps it).
-
-    Beside adapters it is a file of its own, since transformers takes a folder with a config.json for a whole model.
-    """
-    adapters = "lora" in trained_kinds(config.trainable) and not config.merge
-    path = epath.Path(config.output) / (ADAPTER_RUN if adapters else "config.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, model | {RUN: dataclasses.asdict(config)})
 
 
 def _open_data(config: TrainConfig) -> tuple[ExampleSource, DevEvaluator | None, list[str]]:
@@ -420,6 +390,22 @@ def _open_batches(config: TrainConfig, examples: ExampleSource, model: BiEncoder
     )
     batches[0]
     return iterate(batches)
+
+
+def _check_looks(
+    config: TrainConfig, looks: list[float], before: dict[str, str] | None, now: dict[str, str]
+) -> None:
+    """Looks whether the dev metric is still of the same data: else the best of before would be compared with others.
+
+    Raises:
+        InputError: it is not, and there are metrics already.
+    """
+    differs = bool(looks) and before is not None and before["digest"] != now["digest"]
+    if not agree(differs)[0]:
+        return
+    then, source = "other data" if before is None else before["source"], now["source"]
+    also = ", whose content has changed since" if then == source else f", not {source}"
+    raise InputError(f"{config.output}: the best checkpoint so far was chosen with --dev {then}{also}")
 
 
 def _describe_steps(examples: ExampleSource, total: int, warmup: int, start: int) -> list[str]:

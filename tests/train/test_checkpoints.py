@@ -101,6 +101,19 @@ def test_all_damaged_is_an_error(written, tmp_path):
         Checkpoints(folder, 2).restore(state(0))
 
 
+def test_a_step_that_orbax_would_not_save(written, tmp_path):
+    """It keeps no step before its newest: that is an error, and the best of later steps go when a run goes back."""
+    shutil.copytree(written, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", 5)
+    with pytest.raises(InputError, match=r"did not save step 15; the newest there is 20"):
+        checkpoints.save(15, state(15), {})
+    checkpoints.drop_best_after(12)
+    checkpoints.save_best(15, state(15).trainable, 0.9)
+    assert checkpoints.restore_best(state(0).trainable)[0] == 15
+    assert sorted(checkpoints.best.all_steps()) == [10, 15]
+    checkpoints.close()
+
+
 def test_another_model_is_no_damage(written, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(written, folder)

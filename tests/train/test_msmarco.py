@@ -10,7 +10,7 @@ import pytest
 from training import write_msmarco
 
 from sgpt_jax.errors import InputError
-from train.msmarco import COLLECTION, TextTable, open_msmarco, read_scores
+from train.msmarco import COLLECTION, SCORES, TextTable, open_msmarco, read_scores
 
 DATA = os.environ.get("SGPT_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="SGPT_DATA does not name the folder with the real data sets")
@@ -66,6 +66,23 @@ def test_msmarco_rotation(tmp_path):
     same, other = (open_msmarco(tmp_path / "m", systems=("bm25", "dense"), seed=seed) for seed in (0, 1))
     assert same.records == data.records
     assert [sorted(r[2]) for r in other.records] == [sorted(r[2]) for r in same.records]
+
+
+def test_msmarco_digest(tmp_path):
+    """It knows the texts, the records, and the teacher's scores where they are used."""
+    folder = Path(write_msmarco(tmp_path / "m", RECORDS, CE))
+
+    def digests():
+        return [open_msmarco(str(folder), keep_scores=keep).digest() for keep in (False, True)]
+
+    first = digests()
+    assert digests() == first
+    (folder / SCORES).write_bytes(gzip.compress(pickle.dumps(CE | {7: {**CE[7], 21: 1.5}})))
+    scored = digests()
+    assert scored[0] == first[0] and scored[1] != first[1]
+    texts = (folder / COLLECTION).read_text()
+    (folder / COLLECTION).write_text(texts.replace("passage 38", "passage 83"))
+    assert len({*first, *scored, *digests()}) == 5
 
 
 def test_msmarco_errors(tmp_path):

@@ -1,0 +1,114 @@
+"""What a run was started with, noted in its folder: one that goes on has the same options and reads the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.checkpoint.bias_sets import BiasSet, bias_leaves
+from sgpt_jax.checkpoint.fingerprint import module_facts, to_numpy
+from sgpt_jax.decoder.model import split
+from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import write_json
+
+from .optimizer import trained_kinds
+from .recipes import FREE, TrainConfig
+from .step import agree
+
+RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what transformers has there
+INPUTS = "inputs"  # the key of the digests of what it reads, among its options
+ADAPTER_RUN = "run.json"  # where that is of a run that leaves adapters
+
+
+def check_output(config: TrainConfig) -> None:
+    """Looks at what is in the folder of the run: nothing, or the run to resume, with the same options.
+
+    Raises:
+        InputError: there is a run already and `resume` is off, or it had other options; or it is a bucket.
+    """
+    if "://" in config.output:
+        raise InputError(
+            f"{config.output}: logs and checkpoints grow step by step and must be in a local folder"
+        )
+    if _file(config.output).exists() and not config.resume:
+        raise InputError(
+            f"{config.output}: holds a run or a model already; go on with --resume, or name another folder"
+        )
+    ours, theirs = json.loads(json.dumps(dataclasses.asdict(config))), _noted(config)
+    other = [name for name, value in ours.items() if name not in FREE and theirs.get(name, value) != value]
+    if other:
+        differences = ", ".join(
+            f"{name.replace('_', '-')} {theirs.get(name)!r}, now {ours[name]!r}" for name in other
+        )
+        raise InputError(f"{config.output}: this run was started with other options: {differences}")
+
+
+def check_inputs(config: TrainConfig, inputs: dict[str, str]) -> None:
+    """Looks whether a run that goes on reads what it read when it was started. All processes must call.
+
+    Args:
+        config: of the run.
+        inputs: a digest of what each option names. One that is not noted, as in runs of earlier versions, may be any.
+
+    Raises:
+        InputError: the files of an option are others, by what this process reads or another one.
+    """
+    noted = _noted(config).get(INPUTS, {})
+    changed = [
+        f"--{name} {getattr(config, name)}"
+        for name, value in inputs.items()
+        if noted.get(name, value) != value
+    ]
+    if agree(bool(changed))[0]:
+        what = " and ".join(changed) or "what another process reads"
+        raise InputError(f"{config.output}: since this run was started, the content of {what} has changed")
+
+
+def model_digest(model: BiEncoder, base_sha256: str, bias_set: BiasSet | None) -> str:
+    """A digest of the model that a run starts from, without the biases of a set. All processes must call.
+
+    Args:
+        model: before training.
+        base_sha256: of its weights, in which no bias is.
+        bias_set: whose biases it has, or None.
+    """
+    facts: list[Any] = [base_sha256, model.pooling, model.text.brackets, module_facts(model.modules)]
+    facts += [model.text.prompt(side) for side in ("query", "document")]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for name, leaf in sorted(bias_leaves(split(model.decoder)[1]).items()):
+        if bias_set is None or name not in bias_set.values:
+            digest.update(name.encode() + to_numpy(leaf).astype(np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def write_config(config: TrainConfig, inputs: dict[str, str]) -> None:
+    """Writes the run's configuration into config.json, beside what the model may have there (transformers keeps it).
+
+    Beside adapters it is a file of its own, since transformers takes a folder with a config.json for a whole model.
+    """
+    adapters = "lora" in trained_kinds(config.trainable) and not config.merge
+    path = epath.Path(config.output) / (ADAPTER_RUN if adapters else "config.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, model | {RUN: dataclasses.asdict(config) | {INPUTS: inputs}})
+
+
+def _file(output: str) -> epath.Path:
+    """Where the configuration of a run is, or will be."""
+    paths = [epath.Path(output) / name for name in ("config.json", ADAPTER_RUN)]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def _noted(config: TrainConfig) -> dict[str, Any]:
+    """The options that the run to resume was started with, and its inputs; nothing where there is none."""
+    path = _file(config.output)
+    try:
+        return dict(json.loads(path.read_text()).get(RUN) or {}) if config.resume and path.exists() else {}
+    except (ValueError, TypeError, AttributeError):
+        return {}
