@@ -172,8 +172,8 @@ class PackedBatches:
             `rows`: a `Batch` of packed texts; `skip`: int32 [R, S], how many first tokens of each are left out of the
             pooling; `indices`: of their vectors, see `pack`, int32, queries `[b]`, positives `[b]` and negatives
             `[b, K]`; `ids`: identities of the same texts, int32
-            `[..., 2]`; `negative_mask`: bool `[b, K]`; `repeated`: bool `[b, K]`, texts that stand before among this
-            process's positives and negatives; `scores`: float32 `[b, 1 + K]`; `tokens`: how many are encoded;
+            `[..., 2]`; `negative_mask`: bool `[b, K]`; `order`: int32 `[b]`, the places of these examples
+            in the global batch; `scores`: float32 `[b, 1 + K]`; `tokens`: how many are encoded;
             `examples`: their numbers, from 0 in the order of the data.
         """
         process, count = self.process
@@ -204,17 +204,13 @@ class PackedBatches:
         # An example with fewer negatives has index 0 in their place, which the mask keeps out of the loss.
         negative_indices = np.zeros((size, most), np.int32)
         negative_indices[present] = vectors[2 * size :]
-        keys = [text_key(text) for text in positives + negatives]
-        first = {key: number for number, key in reversed(list(enumerate(keys)))}
-        repeated = np.zeros((size, most), bool)
-        repeated[present] = [first[key] < size + number for number, key in enumerate(keys[size:])]
         return {
             "rows": rows,
             "skip": skip,
             "indices": (vectors[:size], vectors[size : 2 * size], negative_indices),
             "ids": (_ids(queries), _ids(positives), _scatter(_ids(negatives), present)),
             "negative_mask": present,
-            "repeated": repeated,
+            "order": np.arange(process, self.plan.batch_size, count, dtype=np.int32),
             "scores": self._scores(examples, split, most),
             "tokens": sum(len(ids) for ids, _ in distinct),
             "examples": [index for index, _ in split],

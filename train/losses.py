@@ -159,6 +159,19 @@ def distillation_loss(
     return jnp.mean(jnp.sum(jnp.where(present, jnp.exp(teacher) * (teacher - ours), 0), axis=-1))
 
 
+def _repeated(positive_ids: Array, negative_ids: Array, negative_mask: Array, order: Array) -> Array:
+    """Tells which negatives have a text that stands before among the batch's candidates: bool `[B, K]`.
+
+    Before a negative stand all positives, and the negatives that one process has before it: copies of a text may differ
+    in case or white space, so that it matters which of them counts, on several processes too.
+    """
+    batch, count = negative_mask.shape
+    ids, present = negative_ids.reshape(batch * count, 2), negative_mask.reshape(-1)
+    places = (order[:, None] * count + jnp.arange(count)).reshape(-1)
+    before = same_text(ids, ids) & present & (places < places[:, None])
+    return (jnp.any(same_text(ids, positive_ids), axis=1) | jnp.any(before, axis=1)).reshape(batch, count)
+
+
 def total_loss(config: LossConfig, queries: Array, positives: Array, negatives: Array, batch: dict) -> Array:
     """The loss of one global batch as `config` describes it.
 
@@ -166,8 +179,8 @@ def total_loss(config: LossConfig, queries: Array, positives: Array, negatives: 
         config: what to add up.
         queries, positives, negatives: float `[B, E]`, `[B, E]`, `[B, K, E]`.
         batch: `ids` (three arrays), `negative_mask` and, for distillation, `scores`: see the functions above;
-            `repeated`, bool `[B, K]`: negatives whose text stands among the batch's candidates before. It counts once
-            in the contrastive loss, however many lists it is in.
+            `order`, int32 `[B]`: the place of each row's example in the batch. A negative's text counts once in the
+            contrastive loss, however many lists it is in: where it stands first.
 
     Returns:
         float32 scalar.
@@ -176,13 +189,14 @@ def total_loss(config: LossConfig, queries: Array, positives: Array, negatives: 
     near = None
     if config.near is not None:
         near = mask & (batch["scores"][:, 1:] > batch["scores"][:, :1] - config.near)
+    first = mask & ~_repeated(batch["ids"][1], batch["ids"][2], mask, batch["order"])
     terms = []
     for size in config.matryoshka or (queries.shape[-1],):
         vectors = (queries[..., :size], positives[..., :size], negatives[..., :size])
         term = contrastive_loss(
             *vectors,
             batch["ids"],
-            mask & ~batch["repeated"],
+            first,
             scale=config.scale,
             both_directions=config.both_directions,
             near_mask=near,

@@ -199,7 +199,7 @@ def place_batch(
         ),
         "ids": batch["ids"],
         "negative_mask": batch["negative_mask"],
-        "repeated": batch["repeated"],
+        "order": batch["order"],
         "scores": batch["scores"],
     }
     if sharding is None:

@@ -142,7 +142,7 @@ def _batch(mesh: Mesh, work: Work) -> dict[str, Any]:
         "indices": (_rows(mesh, count), _rows(mesh, count), _rows(mesh, count, 1)),
         "ids": (_rows(mesh, count, 2), _rows(mesh, count, 2), _rows(mesh, count, 1, 2)),
         "negative_mask": _rows(mesh, count, 1, dtype=jnp.bool_),
-        "repeated": _rows(mesh, count, 1, dtype=jnp.bool_),
+        "order": _rows(mesh, count),
         "scores": _rows(mesh, count, 2, dtype=jnp.float32),
     }
 

@@ -50,7 +50,7 @@ def make_batch(size=7, negatives=2):
         "indices": (vectors[:size], vectors[size : 2 * size], vectors[2 * size :].reshape(size, negatives)),
         "ids": (ids[:size], ids[size : 2 * size], ids[2 * size :].reshape(size, negatives, 2)),
         "negative_mask": np.ones((size, negatives), bool),
-        "repeated": np.zeros((size, negatives), bool),
+        "order": np.arange(size, dtype=np.int32),
         "scores": np.zeros((size, 1 + negatives), np.float32),
     }
 
@@ -128,7 +128,7 @@ def test_a_thousand_examples_fit_where_64_do():
             "indices": (shape((size,), jnp.int32), shape((size,), jnp.int32), shape((size, 1), jnp.int32)),
             "ids": tuple(shape((size, *more, 2), jnp.int32) for more in ((), (), (1,))),
             "negative_mask": shape((size, 1), bool),
-            "repeated": shape((size, 1), bool),
+            "order": shape((size,), jnp.int32),
             "scores": shape((size, 2), jnp.float32),
         }
         step = make_step(

@@ -1,11 +1,15 @@
 """The losses against plain numpy, written from the definition: loops over rows and candidates."""
 
+import decoders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.data import text_key
+from sgpt_jax.text.encoder import TextEncoder
+from sgpt_jax.text.tokenizer import load_tokenizer
+from train.batches import BatchPlan, PackedBatches
+from train.data import Example, ListExamples, text_key
 from train.losses import LossConfig, contrastive_loss, distillation_loss, total_loss
 
 B, K, E = 5, 3, 8
@@ -137,8 +141,43 @@ def test_both_directions_with_a_positive_that_is_another_rows_query():
     assert ours(texts, ALL, both_directions=True) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_negative_of_several_lists_counts_once(tmp_path):
+    """The first copy, and none of a positive; in whatever order the rows of several processes stand."""
+    draw = np.random.default_rng(2)
+    source = ListExamples(
+        [
+            Example("q0", "p0", ("shared", "other", "p3")),
+            Example("q1", "p1", ("SHARED",)),
+            Example("q2", "p2", ("n2", "shared ", "Other")),
+            Example("q3", "p3", ("P1", "n3")),
+        ]
+    )
+    vectors = [(1 + 0.6 * draw.normal(size=(4, *more, E))).astype(np.float32) for more in ((), (), (3,))]
+    encoder = TextEncoder(load_tokenizer(decoders.write_tokenizer(tmp_path)), 32, False)
+
+    def part(process):
+        plan = BatchPlan(source, 4, seed=0, shuffle=False, no_duplicates=False)
+        batch = PackedBatches(plan, encoder, vocab_size=384, symmetric=False, steps=1, process=process)[0]
+        return {name: batch[name] for name in ("ids", "negative_mask", "order", "examples")}
+
+    def loss(*processes):
+        parts = [part(process) for process in processes]
+        rows = [row for each in parts for row in each.pop("examples")]
+        batch = jax.tree.map(lambda *some: np.concatenate(some), *parts)
+        return float(total_loss(LossConfig(), *(some[rows] for some in vectors), batch))
+
+    whole = part((0, 1))
+    first = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]], bool)
+    expected = float(contrastive_loss(*vectors, whole["ids"], first))
+    assert loss((0, 1)) == pytest.approx(expected, rel=1e-6)
+    for parts in ([(0, 2), (1, 2)], [(1, 2), (0, 2)]):
+        assert loss(*parts) == pytest.approx(expected, rel=1e-6)
+    every = float(contrastive_loss(*vectors, whole["ids"], whole["negative_mask"]))
+    assert abs(every - expected) > 1e-3
+
+
 def test_matryoshka_is_the_mean_over_leading_sizes():
-    batch = {"ids": tuple(ids_of(t) for t in distinct()), "negative_mask": ALL, "repeated": ~ALL}
+    batch = {"ids": tuple(ids_of(t) for t in distinct()), "negative_mask": ALL, "order": np.arange(B)}
     value = total_loss(LossConfig(matryoshka=(2, 8)), *ARRAYS, batch)
     short = by_hand(*(a[..., :2] for a in ARRAYS), distinct(), ALL)
     assert float(value) == pytest.approx((short + by_hand(*ARRAYS, distinct(), ALL)) / 2, rel=1e-5)
@@ -162,7 +201,7 @@ def test_distillation():
     batch = {
         "ids": tuple(ids_of(t) for t in distinct()),
         "negative_mask": present,
-        "repeated": ~ALL,
+        "order": np.arange(B),
         "scores": scores,
     }
     both = total_loss(LossConfig(distill="margin", distill_weight=0.5), *ARRAYS, batch)

@@ -33,7 +33,7 @@ batch = {
     "indices": (vectors[:count], vectors[count : 2 * count], vectors[2 * count :][:, None]),
     "ids": tuple(np.stack([names, names], -1).astype(np.int32) for _ in range(2)),
     "negative_mask": np.ones((count, 1), bool),
-    "repeated": np.zeros((count, 1), bool),
+    "order": np.arange(count, dtype=np.int32),
     "scores": np.zeros((count, 2), np.float32),
 }
 
