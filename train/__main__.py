@@ -83,7 +83,9 @@ def _add_mine_parser(commands: Any) -> None:
         "--max-score", type=float, metavar="X", help="a negative's highest score (default: none)"
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
-    group = command.add_argument_group("the bi-encoder whose cosine ranks, in place of BM25")
+    group = command.add_argument_group(
+        "the bi-encoder whose similarity (cosine or dot product) ranks, in place of BM25"
+    )
     add_options(group, model(required=False), dtype(), WEIGHTS, MESH, *BI_ENCODER)
 
 

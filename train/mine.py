@@ -20,13 +20,15 @@ from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import Run
 from sgpt_jax.runtime.progress import progress
 
+from .data import text_key
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Which documents of a query's ranking may be its negatives.
 
     Attributes:
-        depth: the rank of the last one, counted without what is judged relevant.
+        depth: the rank of the last one, counted without what cannot be a negative.
         skip: the best that are left out, which may be relevant and unjudged.
         margin: how far below the score of the positive a negative must be; None: no matter.
         lowest, highest: scores that it may have; None: no matter.
@@ -44,7 +46,7 @@ class Limits:
         return (self.margin, self.lowest, self.highest) != (None, None, None)
 
     def pool(self, ranked: Mapping[str, float], positive: float) -> list[str]:
-        """The documents that are left of a ranking without relevant ones; `positive` is the positive's score."""
+        """The documents that are left of a ranking of possible negatives; `positive` is the positive's score."""
         most = np.inf if self.margin is None else positive - self.margin
         most = most if self.highest is None else min(most, self.highest)
         least = -np.inf if self.lowest is None else self.lowest
@@ -81,8 +83,10 @@ def mine(
     """Writes one example for each relevant (query, document): query, positive, negatives.
 
     The negatives are drawn from what `limits` leaves of the query's ranking, which is BM25's (that of evaluation, see
-    `sgpt_jax.bm25`) or the bi-encoder's exact search, without the documents judged relevant. Where ranks alone matter,
-    and a query finds too few documents, any others are taken; where scores do, an example may have fewer negatives.
+    `sgpt_jax.bm25`) or the bi-encoder's exact search by its own similarity. No negative is judged relevant, or has the
+    text of the query or of a positive; nor the query's id in the data sets whose corpus holds the queries, as in
+    evaluation. Where ranks alone matter, and a query finds too few documents, any others are taken; where scores do, an
+    example may have fewer negatives.
 
     Raises:
         InputError: the data are not as they should be, or the limits leave nothing.
@@ -92,7 +96,7 @@ def mine(
             f"--negatives {negatives} cannot be drawn from ranks {limits.skip} to {limits.depth}"
         )
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    folder = DataSet("", epath.Path(data), split).load()
+    folder = DataSet(epath.Path(data).resolve().name, epath.Path(data), split).load()
     documents = list(folder.documents())
     texts = {document.id: document.text for document in documents}
     relevant = {
@@ -103,15 +107,17 @@ def mine(
     if not relevant:
         raise InputError(f"{data}: no query of split {split!r} has a relevant document")
     queries = {query: folder.queries[query] for query in relevant}
-    run, scores = _ranked(queries, relevant, documents, limits, encoder)
+    unfit = _unfit(folder, relevant, texts)
+    depth = limits.depth + max(map(len, unfit.values()))
+    run, scores = _ranked(queries, relevant, documents, depth, limits.margin is not None, encoder)
     draw = np.random.default_rng(seed)
     examples, short = [], 0
     for query, positives in relevant.items():
-        others = {id: score for id, score in run[query].items() if id not in positives}
+        others = {id: score for id, score in run[query].items() if id not in unfit[query]}
         pools = [limits.pool(others, scores.get((query, positive), 0.0)) for positive in positives]
         if not limits.by_score and len(pools[0]) < negatives:
             # A query whose words hardly occur: any document will do.
-            rest = [id for id in texts if id not in positives and id not in pools[0]]
+            rest = [id for id in texts if id not in unfit[query] and id not in pools[0]]
             missing = min(negatives - len(pools[0]), len(rest))
             pools = [pools[0] + [rest[row] for row in draw.choice(len(rest), missing, replace=False)]] * len(
                 positives
@@ -134,19 +140,38 @@ def mine(
     print(f"{len(examples):,} examples of {len(relevant):,} queries{note}: {output}")
 
 
+def _unfit(
+    folder: DataSet, relevant: Mapping[str, Sequence[str]], texts: Mapping[str, str]
+) -> dict[str, set[str]]:
+    """The documents that are no negatives of each query: see `mine`."""
+    same = {
+        query: {text_key(text) for text in (folder.queries[query], *(texts[id] for id in positives))}
+        for query, positives in relevant.items()
+    }
+    copies: dict[int, list[str]] = {key: [] for keys in same.values() for key in keys}
+    for id, text in texts.items():
+        if (found := copies.get(text_key(text))) is not None:
+            found.append(id)
+    return {
+        query: {id for key in keys for id in copies[key]}
+        | ({query} if folder.ignores_identical_ids else set())
+        for query, keys in same.items()
+    }
+
+
 def _ranked(
     queries: dict[str, str],
     relevant: Mapping[str, Sequence[str]],
     documents: list[Document],
-    limits: Limits,
+    depth: int,
+    score: bool,
     encoder: BiEncoder | None,
 ) -> tuple[Run, dict[tuple[str, str], float]]:
-    """The best documents of every query, and the scores of (query, relevant document) if a margin asks for them."""
-    depth = limits.depth + max(map(len, relevant.values()))
+    """The best documents of every query, and with `score` the scores of (query, relevant document)."""
     pairs = [(query, id) for query, ids in relevant.items() for id in ids]
     if encoder is None:
         index = Bm25(documents)
-        if limits.margin is None:
+        if not score:
             return index.search(queries, depth), {}
         run: dict[str, dict[str, float]] = {}
         scores: dict[tuple[str, str], float] = {}
@@ -158,13 +183,14 @@ def _ranked(
                 bar.update()
         return run, scores
     run = search_corpus(encoder, queries, documents, depth)
-    if limits.margin is None:
+    if not score:
         return run, {}
     texts = {document.id: document.text for document in documents}
     shown = {id: row for row, id in enumerate(dict.fromkeys(id for _, id in pairs))}
     asked = {query: row for row, query in enumerate(queries)}
-    left = encoder.encode_query(list(queries.values()), normalize=True, show_progress=False)
-    right = encoder.encode_document([texts[id] for id in shown], normalize=True, show_progress=False)
+    cosine = encoder.similarity_name == "cosine"  # else the dot product, by which the search has ranked
+    left = encoder.encode_query(list(queries.values()), normalize=cosine, show_progress=False)
+    right = encoder.encode_document([texts[id] for id in shown], normalize=cosine, show_progress=False)
     rows, columns = ([table[pair[side]] for pair in pairs] for side, table in ((0, asked), (1, shown)))
-    cosines = np.sum(left[rows] * right[columns], axis=1)
-    return run, dict(zip(pairs, cosines.tolist(), strict=True))
+    values = np.sum(left[rows] * right[columns], axis=1)
+    return run, dict(zip(pairs, values.tolist(), strict=True))

@@ -271,6 +271,49 @@ def test_mining_by_words_with_a_margin(tmp_path):
     assert main(["mine", "--data", str(tmp_path), "--output", str(tmp_path / "x"), "--brackets"]) == 1
 
 
+class ByLength(ByAngle):
+    """The same, but not of length 1, and with the dot product: long documents score high."""
+
+    similarity_name = "dot"
+
+    def encode_document(self, texts, normalize=False, **_):
+        vectors = self.encode_query(texts)
+        return (
+            vectors if normalize else vectors * np.array([[10 * float(text)] for text in texts], np.float32)
+        )
+
+
+def test_mining_by_the_dot_product(tmp_path):
+    """The positive is scored as the others are: 0.5 has 4.39, 0.4 has 3.68, and 0.7, with 5.35, is above it."""
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": str(n), "text": str(n)} for n in (0.1, 0.4, 0.5, 0.7)])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "0"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("q\t0.5\t1\n")
+    mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 3, Limits(3, margin=0.5), 0, ByLength())
+    (mined,) = read_pairs(str(tmp_path / "out.jsonl"))
+    assert set(mined.negatives) == {"0.1", "0.4"}
+
+
+@pytest.mark.parametrize("by_score", [False, True])
+@pytest.mark.parametrize("name", ["quora", "others"])
+def test_mining_finds_no_copies(name, by_score, tmp_path):
+    """Of the query or a positive, under whatever id; under the query's own id any text, where evaluation has it so."""
+    documents = {
+        "1": "do cats purr", "2": "cats purr", "3": "Cats purr ", "4": "DO cats purr", "5": "dogs purr", "6": "cats",
+        "7": "cats purr at dogs",
+    }  # fmt: skip
+    folder = tmp_path / name
+    (folder / "qrels").mkdir(parents=True)
+    write_jsonl(folder / "corpus.jsonl", [{"_id": i, "text": t} for i, t in documents.items()])
+    write_jsonl(folder / "queries.jsonl", [{"_id": "7", "text": "do cats purr"}])
+    (folder / "qrels/train.tsv").write_text("7\t2\t1\n")
+    limits = Limits(3, lowest=0.0) if by_score else Limits(3)
+    mine(str(folder), str(tmp_path / "out.jsonl"), "train", 3, limits, 0)
+    (mined,) = read_pairs(str(tmp_path / "out.jsonl"))
+    kept = {"dogs purr", "cats"} | ({"cats purr at dogs"} if name == "others" else set())
+    assert set(mined.negatives) == kept
+
+
 @pytest.mark.skipif(not DATA, reason="SGPT_DATA does not name the folder with the real data sets")
 def test_mining_scifact(tmp_path):
     mine(f"{DATA}/scifact", str(tmp_path / "out.jsonl"), "train", 2, Limits(30), 0)
