@@ -4,7 +4,7 @@ The first stage is the bi-encoder (--model), a run file (--first-stage), or, whe
 --cross-encoder its best documents are re-ranked. For every data set the folder OUT gets NAME.json (metrics, and what
 is needed to repeat them) and NAME.trec (the run). A data set whose result is there already is not computed again.
 CQADupStack's twelve forums are averaged into cqadupstack.json; where all the sets of one of the SGPT paper's averages
-are there, averages.json holds it.
+are there, of the system at hand, averages.json holds it.
 
   python -m eval beir scifact nfcorpus --model MODEL --output OUT
   python -m eval beir DATA/scifact --output OUT                                  BM25 alone
@@ -22,6 +22,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -176,14 +177,16 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--hybrid joins BM25 with another ranking: give --model or --first-stage")
     with processes.first_goes_ahead():  # it may have to download
         sets = list(data_sets(args))
+    result: Result = {}
     for name, parts in sets:
         results = [run_data_set(data, stages, args.output, args) for data in parts]
+        result = results[-1]
         if len(parts) > 1 and processes.first():
             result = _mean(name, results)
             write_result(args.output / f"{name}.json", result)
             print(_line(name, result["metrics"], f"mean of {len(parts)} forums"))
     if processes.first():
-        _write_averages(args.output)
+        _write_averages(args.output, result)
 
 
 def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argparse.Namespace) -> Result:
@@ -249,23 +252,36 @@ def _mean(name: str, results: list[Result]) -> Result:
     }
 
 
-def _write_averages(folder: epath.Path) -> None:
-    """averages.json, if all the sets of one of the paper's averages have been measured."""
+def _write_averages(folder: epath.Path, latest: Result) -> None:
+    """averages.json, if all the sets of one of the paper's averages have been measured with the system of `latest`."""
     names = {name for names in AVERAGES.values() for name in names}
-    metrics = {
-        name: read_result(folder / f"{name}.json")["metrics"]
-        for name in names
-        if (folder / f"{name}.json").exists()
-    }
+    paths = {name: folder / f"{name}.json" for name in names}
+    found = {name: read_result(path) for name, path in paths.items() if path.exists()}
+    system = _system(latest)
+    metrics = {name: result["metrics"] for name, result in found.items() if _system(result) == system}
     averages = {
         key: mean_metrics([metrics[name] for name in names])
         for key, names in AVERAGES.items()
         if all(name in metrics for name in names)
     }
     if averages:
-        write_result(folder / "averages.json", {"kind": "averages", "metrics": averages})
+        models = {key: latest[key] for key in ("model", "cross_encoder")}
+        write_result(
+            folder / "averages.json", {"kind": "averages", "metrics": averages, **models, "system": system}
+        )
         for key, values in averages.items():
             print(_line(key, values, f"mean of {len(AVERAGES[key])} sets"))
+
+
+def _system(result: Result) -> dict[str, Any]:
+    """What a result has in common with those of the same system on other data sets, as JSON has it."""
+    settings = dict(result.get("settings") or {})
+    for key in ("split", "ignore_identical_ids", "encoding_errors", "skip_bad_lines"):  # of the data
+        settings.pop(key, None)
+    if "run" in settings.get("first_stage", {}):  # a file for each data set: what it says of the ranking
+        first = result["first_stage"].items()
+        settings["first_stage"] = {key: value for key, value in first if key not in ("run", "metrics")}
+    return json.loads(json.dumps(settings))
 
 
 def _line(name: str, metrics: dict[str, float], note: str) -> str:

@@ -24,13 +24,13 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import atomic_write
 
 from .datasets import AVERAGES
+from .labels import label, models_of
 from .pictures import MARKERS, check_path, legend, panels, save, sizes, style
 from .provenance import command
 from .results import Result, find_results, mean_metrics
 
 _PUBLISHED = epath.Path(__file__).parent / "published.json"
 _SIZE = re.compile(r"-?[0-9.]+[MB]\b.*")  # of a model's name: the size and what follows
-_GGUF = re.compile(r"(?:\.([IQFB][A-Z0-9_]*))?\.gguf$")  # the end of a file's name: how it is quantised
 _ORDER = ("msmarco", *AVERAGES["average_18"])
 
 
@@ -50,6 +50,10 @@ class Row:
     )  # of values with some for every query
     published: str | None = None  # where the numbers are from, if they are not ours
     per_query: dict[str, dict[str, float]] = field(default_factory=dict)  # column -> query -> value
+    revisions: tuple[Any, ...] = ()  # of its models
+    lengths: dict[str, tuple[Any, ...]] = field(
+        default_factory=dict
+    )  # kind of result -> max_seq_length of each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +110,8 @@ def main(args: argparse.Namespace) -> None:
 def collect(results: list[Result], metric: str = "ndcg@10") -> list[Row]:
     """Rows of results, in the order in which their systems appear.
 
-    A second result of the same system on the same data set begins a row of its own.
+    A system is a label and the revisions of its models; results of one kind also have its models' max_seq_length in
+    common. A second result of the same system on the same data set begins a row of its own.
 
     Raises:
         InputError: no result has the metric.
@@ -116,11 +121,24 @@ def collect(results: list[Result], metric: str = "ndcg@10") -> list[Row]:
         column, value = _cell(result, metric)
         if column is None or value is None or result["name"].startswith("cqadupstack-"):
             continue
-        name = label(result)
-        row = next((row for row in rows if row.name == name and column not in row.values), None)
+        name, kind = label(result), result["kind"]
+        revisions, lengths = (
+            tuple(model.get(key) for model in models_of(result)) for key in ("revision", "max_seq_length")
+        )
+        row = next(
+            (
+                row
+                for row in rows
+                if (row.name, row.revisions) == (name, revisions)
+                and row.lengths.get(kind, lengths) == lengths
+                and column not in row.values
+            ),
+            None,
+        )
         if row is None:
-            row = Row(name)
+            row = Row(name, revisions=revisions)
             rows.append(row)
+        row.lengths[kind] = lengths
         row.values[column] = value
         if metric in (per_query := result.get("per_query", {})) and len(per_query[metric]) > 1:
             row.intervals[column] = interval(per_query[metric])
@@ -136,6 +154,7 @@ def collect(results: list[Result], metric: str = "ndcg@10") -> list[Row]:
         row.depth = (result.get("settings", {}).get("cross_encoder") or {}).get("rerank_depth")
     if not rows:
         raise InputError(f"none of the results has {metric}")
+    _tell_apart(rows)
     for row in rows:
         for key, names in AVERAGES.items():
             if all(name in row.values for name in names):
@@ -143,52 +162,20 @@ def collect(results: list[Result], metric: str = "ndcg@10") -> list[Row]:
     return rows
 
 
-def label(result: Result) -> str:
-    """What a result's system is called: the model and the options that change its numbers."""
-    first = result.get("first_stage") or {}
-    start = _model_label(result["model"]) if result.get("model") else first.get("name", "")
-    if start == "run":
-        start = f"run {first['run']}"
-    if start == "bi-encoder" and first.get("model"):  # ranked by another command
-        start = _model_label(first["model"])
-    if first.get("hybrid"):
-        scaled = "scores" in first["hybrid"]["fusion"]
-        start += f" + BM25 ({'scaled scores' if scaled else 'reciprocal rank fusion'})"
-    encoder = result.get("cross_encoder")
-    if not encoder:
-        return f"{start}, by mteb" if result["kind"] == "mteb" else start
-    depth = (result.get("settings", {}).get("cross_encoder") or {}).get("rerank_depth")
-    return f"{_model_label(encoder)} on {start}, top {depth}, {_meaning(encoder)}"
-
-
-def _meaning(encoder: dict[str, Any]) -> str:
-    """What a cross-encoder's scores are: after which prompt, or by which instruction of its own scoring."""
-    if "scoring" in encoder:
-        instruction = encoder["scoring"]["prompt"]
-        said = f", instruction {json.dumps(instruction, ensure_ascii=False)}" if instruction else ""
-        return f"its own scoring{said}"
-    prompt = encoder["prompt"]["prefix"] + "{}" + encoder["prompt"]["suffix"]
-    named = encoder.get("study") or next((name for name, text in _prompts().items() if text == prompt), None)
-    return f"prompt {named}" if named else f"prompt {json.dumps(prompt, ensure_ascii=False)}"
-
-
-def _prompts() -> dict[str, str]:
-    from .models import PROMPTS  # imports JAX, which a report does not need otherwise
-
-    return PROMPTS
-
-
-def _model_label(model: dict[str, Any]) -> str:
-    source = str(model["source"])
-    name = epath.Path(source).name if epath.Path(source).exists() or source.count("/") != 1 else source
-    name, quantised = _GGUF.sub("", name), _GGUF.search(name)
-    options = [quantised[1]] if quantised and quantised[1] else []
-    options += [str(model["pooling"])] if model.get("pooling") else []
-    options += ["brackets"] * bool(model.get("brackets"))
-    options += [f"biases {model['biases'][-8:]}"] if model.get("biases") else []
-    options += [model["dtype"]] if model.get("dtype", "float32") != "float32" else []
-    options += [f"{model['weights']} weights"] if model.get("weights") else []
-    return f"{name} ({', '.join(options)})" if options else name
+def _tell_apart(rows: list[Row]) -> None:
+    """Adds to names that several rows have what these rows differ in: revisions, or how many tokens are read."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.name, []).append(row)
+    for name, group in groups.items():
+        revisions = [" and ".join(str(revision)[-8:] for revision in row.revisions) for row in group]
+        tokens = [
+            " and ".join(dict.fromkeys(str(length) for each in row.lengths.values() for length in each))
+            for row in group
+        ]
+        for row, revision, length in zip(group, revisions, tokens, strict=True):
+            row.name = name + (f", revision {revision}" if len(set(revisions)) > 1 else "")
+            row.name += f", {length} tokens" if len(set(tokens)) > 1 else ""
 
 
 def _cell(result: Result, metric: str) -> tuple[str | None, float | None]:

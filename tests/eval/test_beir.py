@@ -14,7 +14,7 @@ import pytrec_eval
 import eval.beir
 from eval.__main__ import main
 from eval.datasets import AVERAGES, FORUMS
-from eval.report import label
+from eval.labels import label
 from sgpt_jax.files.runs import read_qrels, read_run
 from sgpt_jax.hybrid import fuse
 
@@ -235,6 +235,18 @@ def test_the_papers_averages(tmp_path, capsys):
     expected = np.mean([read(tmp_path / f"out/{name}.json")["metrics"]["ndcg@10"] for name in names])
     assert averages["average_5"]["ndcg@10"] == pytest.approx(expected, abs=1e-12)
     assert "average_5: ndcg@10" in capsys.readouterr().out
+
+    # Another system's result in the same folder is averaged with none of these; runs are one system, a file each.
+    before = read(tmp_path / "out/averages.json")
+    assert run(*folders, "--first-stage", tmp_path / "out", "--output", tmp_path / "runs") == 0
+    averages = read(tmp_path / "runs/averages.json")
+    assert averages["metrics"] == before["metrics"] and averages["system"] != before["system"]
+    (tmp_path / "run.trec").write_text("q0 Q0 d9 1 1.0 t\n")
+    other = ("--first-stage", tmp_path / "run.trec", "--overwrite", "--output", tmp_path / "out")
+    capsys.readouterr()
+    assert run(folders[1], *other) == 0
+    assert "average_5" not in capsys.readouterr().out
+    assert read(tmp_path / "out/averages.json") == before
 
 
 def test_help_and_wrong_usage(capsys):

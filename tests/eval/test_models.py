@@ -18,9 +18,9 @@ from scipy import stats
 
 from eval import prompt_study
 from eval.__main__ import main
+from eval.labels import label
 from eval.models import PROMPTS
 from eval.provenance import command, revision
-from eval.report import label
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError

@@ -131,9 +131,44 @@ def test_options_that_change_numbers_are_in_the_name():
         {"biases": "sha256:0123456789"},
         {"pooling": "mean"},
         {"weights": "int8"},
+        {"adapter": ["sha256:0123456789"]},
+        {"query_prompt": "find: "},
+        {"query_prompt": ""},
+        {"document_prompt": "find: "},
+        {"bidirectional": True},
+        {"truncate_dim": 64},
     ]
     names = [row.name for row in collect([beir(model=model(**option)) for option in options])]
-    assert len(set(names)) == 6 and names[1] == "org/base (weightedmean, brackets)"
+    assert len(set(names)) == len(names) == 12 and names[1] == "org/base (weightedmean, brackets)"
+    assert names[6] == "org/base (weightedmean, adapter 23456789)"
+    assert names[7] == 'org/base (weightedmean, query prompt "find: ")'
+
+
+def test_other_models_of_one_name_have_rows_of_their_own():
+    """What else tells them apart stands in the name where it has to; STS may read more tokens than BEIR."""
+    one, two = ({"revision": f"sha256:0000000{n}99999999{n}", "max_seq_length": 300} for n in "12")
+    sts = {"kind": "sts", "name": "sts-test", "metrics": {"spearman_cosine": 0.8}}
+    results = [beir(model=model(**one)), sts | {"model": model(**one | {"max_seq_length": 8192})}]
+    (row,) = collect(results)
+    assert row.name == "org/base (weightedmean)" and len(row.values) == 2
+    rows = collect([*results, beir("nfcorpus", model=model(**two))])
+    assert [row.name for row in rows] == [
+        "org/base (weightedmean), revision 99999991, 300 and 8192 tokens",
+        "org/base (weightedmean), revision 99999992, 300 tokens",
+    ]
+    rows = collect([beir(model=model(**one)), beir("nfcorpus", model=model(**one | {"max_seq_length": 64}))])
+    assert [row.name for row in rows] == [
+        "org/base (weightedmean), 300 tokens", "org/base (weightedmean), 64 tokens",
+    ]  # fmt: skip
+    first = [{"name": "bi-encoder", "model": model(**each)} for each in (one, two)]
+    assert (
+        len(
+            collect(
+                [beir(first_stage=first[0], **cross()), beir("nfcorpus", first_stage=first[1], **cross())]
+            )
+        )
+        == 2
+    )
 
 
 def test_averages_of_complete_rows():
