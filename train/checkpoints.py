@@ -106,14 +106,14 @@ class Checkpoints:
         Raises:
             InputError: the checkpoint is of another model or of other trainable parameters, or all are damaged.
         """
-        damaged = False
         while (step := self.newest.latest_step()) is not None:
             if (found := self._restore(self.newest, step, state)) is not None:
                 return step, *found
-            damaged = True
-        if damaged:
+        # Now or at a start before: a run does not begin again unasked.
+        if (aside := _aside(epath.Path(self.newest.directory))).exists():
             raise InputError(
-                f"{self.newest.directory}: no checkpoint is sound; without --resume training starts again"
+                f"{self.newest.directory}: no checkpoint is sound; remove {aside.name} beside it to start again with "
+                "--resume, or name another folder"
             )
         return None
 
@@ -222,7 +222,7 @@ def _check_metrics(best: epath.Path) -> None:
 
 def _set_aside(folder: epath.Path, reason: str) -> None:
     """Moves a checkpoint to where it is in nobody's way. All processes must call."""
-    aside = folder.parent.with_name(f"{folder.parent.name}.damaged")
+    aside = _aside(folder.parent)
     warnings.warn(
         f"{folder}: this checkpoint is damaged and was moved to {aside.name} ({reason})", stacklevel=2
     )
@@ -232,6 +232,11 @@ def _set_aside(folder: epath.Path, reason: str) -> None:
             (aside / folder.name).rmtree()
         folder.rename(aside / folder.name)
     agree(0)  # all wait until it is gone
+
+
+def _aside(folder: epath.Path) -> epath.Path:
+    """Where damaged checkpoints of a folder go."""
+    return folder.with_name(f"{folder.name}.damaged")
 
 
 def _own(tree: Any) -> Any:

@@ -86,7 +86,8 @@ class TextTable:
             self.data = path.read_bytes()
         else:
             with open(path, "rb") as stream:
-                self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                empty = not stream.read(1)  # which cannot be mapped
+                self.data = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         ids, starts = array.array("q"), array.array("q")
         start = len(_BOM) if self.data[: len(_BOM)] == _BOM else 0
         line = 0
@@ -103,6 +104,8 @@ class TextTable:
             elif self.data[start:end].strip():
                 raise line_error(path, line, "an id, a tab and a text are needed")
             start = end + 1
+        if not ids:
+            raise InputError(f"{path}: holds no texts")
         order = np.argsort(np.asarray(ids), kind="stable")
         self.ids, self.starts = np.asarray(ids)[order], np.asarray(starts)[order]
 
@@ -220,12 +223,15 @@ def open_msmarco(
     scores = read_scores(paths[SCORES])
     shuffle = np.random.default_rng(seed)
     records = []
+    known_systems: dict[str, None] = {}
+    asked = systems
     path = paths[NEGATIVES]
     for line, text in read_lines(path):
         try:
             record = parse_json(text)
             query, positives, mined = int(record["qid"]), list(map(int, record["pos"])), record["neg"]
             systems = systems or tuple(mined)
+            known_systems |= dict.fromkeys(mined)
             known = scores.get(query, {})
             if not positives:
                 continue
@@ -251,6 +257,10 @@ def open_msmarco(
             order = list(chosen)
             shuffle.shuffle(order)
             records.append((query, positives, order))
+    if unknown_systems := [system for system in asked if system not in known_systems]:
+        raise InputError(
+            f"--systems {unknown_systems[0]}: {path} has negatives of {', '.join(known_systems) or 'none'}"
+        )
     if not records:
         raise InputError(f"{path}: no query has both a positive and a negative within the margin")
     return RotatingExamples(queries, passages, records, negatives, scores if keep_scores else None)

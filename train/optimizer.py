@@ -31,9 +31,14 @@ def trainable_mask(params: Any, rule: str) -> Any:
         pytree of bools with the structure of `params`.
 
     Raises:
-        InputError: nothing would train, weights in int8 would, or the rule is not a regular expression.
+        InputError: nothing would train, weights in int8 would, or the rule is not a regular expression, or one for
+            adapters.
     """
     kinds = trained_kinds(rule)
+    if "lora" in rule and not kinds:
+        raise InputError(
+            f"--trainable {rule!r} is no regular expression for parameters: adapters are made by lora, and by lora,bias"
+        )
     try:
         pattern = re.compile(rule)
     except re.error as error:

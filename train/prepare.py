@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from typing import Any
 
 import jax
@@ -214,8 +215,15 @@ def check(config: TrainConfig) -> None:
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     for name in ("epochs", "lr", "scale"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name} must be positive, not {getattr(config, name)}")
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"--{name} must be positive and finite, not {getattr(config, name)}")
+    if not 0 <= config.distill_weight < math.inf:
+        raise InputError(f"--distill-weight must be 0 or more and finite, not {config.distill_weight}")
+    for name in ("near", "margin", "lora_alpha"):
+        if (value := getattr(config, name)) is not None and math.isnan(value):
+            raise InputError(f"--{name.replace('_', '-')} must be a number, not {value}")
+    if config.recipe != "adapt" and config.patience is not None and not config.dev:
+        raise InputError("--patience counts evaluations, which need --dev")
     loss_config(config)
     if config.biases and "lora" in trained_kinds(config.trainable) and not config.merge:
         raise InputError(

@@ -190,6 +190,9 @@ def _read_columns(
     columns = 0
     for line, text in lines:
         cells = _split(text, (6, 3))
+        if len(cells) == 3 and not cells[2].isdigit():  # no rank: perhaps TREC's six, between tabs and spaces
+            spaced = _split(text.replace("\t", " "), (6,))
+            cells = spaced if len(spaced) == 6 else cells
         columns = columns or len(cells)
         if len(cells) != columns or columns not in (3, 6):
             message = f"a TREC run has 6 columns, not {len(cells)} (MS MARCO's has 3: query, document, rank)"

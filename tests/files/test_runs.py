@@ -86,6 +86,12 @@ def test_run_round_trip(tmp_path, write):
     assert report.records == 6
 
 
+def test_trec_lines_with_tabs_and_spaces(file):
+    """Two tabs do not make a line MS MARCO's, whose third column is a rank."""
+    assert read_run(file("q0\tQ0 d0 1\t5.0 tag\nq0\tQ0 d1 2\t4 tag\n")) == {"q0": {"d0": 5.0, "d1": 4.0}}
+    assert read_run(file("a b c\td e\t3\n")) == {"a b c": {"d e": -3.0}}
+
+
 def test_run_of_ms_marco_has_ranks_for_scores(file):
     assert read_run(file("q1\td7\t1\nq1\td2\t2\n2\td7\t1\n")) == {
         "q1": {"d7": -1.0, "d2": -2.0}, "2": {"d7": -1.0},

@@ -96,9 +96,13 @@ def test_all_damaged_is_an_error(written, tmp_path):
         damage(folder / "checkpoints" / step / "state/manifest.ocdbt", "gone", 0)
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(InputError, match="no checkpoint is sound"),
+        pytest.raises(InputError, match=r"no checkpoint is sound; remove checkpoints\.damaged"),
     ):
         Checkpoints(folder, 2).restore(state(0))
+    with pytest.raises(InputError, match="no checkpoint is sound"):  # nor does a second start begin unasked
+        Checkpoints(folder, 2).restore(state(0))
+    shutil.rmtree(folder / "checkpoints.damaged")
+    assert Checkpoints(folder, 2).restore(state(0)) is None
 
 
 def test_a_step_that_orbax_would_not_save(written, tmp_path):

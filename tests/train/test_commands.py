@@ -165,6 +165,11 @@ def test_the_msmarco_recipe(base, tmp_path):
     [
         ("--batch-size 0", "--batch-size must be at least 1"),
         ("--lr 0", "--lr must be positive"),
+        ("--epochs inf", "--epochs must be positive and finite, not inf"),
+        ("--distill margin --distill-weight nan", "--distill-weight must be 0 or more and finite, not nan"),
+        ("--distill margin --near nan", "--near must be a number, not nan"),
+        ("--patience 2", "--patience counts evaluations, which need --dev"),
+        ("--trainable lora|bias", "adapters are made by lora, and by lora,bias"),
         ("--distill mse", "distill"),
         ("--distill kl --steps 1", "no `scores`"),
         ("--matryoshka 8,64 --steps 1", "--matryoshka"),

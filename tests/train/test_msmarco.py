@@ -104,6 +104,19 @@ def test_msmarco_errors(tmp_path):
             open_msmarco(write_msmarco(tmp_path / str(number), records, scores))
 
 
+def test_a_system_that_nobody_has_is_refused(tmp_path):
+    folder = write_msmarco(tmp_path / "m", RECORDS, CE)
+    with pytest.raises(InputError, match=r"--systems dnese: .* has negatives of bm25, dense, other"):
+        open_msmarco(folder, systems=("bm25", "dnese"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")])
+def test_a_table_without_texts(content, tmp_path):
+    (tmp_path / "t.tsv").write_bytes(content)
+    with pytest.raises(InputError, match=r"t\.tsv: holds no texts"):
+        TextTable(tmp_path / "t.tsv")
+
+
 def test_text_table_refuses_other_files(tmp_path):
     for line, message in (("x\ttext", "line 2: not an integer id"), ("no tab", "line 2: an id, a tab")):
         with pytest.raises(InputError, match=message):
