@@ -45,8 +45,8 @@ from .optimizer import (
     trained_kinds,
 )
 from .recipes import TrainConfig
-from .resume import check_inputs, check_output, model_digest, write_config
-from .step import TrainState, agree, init_state, jit_step, make_step
+from .resume import check_inputs, check_looks, check_output, model_digest, write_config
+from .step import TrainState, init_state, jit_step, make_step
 
 # Keys of a checkpoint's facts, beside the position in the data: the dev metrics so far, and what they looked at.
 LOOKS, LOOKED_AT = "looks", "looked_at"
@@ -182,7 +182,7 @@ def prepare(config: TrainConfig) -> Run:
         looks, looked_at = position.pop(LOOKS, []), position.pop(LOOKED_AT, None)
         batches.set_state(position)
     if evaluate is not None:
-        _check_looks(config, looks, looked_at, evaluate.data)
+        check_looks(config, looks, looked_at, evaluate.data)
         looked_at = evaluate.data
     if config.resume:
         checkpoints.drop_best_after(start)
@@ -398,22 +398,6 @@ def _open_batches(config: TrainConfig, examples: ExampleSource, model: BiEncoder
     )
     batches[0]
     return iterate(batches)
-
-
-def _check_looks(
-    config: TrainConfig, looks: list[float], before: dict[str, str] | None, now: dict[str, str]
-) -> None:
-    """Looks whether the dev metric is still of the same data: else the best of before would be compared with others.
-
-    Raises:
-        InputError: it is not, and there are metrics already.
-    """
-    differs = bool(looks) and before is not None and before["digest"] != now["digest"]
-    if not agree(differs)[0]:
-        return
-    then, source = "other data" if before is None else before["source"], now["source"]
-    also = ", whose content has changed since" if then == source else f", not {source}"
-    raise InputError(f"{config.output}: the best checkpoint so far was chosen with --dev {then}{also}")
 
 
 def _describe_steps(examples: ExampleSource, total: int, warmup: int, start: int) -> list[str]:

@@ -70,6 +70,29 @@ def check_inputs(config: TrainConfig, inputs: dict[str, str]) -> None:
         raise InputError(f"{config.output}: since this run was started, the content of {what} has changed")
 
 
+def check_looks(
+    config: TrainConfig, looks: list[float], before: dict[str, str] | None, now: dict[str, str]
+) -> None:
+    """Looks whether the dev metric is still of the same data: else the best of before would be compared with others.
+
+    All processes must call.
+
+    Args:
+        config: of the run.
+        looks: the metrics so far.
+        before, now: what they looked at, and what the next ones will, see `train.dev.DevEvaluator.data`.
+
+    Raises:
+        InputError: it is not, and there are metrics already.
+    """
+    differs = bool(looks) and before is not None and before["digest"] != now["digest"]
+    if not agree(differs)[0]:
+        return
+    then, source = "other data" if before is None else before["source"], now["source"]
+    also = ", whose content has changed since" if then == source else f", not {source}"
+    raise InputError(f"{config.output}: the best checkpoint so far was chosen with --dev {then}{also}")
+
+
 def model_digest(model: BiEncoder, base_sha256: str, bias_set: BiasSet | None) -> str:
     """A digest of the model that a run starts from, without the biases of a set. All processes must call.
 
