@@ -41,6 +41,7 @@ from .models import (
     add_common_arguments,
     add_cross_encoder_arguments,
     bi_encoder,
+    check_stages,
     cross_encoder,
 )
 from .results import Result, make_folder, mean_metrics, read_result, write_result
@@ -165,6 +166,7 @@ def main(args: argparse.Namespace) -> None:
     """Measures every data set that is not in the output folder yet."""
     if args.model and args.first_stage:
         raise InputError("--model and --first-stage are both a first stage: give one of them")
+    check_stages(args)
     stages = Stages(
         bi_encoder(args) if args.model else None,
         cross_encoder(args) if args.cross_encoder else None,

@@ -10,8 +10,9 @@ from typing import Any
 
 from etils import epath
 
-from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
 from sgpt_jax.checkpoint.export import count_parameters
+from sgpt_jax.cli.given import flags_given
 from sgpt_jax.cli.options import BATCH_TOKENS, BI_ENCODER, MESH, WEIGHTS, Group, positive
 from sgpt_jax.cli.options import dtype as dtype_option
 from sgpt_jax.cli.options import model as model_option
@@ -80,6 +81,18 @@ def add_depth_argument(group: Any) -> None:
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every model takes."""
     Group("computing", (dtype_option(), WEIGHTS, MESH, BATCH_TOKENS)).add_to(parser)
+
+
+def check_stages(args: argparse.Namespace) -> None:
+    """Refuses options of a model that is not asked for.
+
+    Raises:
+        InputError: naming them.
+    """
+    of_encoder = sorted({*BI_ENCODER_SETTINGS} - {"model", "dtype", "weights"})
+    for model, names in (("model", of_encoder), ("cross_encoder", ["prompt"])):
+        if not getattr(args, model) and (unused := flags_given(args, names)):
+            raise InputError(f"{', '.join(unused)}: only for a --{model.replace('_', '-')}")
 
 
 class LazyModel:

@@ -47,6 +47,7 @@ from .models import (
     add_common_arguments,
     add_cross_encoder_arguments,
     bi_encoder,
+    check_stages,
     cross_encoder,
 )
 from .provenance import provenance
@@ -263,6 +264,9 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--prompts and --instruction are for --model; a cross-encoder has --prompt")
     if args.cross_encoder and args.tasks:
         raise InputError("--tasks are for --model; a cross-encoder re-ranks a data set of your own")
+    if args.model and args.first_stage:
+        raise InputError("--first-stage is for --cross-encoder, which re-ranks it")
+    check_stages(args)
     lazy = bi_encoder(args) if args.model else cross_encoder(args)
     stages = Stages(None, None, args.rerank_depth, epath.Path(args.first_stage) if args.first_stage else None)
     for task in _tasks(args.tasks):

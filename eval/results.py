@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -83,8 +84,12 @@ def of_mteb(path: epath.Path, result: Result) -> Result:
     subsets = splits.get(split) or []
     if not subsets:
         raise InputError(f"{path}: a result of mteb without scores")
+    # mteb writes NaN where a measure is the same for all queries, which JSON has no word for.
     shared = set.intersection(
-        *({key for key, value in subset.items() if isinstance(value, int | float)} for subset in subsets)
+        *(
+            {key for key, value in subset.items() if isinstance(value, int | float) and math.isfinite(value)}
+            for subset in subsets
+        )
     )
     means = {key: sum(subset[key] for subset in subsets) / len(subsets) for key in sorted(shared)}
     meta_file = path.parent / "model_meta.json"

@@ -23,6 +23,8 @@ from sgpt_jax.files.beir import RECORDS, find
 from sgpt_jax.files.corpora import read_queries
 from sgpt_jax.files.lines import atomic_write
 
+from .beir import CACHE
+from .datasets import obtain
 from .models import positive
 from .results import Result, find_results
 
@@ -66,9 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         default=[],
-        type=epath.Path,
         metavar="FOLDER",
-        help="BEIR folder that has the texts of these queries; may be repeated",
+        help="BEIR folder, or name of one, that has the texts of these queries; may be repeated",
     )
     parser.add_argument("--output", type=epath.Path, metavar="FILE", help="Markdown file (default: print)")
 
@@ -93,7 +94,8 @@ def main(args: argparse.Namespace) -> None:
             f"| {found.wins} / {found.losses} |"
         )
     if args.queries:
-        texts = {folder.name: read_queries(find(folder, "queries", RECORDS)) for folder in args.data}
+        folders = [obtain(source, CACHE) for source in args.data]
+        texts = {folder.name: read_queries(find(folder, "queries", RECORDS)) for folder in folders}
         for name in shared:
             lines += _apart(name, a[name], b[name], args.metric, args.queries, texts.get(name, {}))
     text = "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ The average is the plain mean of the four. Values are from 0 to 1 (the paper pri
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -90,13 +91,24 @@ def evaluate(
 
     def encode(texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [n, E]; every distinct text is encoded once."""
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise InputError(f"{folder}: not in USEB's layout: {wrong[0]!r} is no text")
+        if not texts:
+            raise InputError(f"{folder}: a task has no texts")
         distinct = {text.strip(): 0 for text in texts}
         rows = {text: row for row, text in enumerate(distinct)}
         vectors = np.asarray(model.encode(list(rows), **options), np.float32)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors[[rows[text.strip()] for text in texts]]
 
-    return {name: task(encode, folder / name, split) for name, (task, _) in TASKS.items()}
+    found = {}
+    for name, (task, _) in TASKS.items():
+        found[name] = task(encode, folder / name, split)
+        if wrong := [measure for measure, value in found[name].items() if not math.isfinite(value)]:
+            raise InputError(
+                f"{folder / name}: {wrong[0]} cannot be measured: nothing is judged, or all labels are equal"
+            )
+    return found
 
 
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -114,7 +126,10 @@ def ask_ubuntu(encode: Encode, folder: epath.Path, split: str) -> dict[str, floa
                 raise line_error(path, number, f"question {id!r} is not in text_tokenized.txt")
         try:
             # Ties keep BM25's order, as USEB's stable sorting does.
-            by_bm25 = sorted(zip(found, map(float, cells[3].split()), strict=True), key=lambda pair: -pair[1])
+            scores = [float(cell) for cell in cells[3].split()]
+            if not all(map(math.isfinite, scores)):
+                raise ValueError
+            by_bm25 = sorted(zip(found, scores, strict=True), key=lambda pair: -pair[1])
         except ValueError:
             raise line_error(path, number, "every candidate needs one BM25 score, a number") from None
         if relevant:
@@ -142,7 +157,8 @@ def cqadupstack(encode: Encode, folder: epath.Path, split: str) -> dict[str, flo
     results: dict[str, float] = {}
     for forum, texts in corpus.items():
         relevant = {
-            question: set(found) for question, found in _mapping(path, judged.get(forum), forum).items()
+            question: set(_list(path, found, question))
+            for question, found in _mapping(path, judged.get(forum), forum).items()
         }
         unknown = relevant.keys() - _mapping(folder / "corpus.json", texts, forum).keys()
         if unknown or not relevant:
@@ -196,7 +212,10 @@ def scidocs(encode: Encode, folder: epath.Path, split: str) -> dict[str, float]:
     """MAP and nDCG by cosine and by Euclidean distance of unit vectors, for each relation and on average."""
     path = folder / "data.json"
     corpus, judged = _json(path, "corpus"), _json(path, split)
-    titles = {id: (_mapping(path, paper, id).get("title") or "").strip() for id, paper in corpus.items()}
+    titles = {id: _mapping(path, paper, id).get("title") or "" for id, paper in corpus.items()}
+    if wrong := [id for id, title in titles.items() if not isinstance(title, str)]:
+        raise InputError(f"{path}: not in USEB's layout: the title of {wrong[0]} is no text")
+    titles = {id: title.strip() for id, title in titles.items()}
     results: dict[str, float] = {}
     for relation in SCIDOCS:
         qrels = _mapping(path, judged.get(relation), relation)
@@ -283,6 +302,12 @@ def _json(path: epath.Path, *keys: str) -> dict[str, Any]:
     for key in keys:
         value = _mapping(path, value, "the file").get(key)
     return _mapping(path, value, ".".join(keys) or "the file")
+
+
+def _list(path: epath.Path, value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError(f"{path}: not in USEB's layout: {name} must be a list")
+    return value
 
 
 def _mapping(path: epath.Path, value: Any, name: str) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def _written(config: TrainConfig, folder: epath.Path, documents: list[Document])
         write_jsonl(whole, [record for file in files for record in json.loads(file.read_text())])
         partial.rmtree()
     try:
-        found = [json.loads(line) for line in whole.read_text().splitlines()]
+        # Not `splitlines`: a query may hold other characters that it takes for the end of a line.
+        found = [json.loads(line) for line in whole.read_text("utf-8").split("\n") if line]
         if [record["_id"] for record in found] == [document.id for document in documents]:
             return found
     except (ValueError, KeyError, TypeError):

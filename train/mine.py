@@ -95,6 +95,8 @@ def mine(
         raise InputError(
             f"--negatives {negatives} cannot be drawn from ranks {limits.skip} to {limits.depth}"
         )
+    if seed < 0:
+        raise InputError(f"--seed must be at least 0, not {seed}")
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     folder = DataSet(epath.Path(data).resolve().name, epath.Path(data), split).load()
     documents = list(folder.documents())

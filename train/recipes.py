@@ -116,9 +116,9 @@ class TrainConfig:
         "the last step is taken",
     )
     dev_split: str = _option("dev", "judgements of a BEIR folder: qrels/NAME.tsv")
-    eval_every: int | None = _option(None, "steps between evaluations on --dev", "a tenth of all steps")
+    eval_every: int | None = _option(None, "steps between evaluations", "a tenth of all steps")
     save_every: int = _option(100, "steps between checkpoints")
-    keep_best: int = _option(1, "checkpoints kept by --dev")
+    keep_best: int = _option(1, "checkpoints kept, the best by evaluation")
     patience: int | None = _option(
         None, "evaluations in a row without a better one after which the run ends", "never"
     )

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--data",
             default=data and here.format("scifact"),
             metavar="FOLDER",
-            help="texts, in BEIR's format (default: $SGPT_DATA/scifact)",
+            help="texts, a folder in BEIR's format or the name of a set (default: $SGPT_DATA/scifact)",
         ),
         dtype(of="of weights and matmuls; search is float32 without --held (default: float32)"),
         option(

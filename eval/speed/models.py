@@ -28,6 +28,8 @@ from sgpt_jax.load import token_limit
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.tokenizer import save_tokenizer
 
+from ..beir import CACHE
+from ..datasets import obtain
 from ..plan.models import MODELS
 from .benchmark import threads
 
@@ -97,14 +99,14 @@ def _gpt2_bpe(folder: str) -> Tokenizer:
 
 
 def open_data(folder: str | None) -> DataSet:
-    """A BEIR folder, its test queries read.
+    """A BEIR folder, or the set of that name, its test queries read.
 
     Raises:
-        InputError: none is given.
+        InputError: none is given, or it cannot be had.
     """
     if not folder:
         raise InputError("no texts: give --data a BEIR folder, or set SGPT_DATA to what holds scifact")
-    return DataSet("", epath.Path(folder), "test").load()
+    return DataSet("", obtain(folder, CACHE), "test").load()
 
 
 def mixed_texts(data: DataSet, count: int) -> list[str]:

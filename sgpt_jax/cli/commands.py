@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -66,6 +67,11 @@ def embed(options: argparse.Namespace) -> None:
         if not stream.seekable():
             raise InputError(f"{options.output}: must be a file: its header is written last")
         model = BiEncoder.from_settings(vars(options), device_mesh(options.mesh))
+        sides = [side for side in ("query", "document") if model.text.prompts.get(side)]
+        if options.side is None and (model.text.brackets or sides):
+            what = "brackets" if model.text.brackets else f"a prompt for each {' and '.join(sides)}"
+            note = f"the model has {what}; without --side, texts are embedded as they are"
+            print(f"note: {note}", file=sys.stderr)
         reading = reading_of(options)
         count = 0
         _write_npy_header(stream, (count, model.dimension))

@@ -71,10 +71,12 @@ def _ids(options: argparse.Namespace) -> Iterator[str]:
 
 def _compact(options: argparse.Namespace) -> None:
     before = Index.open(options.output)
-    with progress("compacting", "doc", len(before)) as bar:
+    documents, size = len(before), before.info()["bytes"] / 1e6
+    del before  # what is open is not removed
+    with progress("compacting", "doc", documents) as bar:
         after = compact_index(options.output, lambda rows: bar.update(rows - bar.n))
-    sizes = [index.info()["bytes"] / 1e6 for index in (before, after)]
-    print(f"{options.output}: {len(after)} documents, {sizes[0]:.1f} MB before and {sizes[1]:.1f} MB now")
+    now = after.info()["bytes"] / 1e6
+    print(f"{options.output}: {len(after)} documents, {size:.1f} MB before and {now:.1f} MB now")
 
 
 def _encode_index(options: argparse.Namespace) -> None:

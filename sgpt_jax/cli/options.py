@@ -98,6 +98,15 @@ MAX_SEQ_LENGTH = option(
     help="tokens of a text that are read, brackets included (default: the model's limit)",
 )
 
+
+def pooling(text: str) -> str:
+    """The type of an option that is a pooling mode, or several joined by +."""
+    for mode in text.split("+"):
+        if mode not in POOLING:
+            raise argparse.ArgumentTypeError(f"{mode!r} is none of {', '.join(POOLING)}")
+    return text
+
+
 ADAPTER = option(
     "--adapter",
     action="append",
@@ -107,7 +116,12 @@ ADAPTER = option(
 
 # How a bi-encoder makes vectors: what the model folder says, unless these say otherwise.
 BI_ENCODER = (
-    option("--pooling", choices=POOLING, help="default: what the model folder says, or weightedmean"),
+    option(
+        "--pooling",
+        type=pooling,
+        metavar="MODE[+MODE]",
+        help=f"{', '.join(POOLING)}, or several (default: what the model folder says, or weightedmean)",
+    ),
     option(
         "--brackets",
         action=argparse.BooleanOptionalAction,

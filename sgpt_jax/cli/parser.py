@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
     ),
     "index": (
         "Embed a corpus into an index; run it again after an interruption, or when the corpus has grown, to go on. "
-        "The index can be searched meanwhile.",
+        "An index that grows can be searched meanwhile.",
         (
             option(
                 "corpus",
@@ -118,7 +118,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
         ),
     ),
     "search": (
-        "Search an index: exact, by cosine similarity.",
+        "Search an index: exact, by the model's similarity (cosine or dot product).",
         (
             option("index", help="the index"),
             option("query", nargs="?", help="a query"),

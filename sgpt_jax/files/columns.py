@@ -127,7 +127,19 @@ class Columns:
         words = [word.lower() for word in _WORDS.findall(key)]
         if "id" in words or "ids" in words:
             return None
-        return next((self._words[word] for word in words if word in self._words), None)
+        if (word := next((word for word in words if word in self._words), None)) is not None:
+            return self._words[word]
+        return next((known for word, known in self._squashed.items() if _mistyped(_squash(key), word)), None)
+
+
+def _mistyped(key: str, word: str) -> bool:
+    """Whether a longer word has a letter too many or too few, or two swapped; a wrong one makes other words of it."""
+    long, short = sorted((key, word), key=len, reverse=True)
+    if len(short) < 6:
+        return False
+    if len(long) == len(short):
+        return any(long[:i] + long[i + 1] + long[i] + long[i + 2 :] == short for i in range(len(long) - 1))
+    return any(long[i].isalpha() and long[:i] + long[i + 1 :] == short for i in range(len(long)))
 
 
 def _squash(key: str) -> str:

@@ -136,7 +136,7 @@ class Routes:
         """POST /v1/embeddings."""
         encoder = self._service.models.encoder
         asked = EmbeddingRequest.of(body, encoder.name, encoder.dimension)
-        found = await self._service.embed(asked.texts, asked.side, caller, param="input")
+        found = await self._service.embed(asked.texts, asked.side, caller, param="input", cut=asked.truncate)
         vectors = shortened(found.vectors, asked.dimensions, unit=True)
         values: Sequence[str | orjson.Fragment]
         if asked.base64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ class EmbeddingRequest:
     texts: Texts
     side: Side
     base64: bool
+    truncate: bool
     dimensions: int | None
 
     @classmethod
@@ -135,6 +137,7 @@ class EmbeddingRequest:
             read_texts(fields, "input"),
             cast(Side, fields.choice("input_type", ("document", "query"))),
             fields.choice("encoding_format", ("float", "base64")) == "base64",
+            fields.flag("truncate", True),
             fields.number("dimensions", None, 1, width),
         )
 
@@ -232,6 +235,10 @@ class SearchRequest:
     def of(cls, body: Any, most: int) -> SearchRequest:
         """Reads the JSON; `most` hits can be had."""
         fields = Fields.of(body)
+        if unknown := sorted(
+            fields.values.keys() - {"model", *(field.name for field in dataclasses.fields(cls))}
+        ):
+            raise _wrong(unknown[0], "is no field of /search")
         if ("query" in fields.values) == ("vector" in fields.values):
             raise ApiError(400, "give either query or vector", param="query", code="invalid_value")
         rerank = fields.number("rerank", 0, 0, min(most, MOST_DOCUMENTS)) or 0

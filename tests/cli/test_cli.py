@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import decoders
 import folders
@@ -236,8 +237,10 @@ def test_an_index_of_several_files_grows_loses_documents_and_is_compacted(model,
     )
     assert main(["info", folder, "--verify"]) == 0
     assert "2 removed documents still take space" in capsys.readouterr().out
+    files = list(Path(folder).rglob("*.vectors"))
     assert main(["index", "-o", folder, "--compact"]) == 0
     assert "11 documents" in capsys.readouterr().out
+    assert files and not any(path.exists() for path in files)
     assert main(["search", folder, "heron", "-k", "20", "--json"]) == 0
     hits = {hit["_id"]: hit for hit in json.loads(capsys.readouterr().out)["hits"]}
     assert set(hits) == {f"d{n}" for n in range(12)} - {"d2"}

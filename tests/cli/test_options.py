@@ -31,6 +31,14 @@ def test_an_option_that_could_do_nothing_is_refused(command, message, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_pooling_modes_are_checked(capsys):
+    for modes in ("median", "mean+median", "mean+"):
+        with pytest.raises(SystemExit):
+            main(["embed", "none", "-o", "v.npy", "--model", "M", "--pooling", modes])
+        assert "is none of weightedmean" in capsys.readouterr().err
+    assert main(["embed", "none", "-o", "v.npy", "--model", "/no/such", "--pooling", "mean+max"]) == 1
+
+
 @pytest.mark.parametrize(
     "command",
     [

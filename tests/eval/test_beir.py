@@ -134,6 +134,24 @@ def test_two_first_stages_are_refused(small, tmp_path, models, capsys):
     assert "give one of them" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--cross-encoder", "fake", "--biases", "x", "--truncate-dim", 3),
+            "--biases, --truncate-dim: only for a --model",
+        ),
+        (("--model", "fake", "--prompt", "x {}"), "--prompt: only for a --cross-encoder"),
+    ],
+)
+def test_options_of_a_model_that_is_not_asked_for_are_refused(
+    options, message, small, tmp_path, models, capsys
+):
+    assert run(small, *options, "--output", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_first_stage_of_unknown_documents_cannot_be_reranked(small, tmp_path, models, capsys):
     (tmp_path / "run.trec").write_text("q0 Q0 d0 1 2.0 t\nq0 Q0 gone 2 1.0 t\n")
     options = (

@@ -5,6 +5,7 @@ import json
 import eval_cases
 import numpy as np
 import pytest
+from etils import epath
 
 pytest.importorskip("pytrec_eval", reason="the eval extra is not installed")
 pytest.importorskip("bm25s", reason="the eval extra is not installed")
@@ -15,6 +16,7 @@ from scipy import stats
 from eval.__main__ import main
 from eval.datasets import AVERAGES
 from eval.report import _series, collect, published
+from eval.results import read_result
 from eval.significance import compare
 
 
@@ -251,12 +253,16 @@ def test_results_of_mteb(tmp_path, capsys):
     }
     task = {"task_name": "TRECCOVID", "mteb_version": "2.1", "scores": scores, "evaluation_time": 3.0}
     (folder / "TRECCOVID.json").write_text(json.dumps(task))
-    scores = {"test": [{"main_score": 0.5}, {"main_score": 0.7}]}
+    nothing = float("nan")  # mteb writes it where a measure is the same for all queries
+    scores = {
+        "test": [{"main_score": 0.5, "nauc_ndcg_at_10": nothing}, {"main_score": 0.7, "nauc_ndcg_at_10": 0.1}]
+    }
     (folder / "STS22.json").write_text(json.dumps(task | {"task_name": "STS22", "scores": scores}))
     assert main(["report", str(tmp_path), "--no-published"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "| system | trec-covid | sts22 (main score) |" in lines
     assert "| org/model, by mteb [1] | 0.2500 | 0.6000 |" in lines and "1. `mteb 2.1`" in lines
+    json.dumps(read_result(epath.Path(folder / "STS22.json")), allow_nan=False)
 
 
 def test_curves_of_training(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import eval_cases
@@ -128,6 +129,30 @@ def test_useb_scidocs_with_negative_grades(tmp_path):
         found.update({id: grade or -1 for id, grade in found.items()})
     path.write_text(json.dumps(data))
     assert useb.evaluate(eval_cases.HashEncoder(), folder)["scidocs"] == before
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("askubuntu/test.txt", lambda text: text.replace("3.25", "nan"), "one BM25 score, a number"),
+        (
+            "twitterpara/test.data",
+            lambda text: text.split("\n")[0] + "\n",
+            "twitterpara: .* cannot be measured",
+        ),
+        ("twitterpara/test.data", lambda text: "", "a task has no texts"),
+        ("cqadupstack/corpus.json", lambda text: text.replace('": "', '": 7, "x": "', 1), "7 is no text"),
+        ("cqadupstack/retrieval_split.json", lambda text: re.sub(r"\[[^]]*\]", "7", text), "must be a list"),
+        ("scidocs/data.json", lambda text: re.sub(r'("title": )"[^"]*"', r"\g<1>7", text), "is no text"),
+    ],
+)
+def test_useb_files_that_cannot_be_measured(file, change, message, tmp_path):
+    folder = eval_cases.write_useb(tmp_path / "data-eval")
+    before = (folder / file).read_text()
+    (folder / file).write_text(change(before))
+    assert (folder / file).read_text() != before
+    with pytest.raises(InputError, match=message):
+        useb.evaluate(eval_cases.HashEncoder(), folder)
 
 
 def test_useb_command(tmp_path, fake, capsys):

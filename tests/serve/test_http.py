@@ -232,6 +232,7 @@ def test_tei(http, models):
     wanted = models.encoder.encode_query(["heron"])
     np.testing.assert_allclose(np.array(one.json(), np.float32), wanted, rtol=1e-5, atol=1e-6)
     assert http.post("/embed", json={"inputs": TEXTS, "truncate": False}).status_code == 413
+    assert http.post("/v1/embeddings", json={"input": TEXTS, "truncate": False}).status_code == 413
     assert http.post("/embed", json={"inputs": ["heron"], "truncate": False}).status_code == 200
     body = {
         "query": "heron",
@@ -324,6 +325,8 @@ def test_search_with_reranking_and_tokens(http, models):
         ({"query": "a", "k": 5, "rerank": 3}, "k"),
         ({"query": 1}, "query"),
         ({"query": "a", "return_tokens": 1}, "return_tokens"),
+        ({"query": "a", "hybrid": True}, "hybrid"),
+        ({"query": "a", "top_k": 3}, "top_k"),
     ],
 )
 def test_wrong_searches_name_the_field(http, body, param):

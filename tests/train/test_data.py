@@ -27,7 +27,7 @@ def test_pairs_from_jsonl(tmp_path):
     rows = [
         {"query": "a", "positive": "b"},
         {"query": "c\u2028", "positive": "d", "negatives": ["e", "f"], "scores": [3, 1.5, -2]},
-        {"query": "g", "positive": "", "negatives": None, "other": 1},
+        {"query": "g", "positive": "", "negatives": None, "other": 1, "context": "h", "sentence": "i"},
     ]
     path = write(tmp_path / "x", "\ufeff" + json.dumps(rows[0]) + "\r", "", *map(json.dumps, rows[1:]))
     expected = [
@@ -116,6 +116,9 @@ def test_pairs_from_csv_and_headers(tmp_path):
     ("more", "message"),
     [
         ({"Negatives": ["c"]}, "`Negatives` is not a known key; `negatives`"),
+        ({"negatve": ["c"]}, "`negatve` is not a known key; `negatives`"),
+        ({"Negattives": ["c"]}, "`Negattives` is not a known key; `negatives`"),
+        ({"questoin": "c"}, "`questoin` is not a known key; `question`"),
         ({"neg_texts": ["c"]}, "`neg_texts` is not a known key; `negatives`"),
         ({"hardNegatives": ["c"]}, "`hardNegatives` is not a known key; `hard_negatives`"),
         ({"negative_text_1": "c"}, "`negative_text_1` is not a known key; `negatives`"),

@@ -107,6 +107,10 @@ def test_an_interruption_changes_nothing(config, tmp_path, monkeypatch, short):
     first, second = ((tmp_path / name / "generated.jsonl").read_bytes() for name in ("whole", "parts"))
     assert first == second
     assert not (tmp_path / "parts/generated.partial").exists()
+    # What splitlines takes for an end of a line is none.
+    odd = [record(number, f"why do\u2028herons\x85matter {number}") for number in range(len(DOCUMENTS))]
+    write_jsonl(tmp_path / "parts/generated.jsonl", odd)
+    assert len(stage.generated(config, epath.Path(tmp_path / "parts"), DOCUMENTS).counts) > 1
     (tmp_path / "parts/generated.jsonl").write_bytes(first[:-20])
     with pytest.raises(InputError, match="damaged"):
         stage.generated(config, epath.Path(tmp_path / "parts"), DOCUMENTS)
