@@ -276,7 +276,10 @@ def _write_averages(folder: epath.Path, latest: Result) -> None:
 
 
 def _system(result: Result) -> dict[str, Any]:
-    """What a result has in common with those of the same system on other data sets, as JSON has it."""
+    """What a result has in common with those of the same system on other data sets, as JSON has it.
+
+    Run files of which nothing is known are taken for one system's.
+    """
     settings = dict(result.get("settings") or {})
     for key in ("split", "ignore_identical_ids", "encoding_errors", "skip_bad_lines"):  # of the data
         settings.pop(key, None)

@@ -84,7 +84,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_stages(args: argparse.Namespace) -> None:
-    """Refuses options of a model that is not asked for.
+    """Refuses options that only a bi-encoder or only a cross-encoder has where it is not asked for.
 
     Raises:
         InputError: naming them.

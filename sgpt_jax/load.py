@@ -222,7 +222,7 @@ def load_parts(
         tokenizer = thread.submit(load_tokenizer, opened.tokenizer)
         decoder = load_checkpoint(classifier or opened.files, dtype, mesh, weights)
         head = classifier.head() if classifier else None
-        return Parts(decoder, tokenizer.result(), opened.files.config, head)
+        return Parts(decoder, tokenizer.result(), (classifier or opened.files).config, head)
 
 
 def base_sha256(files: TensorFiles, decoder: Decoder) -> str:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from sgpt_jax.checkpoint.tensors import TensorFiles, TorchFiles, map_safetensors, same_values
 from sgpt_jax.checkpoint.untrusted import read_object
+from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import family_of, read_config
 from sgpt_jax.families.reading import short
@@ -177,12 +178,12 @@ class AdaptedFiles:
         for key, values in self.replaced.items():
             if key in (self.table, self.head):
                 self.config["vocab_size"] = int(values.shape[0])
-        own = read_config(base.config)
+        own = _read(base.config)
         self.ties = own.head == "tied"
         self.unties = self.ties and self._unties(own.vocab_size)
         if self.unties:
             self.config["tie_word_embeddings"] = False
-            if read_config(self.config).head == "tied":
+            if _read(self.config).head == "tied":
                 raise InputError(
                     f"{self.what}: it has a head of its own, which a {self.family.model_type} ties to its embeddings"
                 )
@@ -304,6 +305,11 @@ class AdaptedFiles:
         return InputError(
             f"{self.what} belongs to another base: it changes {key} of {list(ours)}, which is {list(theirs)} here"
         )
+
+
+def _read(config: Mapping[str, Any]) -> DecoderConfig:
+    """The config of a base, whose code of its own is looked at where the decoder is made: the user may allow it."""
+    return read_config({key: value for key, value in config.items() if key != "auto_map"})
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

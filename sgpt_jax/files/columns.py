@@ -129,6 +129,8 @@ class Columns:
             return None
         if (word := next((word for word in words if word in self._words), None)) is not None:
             return self._words[word]
+        if len(words) > 1 and any(len(word) == 1 for word in words):  # such as answer_a
+            return None
         return next((known for word, known in self._squashed.items() if _mistyped(_squash(key), word)), None)
 
 

@@ -172,11 +172,10 @@ def _files(paths: Sequence[PathLike]) -> list[str]:
 
 
 def _without_queries(folder: str, names: list[str]) -> list[str]:
-    """The files of records in a folder, without those that hold no documents where it has BEIR's layout."""
+    """The files of records in a folder, of one in BEIR's layout those of the corpus: corpus.jsonl, corpus-2.jsonl."""
     stems = [os.path.splitext(name.removesuffix(".gz"))[0] for name in names]
-    corpus = [name for name, stem in zip(names, stems, strict=True) if stem == "corpus"]
-    is_beir = corpus and ("queries" in stems or os.path.isdir(os.path.join(folder, "qrels")))
-    return corpus if is_beir else names
+    is_beir = "corpus" in stems and ("queries" in stems or os.path.isdir(os.path.join(folder, "qrels")))
+    return [name for name in names if name.startswith("corpus")] if is_beir else names
 
 
 def _parts(path: str, format: Format | None) -> list[Part]:

@@ -215,3 +215,16 @@ def test_a_head_that_the_base_ties(variant, saved, lora, tied, tmp_path):
     np.testing.assert_allclose(np.asarray(decoder.embed.tokens.embedding[...]), tables["embed"], rtol=1e-5)
     hidden = random.standard_normal((1, 1, old.shape[1])).astype(np.float32)
     assert relative_error(np.asarray(decoder.logits(hidden)), hidden @ tables["head"].T) < 1e-5
+
+
+def test_over_a_base_with_code_of_its_own(tmp_path):
+    """Whose mask the user gives, as without an adapter."""
+    base = write_base("plain", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_x.X"}}))
+    adapter = write_adapter("plain", tmp_path / "adapter", base)
+    with pytest.raises(InputError, match="auto_map names code of its own"):
+        load_decoder(adapter)
+    decoder = load_checkpoint(open_model(resolve(adapter), bidirectional=False).files)
+    hidden = hidden_states(decoder, *inputs("plain"))
+    assert relative_error(hidden[0], expected("plain")["hidden"]) < 1e-5

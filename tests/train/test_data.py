@@ -27,7 +27,8 @@ def test_pairs_from_jsonl(tmp_path):
     rows = [
         {"query": "a", "positive": "b"},
         {"query": "c\u2028", "positive": "d", "negatives": ["e", "f"], "scores": [3, 1.5, -2]},
-        {"query": "g", "positive": "", "negatives": None, "other": 1, "context": "h", "sentence": "i"},
+        {"query": "g", "positive": "", "negatives": None, "other": 1}
+        | dict.fromkeys(("context", "sentence", "answer_a", "n_answers", "document_b"), "h"),
     ]
     path = write(tmp_path / "x", "\ufeff" + json.dumps(rows[0]) + "\r", "", *map(json.dumps, rows[1:]))
     expected = [
