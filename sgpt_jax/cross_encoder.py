@@ -234,21 +234,18 @@ class CrossEncoder:
             self.text, self.prompt, queries, documents, show_progress=beside(show_progress)
         )
         done = count_pairs(tokens, count)
-        # The 0 at the end is for those without query tokens, whose index is -1.
-        sums = np.append(
-            sum_log_probs(
-                self.decoder,
-                self.text,
-                tokens,
-                mesh=self.mesh,
-                batch_size=batch_size,
-                batch_tokens=batch_tokens,
-                show_progress=show_progress,
-                shown=int(tokens.indices[:count].max(initial=-1)) + 1,  # not what these are compared with
-                report=done,
-            ),
-            0,
+        batches = log_probs_of_targets(
+            self.decoder,
+            self.text,
+            tokens,
+            mesh=self.mesh,
+            batch_tokens=batch_tokens,
+            batch_size=batch_size,
+            report=done,
         )
+        shown = int(tokens.indices[:count].max(initial=-1)) + 1  # not what these are compared with
+        sums = sum_log_probs(batches, len(tokens.pairs), shown=shown, show_progress=show_progress)
+        sums = np.append(sums, 0)  # for those without query tokens, whose index is -1
         _tell(done, report)
         scores = sums[tokens.indices]
         if self.reduction != "sum":

@@ -29,51 +29,6 @@ def batch_budget(asked: int | None = None) -> int:
     return by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS) if asked is None else asked
 
 
-def sum_log_probs(
-    decoder: Decoder,
-    text: TextEncoder,
-    tokens: TokenPairs,
-    *,
-    mesh: Mesh | None,
-    batch_tokens: int | None = None,
-    batch_size: int | None = None,
-    show_progress: Show = None,
-    shown: int | None = None,
-    report: ScoreReport | None = None,
-) -> np.ndarray:
-    """The sum of the query's log-probabilities for each of `tokens.pairs`.
-
-    Args:
-        decoder, text, mesh: of the cross-encoder.
-        tokens: the pairs.
-        batch_tokens, batch_size, show_progress: see `CrossEncoder.predict`.
-        shown: progress counts so many pairs, the first ones; None counts all.
-        report: the tokens that went through the decoder are added here.
-
-    Returns:
-        float64 [P].
-
-    Raises:
-        InputError: for a token that the decoder does not have.
-    """
-    sums = np.zeros(len(tokens.pairs))
-    shown = len(sums) if shown is None else shown
-    batches = log_probs_of_targets(
-        decoder,
-        text,
-        tokens,
-        mesh=mesh,
-        batch_tokens=batch_tokens,
-        batch_size=batch_size,
-        report=report,
-    )
-    with shared_progress("scoring", "pair", shown, show_progress) as bar:
-        for owners, log_probs in batches:
-            np.add.at(sums, owners, log_probs)
-            bar.update(int((np.unique(owners) < shown).sum()))
-    return sums
-
-
 def log_probs_of_targets(
     decoder: Decoder,
     text: TextEncoder,
@@ -84,7 +39,13 @@ def log_probs_of_targets(
     batch_size: int | None = None,
     report: ScoreReport | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The log-probability of every token of the queries, batch by batch; arguments as of `sum_log_probs`.
+    """The log-probability of every token of the queries, batch by batch.
+
+    Args:
+        decoder, text, mesh: of the cross-encoder.
+        tokens: the pairs.
+        batch_tokens, batch_size: see `CrossEncoder.predict`.
+        report: the tokens that went through the decoder are added here.
 
     Yields:
         Of which of `tokens.pairs` each token is, int [n], and its log-probability, float64 [n]. Those of a pair come
@@ -99,6 +60,30 @@ def log_probs_of_targets(
     return one_behind(
         _start(decoder, text, tokens, mesh, batch_budget(batch_tokens), batch_size, report), _fetch
     )
+
+
+def sum_log_probs(
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    pairs: int,
+    *,
+    shown: int | None = None,
+    show_progress: Show = None,
+) -> np.ndarray:
+    """The sum of the query's log-probabilities for each of so many pairs, float64 [P].
+
+    Args:
+        batches: from `log_probs_of_targets`.
+        pairs: P.
+        shown: progress counts so many pairs, the first ones; None counts all.
+        show_progress: see `CrossEncoder.predict`.
+    """
+    sums = np.zeros(pairs)
+    shown = pairs if shown is None else shown
+    with shared_progress("scoring", "pair", shown, show_progress) as bar:
+        for owners, log_probs in batches:
+            np.add.at(sums, owners, log_probs)
+            bar.update(int((np.unique(owners) < shown).sum()))
+    return sums
 
 
 def _start(

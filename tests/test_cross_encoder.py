@@ -25,7 +25,7 @@ from sgpt_jax.decoder.model import Decoder, merge, split
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import lay_out, plan_batches
 from sgpt_jax.packing.shared import lay_out_targets, row_room, shared_rows
-from sgpt_jax.query_scoring import sum_log_probs
+from sgpt_jax.query_scoring import log_probs_of_targets, sum_log_probs
 from sgpt_jax.reports import ScoreReport
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, SEARCH_ENDPOINT_PROMPT, Prompt, tokenise_pairs
@@ -95,7 +95,9 @@ def without_sharing(model, pairs):
         contexts=[tokens.contexts[context] for context, _ in tokens.pairs],
         pairs=[(index, query) for index, (_, query) in enumerate(tokens.pairs)],
     )
-    return sum_log_probs(model.decoder, model.text, alone, mesh=None)[tokens.indices]
+    return sum_log_probs(log_probs_of_targets(model.decoder, model.text, alone, mesh=None), len(alone.pairs))[
+        tokens.indices
+    ]
 
 
 def assert_close(ours, theirs):

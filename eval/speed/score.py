@@ -27,7 +27,7 @@ from sgpt_jax.decoder.log_probs import score_tokens
 from sgpt_jax.decoder.model import abstract_decoder, merge
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
-from sgpt_jax.query_scoring import sum_log_probs
+from sgpt_jax.query_scoring import log_probs_of_targets, sum_log_probs
 from sgpt_jax.reports import ScoreReport
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt, TokenPairs, tokenise_pairs
@@ -130,9 +130,11 @@ def _without_sharing(model: CrossEncoder, pairs: Pairs) -> np.ndarray:
         contexts=[tokens.contexts[context] for context, _ in tokens.pairs],
         pairs=[(index, query) for index, (_, query) in enumerate(tokens.pairs)],
     )
-    return sum_log_probs(model.decoder, model.text, alone, mesh=None, show_progress=False)[
-        tokens.indices
-    ].astype(np.float32)
+    return sum_log_probs(
+        log_probs_of_targets(model.decoder, model.text, alone, mesh=None),
+        len(alone.pairs),
+        show_progress=False,
+    )[tokens.indices].astype(np.float32)
 
 
 def _rows(model: CrossEncoder, pairs: Pairs) -> list[tuple[list[int], list[int]]]:

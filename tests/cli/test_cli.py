@@ -110,6 +110,13 @@ def test_embed_writes_the_vectors_in_order(model, corpus, tmp_path):
     assert os.listdir(tmp_path) == ["vectors.npy"]
 
 
+def test_embed_says_when_it_leaves_brackets_out(model, corpus, tmp_path, capsys):
+    named = str(shutil.copytree(model, tmp_path / "specb"))  # the name turns brackets on
+    for more, noted in (([], True), (["--side", "document"], False)):
+        assert main(["embed", corpus, "-o", str(tmp_path / "v.npy"), "--model", named, *more]) == 0
+        assert ("note: the model has brackets; without --side" in capsys.readouterr().err) == noted
+
+
 def test_embed_reads_standard_input(model, tmp_path):
     output = tmp_path / "vectors.npy"
     command = [sys.executable, "-m", "sgpt_jax.cli", "embed", "-", "-o", str(output), "--model", model]
