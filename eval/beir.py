@@ -36,6 +36,7 @@ from sgpt_jax.runtime import processes
 
 from .datasets import AVERAGES, default_split, forums_of, obtain
 from .models import (
+    RERANK_DEPTH,
     LazyModel,
     add_bi_encoder_arguments,
     add_common_arguments,
@@ -55,7 +56,7 @@ def evaluate(
     model: BiEncoder | None = None,
     *,
     cross_encoder: CrossEncoder | None = None,
-    rerank_depth: int = 100,
+    rerank_depth: int = RERANK_DEPTH,
     split: str | None = None,
 ) -> Result:
     """Measures models on one BEIR data set, as the command does, and writes nothing.
@@ -170,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     stages = Stages(
         bi_encoder(args) if args.model else None,
         cross_encoder(args) if args.cross_encoder else None,
-        args.rerank_depth,
+        args.rerank_depth or RERANK_DEPTH,
         epath.Path(args.first_stage) if args.first_stage else None,
         args.batch_tokens,
         args.hybrid,

@@ -54,6 +54,8 @@ PROMPTS = {
     "quoraD": "Question Body: {} Question Title:",
 }
 
+RERANK_DEPTH = 100
+
 
 def add_bi_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The options of a bi-encoder; what is not given comes from the model folder."""
@@ -75,7 +77,7 @@ def add_cross_encoder_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_depth_argument(group: Any) -> None:
     """How many documents of a query are re-ranked."""
-    group.add_argument("--rerank-depth", type=positive, default=100, metavar="N", help="default: %(default)s")
+    group.add_argument("--rerank-depth", type=positive, metavar="N", help=f"default: {RERANK_DEPTH}")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +92,7 @@ def check_stages(args: argparse.Namespace) -> None:
         InputError: naming them.
     """
     of_encoder = sorted({*BI_ENCODER_SETTINGS} - {"model", "dtype", "weights"})
-    for model, names in (("model", of_encoder), ("cross_encoder", ["prompt"])):
+    for model, names in (("model", of_encoder), ("cross_encoder", ["prompt", "rerank_depth"])):
         if not getattr(args, model) and (unused := flags_given(args, names)):
             raise InputError(f"{', '.join(unused)}: only for a --{model.replace('_', '-')}")
 

@@ -42,6 +42,7 @@ from sgpt_jax.metrics import CUTS, Run, cut
 
 from .beir import add_data_arguments, data_sets
 from .models import (
+    RERANK_DEPTH,
     LazyModel,
     add_bi_encoder_arguments,
     add_common_arguments,
@@ -268,7 +269,8 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--first-stage is for --cross-encoder, which re-ranks it")
     check_stages(args)
     lazy = bi_encoder(args) if args.model else cross_encoder(args)
-    stages = Stages(None, None, args.rerank_depth, epath.Path(args.first_stage) if args.first_stage else None)
+    depth = args.rerank_depth or RERANK_DEPTH
+    stages = Stages(None, None, depth, epath.Path(args.first_stage) if args.first_stage else None)
     for task in _tasks(args.tasks):
         run_task(_adapter(lazy.model, args), task, lazy, args.output)
     for _, parts in data_sets(args):
@@ -281,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
             top_ranked = None
             if args.cross_encoder:
                 run, _ = first_stage(data, stages, max(CUTS) + ignore, data.documents())
-                top_ranked, _ = cut(run, args.rerank_depth, ignore_identical_ids=ignore)
+                top_ranked, _ = cut(run, depth, ignore_identical_ids=ignore)
             adapter = _adapter(lazy.model, args)
             task = local_task(data, top_ranked=top_ranked, ignore_identical_ids=ignore)
             scores = evaluate(adapter, task)

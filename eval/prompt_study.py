@@ -37,6 +37,7 @@ from sgpt_jax.text.pairs import Prompt
 from .beir import add_data_arguments, data_sets, run_data_set
 from .models import (
     PROMPTS,
+    RERANK_DEPTH,
     LazyModel,
     add_bi_encoder_arguments,
     add_common_arguments,
@@ -125,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="compute again what is in OUT already")
     add_bi_encoder_arguments(parser, required=False)
     add_common_arguments(parser)
-    parser.set_defaults(prompt="G")  # the model is loaded with it; every study then brings its own
+    parser.set_defaults(prompt="G", rerank_depth=RERANK_DEPTH)  # every study brings a prompt of its own
 
 
 def main(args: argparse.Namespace) -> None:

@@ -141,7 +141,10 @@ def test_two_first_stages_are_refused(small, tmp_path, models, capsys):
             ("--cross-encoder", "fake", "--biases", "x", "--truncate-dim", 3),
             "--biases, --truncate-dim: only for a --model",
         ),
-        (("--model", "fake", "--prompt", "x {}"), "--prompt: only for a --cross-encoder"),
+        (
+            ("--model", "fake", "--prompt", "x {}", "--rerank-depth", 100),
+            "--prompt, --rerank-depth: only for a --cross-encoder",
+        ),
     ],
 )
 def test_options_of_a_model_that_is_not_asked_for_are_refused(
