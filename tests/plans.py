@@ -27,4 +27,5 @@ def arguments(**changed):
     args = parser.parse_args(["--model", "gpt-j-6b", "--topology", "v5e-8", "--no-compile"])
     for name, value in changed.items():
         setattr(args, name, value)
+    plan.settle(args)
     return args

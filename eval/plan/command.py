@@ -25,6 +25,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from sgpt_jax.cli.given import flags_given
 from sgpt_jax.cli.options import WEIGHTS, add_options, dtype, option, positive
 from sgpt_jax.decoder.build import Build, Lora
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
@@ -45,6 +46,14 @@ from .programs import Work, at_depth
 from .search import describe_search, make_search_plans
 from .table import describe, write_table
 
+# Options that say nothing of other tasks, with what they are where they are not given.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "train": {"trainable": "bias", "lora_rank": None, "chunk_size": None},
+    "search": {"rows": None, "dim": None, "queries": MAX_QUERIES, "hits": 100},
+    "a model": {
+        "model": None, "length": 300, "batch_size": None, "mesh": None, "dtype": "bfloat16", "weights": None
+    },
+}  # fmt: skip
 # Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
 TEXTS = 3
 # The share of the usable memory from which a program is compiled whole.
@@ -94,22 +103,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option(
             "--queries",
             type=positive,
-            default=MAX_QUERIES,
             metavar="Q",
-            help="of search: queries of a batch (default: %(default)s)",
+            help=f"of search: queries of a batch (default: {MAX_QUERIES})",
         ),
         option(
             "--hits",
             type=positive,
-            default=100,
             metavar="K",
-            help="of search: results of a query (default: %(default)s)",
+            help="of search: results of a query (default: 100)",
         ),
         option(
             "--trainable",
-            default="bias",
             metavar="RULE",
-            help="what trains: bias, lora, lora,bias, all, or a regular expression (default: %(default)s)",
+            help="what trains: bias, lora, lora,bias, all, or a regular expression (default: bias)",
         ),
         option(
             "--lora-rank",
@@ -117,9 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="of the adapters of --trainable lora (default: 8)",
         ),
-        option(
-            "--length", type=positive, default=300, metavar="N", help="tokens of a row (default: %(default)s)"
-        ),
+        option("--length", type=positive, metavar="N", help="tokens of a row (default: 300)"),
         option(
             "--batch-size",
             type=positive,
@@ -134,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="rows at a time in training, over all devices (default: the most that fit)",
         ),
         option("--mesh", metavar="SPEC", help="such as fsdp=8 (default: what is suggested)"),
-        dtype(default="bfloat16", of="of weights and matmuls (default: bfloat16)"),
+        dtype(default=None, of="of weights and matmuls (default: bfloat16)"),
         WEIGHTS,
         option("--full", action="store_true", help="compile all layers, however much memory is left"),
         option("--no-compile", action="store_true", help="the analytic part alone"),
@@ -144,6 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the task."""
+    settle(args)
     targets = [parse_target(topology) for topology in args.topology]
     if all(target.chip.kind == "tpu" for target in targets):
         # libtpu would look for a TPU where JAX starts; a plan only needs its compiler.
@@ -154,8 +159,6 @@ def main(args: argparse.Namespace) -> None:
     if args.task == "search":
         _search(targets, args)
         return
-    if not args.model:
-        raise InputError("--model is needed for every task but search")
     for name in args.model:
         for target in targets:
             if not args.output:
@@ -176,6 +179,29 @@ def main(args: argparse.Namespace) -> None:
             write_table(file.parent)
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Fills in the defaults of the task.
+
+    Raises:
+        InputError: for options that are not of the task, or that it needs.
+    """
+    of_task = {args.task} if args.task == "search" else {args.task, "a model"}
+    for task, defaults in _OPTIONS.items():
+        if task not in of_task and (unused := flags_given(args, defaults)):
+            raise InputError(f"{', '.join(unused)}: not for --task {args.task}")
+        vars(args).update({name: value for name, value in defaults.items() if vars(args)[name] is None})
+    if args.task == "search" and (args.rows is None or args.dim is None):
+        raise InputError("--task search needs --rows and --dim")
+    if args.task != "search" and not args.model:
+        raise InputError("--model is needed for every task but search")
+    if args.lora_rank and "lora" not in trained_kinds(args.trainable):
+        raise InputError("--lora-rank is for --trainable lora")
+    if args.full and (args.no_compile or args.task == "search"):
+        raise InputError(
+            f"--full compiles all layers: not with {'--no-compile' if args.no_compile else '--task search'}"
+        )
+
+
 def _asked(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a plan depends on beside its target."""
     found = {
@@ -187,8 +213,6 @@ def _asked(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _search(targets: list[Target], args: argparse.Namespace) -> None:
-    if args.rows is None or args.dim is None:
-        raise InputError("--task search needs --rows and --dim")
     for target in targets:
         for plan in make_search_plans(target, args):
             print(describe_search(plan), flush=True)

@@ -359,3 +359,19 @@ def test_the_largest_array_of_queries_is_found():
     assert (
         plan_search.largest_array("f32[48,1000]{1,0} bf16[144,2,7] s8[5000,64] f32[2,48,600]", 48) == 57_600
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model gpt-j-6b --rows 5 --hits 3", "--rows, --hits: not for --task train"),
+        ("--model x --task score --trainable bias --chunk-size 4", "--trainable, --chunk-size: not for --task score"),
+        ("--task search --rows 5 --dim 4 --model gpt-j-6b --dtype float32", "--model, --dtype: not for --task search"),
+        ("--model gpt-j-6b --lora-rank 4", "--lora-rank is for --trainable lora"),
+        ("--model gpt-j-6b --full --no-compile", "--full compiles all layers: not with --no-compile"),
+        ("--task encode", "--model is needed for every task but search"),
+    ],
+)  # fmt: skip
+def test_options_of_another_task_are_refused(options, message, capsys):
+    assert main(["plan", "--topology", "v5e-8", *options.split()]) == 1
+    assert message in capsys.readouterr().err
