@@ -34,6 +34,7 @@ from typing import Any
 from etils import epath
 
 from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cli.given import flags_given
 from sgpt_jax.cli.options import SOURCE, add_options, dtype, option, positive
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import parse_json, write_json
@@ -48,6 +49,17 @@ from .search import READ, held_benchmark, search_benchmark
 from .start import start_benchmark
 
 PARTS = ("encode", "score", "train", "search", "start")
+# Sizes by part: option, default, what it counts.
+SIZES = {
+    "encode": [("texts", 500, "four documents, one query, and so on")],
+    "score": [("pairs", 200, "pairs of query and document")],
+    "train": [("batch_size", 32, "triplets a step")],
+    "search": [
+        ("vectors", 100_000, "vectors of dimension 768"),
+        ("queries", 100, "queries of a batch"),
+        ("results", 100, "results of a query"),
+    ],
+}
 SLOWER = 0.9  # of a stored factor: what --against lets pass, since medians of five differ by a few percent
 TRAIN_LENGTH = 75  # of the SGPT paper's NLI models
 
@@ -96,17 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"tokens of a text that are read (default: the model's limit; of train {TRAIN_LENGTH})",
         ),
     )
-    for name, default, what in (
-        ("rounds", 5, "timed turns of each"),
-        ("texts", 500, "encode: four documents, one query, and so on"),
-        ("pairs", 200, "score: pairs of query and document"),
-        ("batch-size", 32, "train: triplets a step"),
-        ("vectors", 100_000, "search: vectors of dimension 768"),
-        ("queries", 100, "search: queries of a batch"),
-        ("results", 100, "search: results of a query"),
-    ):
-        text = f"{what} (default: {default})"
-        option(f"--{name}", type=positive, default=default, metavar="N", help=text).add_to(parser)
+    option(
+        "--rounds", type=positive, default=5, metavar="N", help="timed turns of each (default: %(default)s)"
+    ).add_to(parser)
+    for part, sizes in SIZES.items():
+        for name, default, what in sizes:
+            text = f"{part}: {what} (default: {default})"
+            option(f"--{name.replace('_', '-')}", type=positive, metavar="N", help=text).add_to(parser)
     option("--output", metavar="FILE", help="write the figures to this JSON file").add_to(parser)
     option("--json", action="store_true", help="print the figures as JSON, and no table").add_to(parser)
     option("--against", metavar="FILE", help="compare with the figures of an earlier --output").add_to(parser)
@@ -124,6 +132,13 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--weights int8 is for encode and train")
     if args.held and args.part != "search":
         raise InputError("--held is for search")
+    unused = flags_given(args, ("model", "shape", "max_seq_length") if args.part == "search" else ())
+    for part, sizes in SIZES.items():
+        if args.part not in (None, part):
+            unused += flags_given(args, [name for name, _, _ in sizes])
+        vars(args).update({name: default for name, default, _ in sizes if vars(args)[name] is None})
+    if unused:
+        raise InputError(f"{', '.join(unused)}: not for {args.part}")
     result: dict[str, Any] = {"left_out": {}}
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:

@@ -174,10 +174,10 @@ def test_held_vectors_are_found_as_numpy_finds_them():
     assert found.tolist() == np.argsort(-(queries @ rows.T), axis=1)[:, :4].tolist()
 
 
-@pytest.mark.parametrize("part", ["encode", "train"])
-def test_int8_weights_beside_the_dtype(part, model, data, tmp_path):
-    sizes = ["--texts", 5, "--batch-size", 3, "--weights", "int8", "--alone"]
-    result = run(tmp_path, part, "--model", model, "--data", data, *sizes)[part]
+@pytest.mark.parametrize(("part", "size"), [("encode", ["--texts", 5]), ("train", ["--batch-size", 3])])
+def test_int8_weights_beside_the_dtype(part, size, model, data, tmp_path):
+    options = ["--model", model, "--data", data, *size, "--weights", "int8", "--alone"]
+    result = run(tmp_path, part, *options)[part]
     check(result, ["ours", "ours, int8 weights"])
     if part == "encode":
         assert 0 < max(result["agreement"].values()) < 0.1
@@ -277,6 +277,8 @@ def test_a_shape_needs_no_checkpoint(shape, data, tmp_path, monkeypatch):
         (["encode", "--shape", "gpt-neo-125m"], "no tokenizer"),
         (["score", "--model", "x", "--weights", "int8"], "is for encode and train"),
         (["encode", "--model", "x", "--held", "int8"], "--held is for search"),
+        (["encode", "--model", "x", "--pairs", "4", "--queries", "5"], "--pairs, --queries: not for encode"),
+        (["search", "--model", "x", "--texts", "4"], "--model, --texts: not for search"),
         (["search", "--held", "int8", "--vectors", "100000000000"], " GB and "),
     ],
 )
