@@ -42,6 +42,7 @@ from .speed.models import END, byte_level, write_random_model
 WORDS = 20_000
 QUERIES = 64
 DEPTH = 10
+WIDTH = 96
 POINTS = 200  # of the curve
 
 
@@ -60,25 +61,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="how vectors are kept (default: %(default)s)")  # fmt: skip
     parser.add_argument("--model", help="a model in place of the tiny random decoder")
     parser.add_argument("--mesh", metavar="SPEC", help="devices, such as data=2,fsdp=4,tensor=1")
-    parser.add_argument("--width", type=positive, default=96, metavar="N",
-                        help="of the tiny decoder, which has 2 layers (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--width", type=positive, metavar="N",
+                        help=f"of the tiny decoder, which has 2 layers (default: {WIDTH})")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
     """Generates, indexes, searches, and writes what it saw."""
+    if args.model and args.width:
+        raise InputError("--width is of the tiny decoder, which --model replaces")
+    width = args.width or WIDTH
     make_folder(args.output)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         corpus = folder / "corpus.jsonl"
         texts = generate(args.documents, args.seed)
         write_jsonl(corpus, ({"_id": f"d{row}", "text": text} for row, text in enumerate(texts)))
-        source = args.model or write_model(folder / "model", args.width, args.seed)
+        source = args.model or write_model(folder / "model", width, args.seed)
         model = BiEncoder.from_pretrained(source, mesh=device_mesh(args.mesh))
         result: dict[str, Any] = {
             "documents": args.documents,
             "corpus_bytes": corpus.stat().st_size,
             "seed": args.seed,
-            "model": args.model or f"random: 2 layers, {args.width} wide",
+            "model": args.model or f"random: 2 layers, {width} wide",
             "store": args.store,
         }
         index, curve = build(folder / "index", corpus, model, args.store, result)

@@ -31,3 +31,9 @@ def test_it_measures_and_finds_what_brute_force_finds(tmp_path, capsys):
     assert (tmp_path / "large-index.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large-index.json", "large-index.png"]
     assert "3000 documents in" in capsys.readouterr().out
+
+
+def test_a_width_is_not_of_a_model_that_is_given(tmp_path, capsys):
+    assert main(["large-index", "--width", "32", "--model", "x", "--output", str(tmp_path / "out")]) == 1
+    assert "--width is of the tiny decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
