@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from sgpt_jax.checkpoint.gguf import GgufFile
 from sgpt_jax.checkpoint.untrusted import check_content, inside, read_object
 from sgpt_jax.errors import InputError
+from sgpt_jax.families.keys import REFUSED
 from sgpt_jax.families.own_code import describe, own_code_of, without_own_code
+from sgpt_jax.families.reading import short
 
 # The dtypes that tensors may have: NumPy's name -> the name in safetensors files.
 SAFETENSORS_DTYPES = {
@@ -66,9 +68,7 @@ def open_checkpoint(path: epath.Path) -> TensorFiles:
     if path.suffix.lower() == ".gguf":
         return GgufFile(path)
     config = read_object(path / "config.json")
-    if (code := own_code_of(config)) is not None:
-        warnings.warn(f"{path}: {describe(code)}", stacklevel=2)
-        config = without_own_code(config, code)
+    code = own_code_of(config)
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -81,7 +81,11 @@ def open_checkpoint(path: epath.Path) -> TensorFiles:
         else:
             continue
         opened = (SafetensorsFiles if single.endswith("safetensors") else TorchFiles)(config, files)
-        return TextPart(opened) if "text_config" in config else opened
+        found = TextPart(opened) if "text_config" in config else opened
+        if code is not None:
+            warnings.warn(f"{path}: {describe(code)}", stacklevel=2)
+            found.config = without_own_code(found.config, code)
+        return found
     raise InputError(f"{path}: no model.safetensors, pytorch_model.bin or index of either")
 
 
@@ -97,15 +101,35 @@ def _shards(path: epath.Path, index: str) -> list[epath.Path]:
 
 
 class TextPart:
-    """The text decoder of a vision-language checkpoint (Gemma 3, Mistral 3), as a checkpoint of its own."""
+    """The text decoder of a vision-language checkpoint, as a checkpoint of its own.
+
+    What the outer config says of weights and code holds for the text decoder, too.
+
+    Raises:
+        InputError: the whole is of another kind, or its outer config says what only text_config can.
+    """
+
+    MODEL_TYPES = ("gemma3", "mistral3")
 
     def __init__(self, whole: TensorFiles):
-        text = whole.config["text_config"]
+        outer, text = whole.config, whole.config["text_config"]
         if not isinstance(text, dict):
             raise InputError("config.json: text_config must be an object")
+        if outer.get("model_type") not in self.MODEL_TYPES:
+            raise InputError(
+                f"config.json: a {outer.get('model_type')} with a text_config is not supported: only "
+                f"{', '.join(self.MODEL_TYPES)}"
+            )
+        for key, (neutral, _) in REFUSED.items():
+            value = outer.get(key)
+            if key not in ("text_config", "vision_config") and value is not None and value not in neutral:
+                raise InputError(
+                    f"config.json: {key} ({short(value)}) has no effect beside text_config: say it there"
+                )
+        both = {key: outer[key] for key in ("auto_map", "quantization_config") if key in outer}
         # transformers ties the head by the key of the outer config, whose default is true.
-        tied = whole.config.get("tie_word_embeddings")
-        self.config = {**text, "tie_word_embeddings": True if tied is None else tied}
+        tied = outer.get("tie_word_embeddings")
+        self.config = {**both, **text, "tie_word_embeddings": True if tied is None else tied}
         self.whole, self.encoded, self.most_values = whole, whole.encoded, whole.most_values
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -115,7 +139,7 @@ class TextPart:
             inner = name.removeprefix("language_model.")
             if "language_model." in name:
                 yield inner.replace("model.language_model.", "model.", 1), tensor
-            elif name.startswith("lm_head."):
+            elif name.startswith(("lm_head.", "score.")):
                 yield name, tensor
 
 

@@ -55,7 +55,8 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str, skip: jax.Array |
         hidden: [B, T, E], any float dtype.
         masks: int or bool [B, S, T], non-zero at the tokens of each of a row's S texts, no two of which share any.
         mode: see `pool`.
-        skip: int [] or [B, S]; so many first tokens of each text are left out. The weights of weightedmean count them.
+        skip: int [] or [B, S]; so many first tokens of each text are left out. The weights of weightedmean count them,
+            and cls takes the first of them where no other token is left; other modes give zeros there.
 
     Returns:
         float32 [B, S, M E].
@@ -67,24 +68,30 @@ def pool_texts(hidden: jax.Array, masks: jax.Array, mode: str, skip: jax.Array |
     skip = jnp.asarray(skip)[..., None]
     valid = (masks != 0).astype(jnp.int32)
     order = jnp.cumsum(valid, axis=-1) * valid  # 1, 2, ... at valid tokens, 0 at padding
+    # Where nothing is left, cls takes the text's first token, as sentence-transformers does.
+    first = order == jnp.where(order.max(axis=-1, keepdims=True) > skip, skip, 0) + 1
     order = jnp.where(order > skip, order, 0)
+    counts = (order > 0) | first if "cls" in modes else order > 0
     # Padding may hold anything, and 0 times infinity is not 0.
-    hidden = jnp.where((order > 0).any(axis=1)[..., None], hidden.astype(jnp.float32), 0.0)
+    hidden = jnp.where(counts.any(axis=1)[..., None], hidden.astype(jnp.float32), 0.0)
     vectors = [
-        _largest(hidden, order) if each == "max" else _sum(hidden, _weights(order, each, skip))
+        _largest(hidden, order) if each == "max" else _sum(hidden, _weights(order, each, first))
         for each in modes
     ]
     return jnp.concatenate(vectors, axis=-1)
 
 
-def _weights(order: jax.Array, mode: str, skip: jax.Array) -> jax.Array:
-    """Float32 weights [B, S, T] of the tokens, from their numbers in their texts, 0 for those that do not count."""
+def _weights(order: jax.Array, mode: str, first: jax.Array) -> jax.Array:
+    """Float32 weights [B, S, T] of the tokens, from their numbers in their texts, 0 for those that do not count.
+
+    `first` is true at the token that cls takes.
+    """
     if mode == "weightedmean":
         weights = order
     elif mode == "lasttoken":
         weights = (order == jnp.max(order, axis=-1, keepdims=True)) & (order > 0)
     elif mode == "cls":
-        weights = order == skip + 1
+        weights = first
     else:
         weights = order > 0
     weights = weights.astype(jnp.float32)

@@ -9,8 +9,19 @@ from sgpt_jax.families.gemma2 import RULES, SANDWICH_PARTS, attention_scalar
 from sgpt_jax.families.reading import ConfigReader, optional_number, window_kinds, windows_of
 from sgpt_jax.families.rotary import rotary_by_kind
 
+# What transformers' Gemma3TextConfig has where a config says nothing, as those of the 4B, 12B and 27B models do not.
+_DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
 
 def _read(hf: ConfigReader) -> DecoderConfig:
+    hf.values = _DEFAULTS | {key: value for key, value in hf.values.items() if value is not None}
     pattern = hf.size("sliding_window_pattern", default=6)
     kinds = window_kinds(hf, pattern=pattern)
     bidirectional = hf.flag("use_bidirectional_attention", False)

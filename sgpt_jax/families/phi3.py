@@ -54,7 +54,7 @@ def _read(hf: ConfigReader) -> DecoderConfig:
         max_positions=hf.size("max_position_embeddings", default=4096),
         windows=(window,) * hf.size("num_hidden_layers") if window else (),
         # The first releases had other names for one scaling.
-        rotary=rotary(hf, head_dim, scalings={**SCALINGS, "su": "longrope", "yarn": "longrope"}),
+        rotary=rotary(hf, head_dim, share=1.0, scalings={**SCALINGS, "su": "longrope", "yarn": "longrope"}),
         embed_dropout=hf.share("embd_pdrop"),
         residual_dropout=hf.share("resid_pdrop"),
     )

@@ -24,14 +24,15 @@ SCALINGS: dict[str, Scaling] = {
 
 
 def rotary(
-    hf: ConfigReader, head_dim: int, *, share: float = 1.0, scalings: dict[str, Scaling] = SCALINGS
+    hf: ConfigReader, head_dim: int, *, share: float | None = None, scalings: dict[str, Scaling] = SCALINGS
 ) -> RotaryConfig:
     """The rotary settings that all layers share.
 
     Args:
         hf: the config.
         head_dim: H.
-        share: of a head's dimensions, how many rotate; where the config says nothing.
+        share: of a head's dimensions, how many rotate where the config says nothing; None where all do whatever it
+            says, and a config that says otherwise is refused.
         scalings: `rope_type` -> scaling.
     """
     old, new = hf.section("rope_scaling"), hf.section("rope_parameters")
@@ -76,7 +77,7 @@ def rotary_by_kind(
             rope = nested if nested.values else flat_scaling
         else:
             rope = ConfigReader({}, hf.what)
-        found[kind] = _settings(hf, rope, head_dim, 1.0, base, SCALINGS)
+        found[kind] = _settings(hf, rope, head_dim, None, base, SCALINGS)
     return found
 
 
@@ -84,15 +85,22 @@ def _settings(
     hf: ConfigReader,
     rope: ConfigReader,
     head_dim: int,
-    share: float,
+    share: float | None,
     base: float,
     scalings: dict[str, Scaling],
 ) -> RotaryConfig:
     scaling = rope.choice("rope_type", "type", options=scalings, default="default", what="rotary scaling")
-    share = hf.number("partial_rotary_factor", "rotary_pct", default=share, above=0, most=1)
-    share = rope.number("partial_rotary_factor", default=share, above=0, most=1)
+    stated = hf.number(
+        "partial_rotary_factor", "rotary_pct", default=1.0 if share is None else share, above=0, most=1
+    )
+    stated = rope.number("partial_rotary_factor", default=stated, above=0, most=1)
+    if share is None and stated != 1:
+        raise InputError(
+            f"{hf.what}: partial_rotary_factor is {stated:g}: heads that rotate in part are not supported in this "
+            "family"
+        )
     base = rope.number("rope_theta", default=base, above=0)
-    dim = int(head_dim * share)
+    dim = int(head_dim * stated)
     if dim < 2:
         raise InputError(f"{rope.what}: no dimension rotates in heads of dimension {head_dim}")
     plain = RotaryConfig(dim=dim, base=base, scaling=scaling)

@@ -70,13 +70,13 @@ def test_several_modes_stand_side_by_side():
     [
         ("weightedmean", [[(2 * 0 + 3 * 2) / 5, (2 * 1 + 3 * 2) / 5], [0, 0]]),
         ("mean", [[1, 1.5], [0, 0]]),
-        ("cls", [[0, 1], [0, 0]]),
+        ("cls", [[0, 1], [4, 2]]),
         ("max", [[2, 2], [0, 0]]),
         ("lasttoken", [[2, 2], [0, 0]]),
     ],
 )
 def test_first_tokens_left_out(mode, wanted):
-    """Weights go on counting from the text's first token; nothing is left of the second row."""
+    """Weights go on counting from the text's first token; nothing is left of the second row, whose first cls takes."""
     np.testing.assert_allclose(pool_texts(HIDDEN, MASK[:, None], mode, 1)[:, 0], wanted, rtol=1e-6)
 
 

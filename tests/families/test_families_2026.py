@@ -104,6 +104,65 @@ def test_the_text_part_of_a_folder_that_reads_pictures(variant, layout, tmp_path
     assert relative_error(hidden, expected["hidden"][mask.astype(bool)]) < 2e-5
 
 
+def change_config(folder, change, part=None):
+    """Adds keys to config.json, or to an object in it; a key that is None goes."""
+    config = json.loads((folder / "config.json").read_text())
+    inside = config[part] if part else config
+    inside |= change
+    for key in [key for key, value in inside.items() if value is None]:
+        del inside[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_type": "paligemma"},
+            "a paligemma with a text_config is not supported: only gemma3, mistral3",
+        ),
+        ({"is_causal": False}, "is_causal .False. has no effect beside text_config"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention .True. has no effect"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "are quantised .gptq."),
+    ],
+)
+def test_what_the_outer_config_says_is_not_passed_over(change, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load(change_config(decoders.write_multimodal("gemma3", tmp_path), change))
+
+
+def test_known_code_that_the_outer_config_names_changes_the_mask_of_the_text_part(tmp_path):
+    folder = decoders.write_multimodal("ministral3", tmp_path)
+    change_config(folder, {"auto_map": {"AutoModel": "modeling_mistral_gritlm.MistralModel"}})
+    with pytest.warns(UserWarning, match="known as GritLM"):
+        assert load(folder).config.bidirectional
+
+
+def test_what_a_gemma_3_leaves_out_is_what_transformers_takes():
+    """As the text_config of the 4B model: without heads and vocabulary."""
+    sizes = {
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    }
+    scaling = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    config = read_config({"model_type": "gemma3_text", **sizes, **scaling})
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262_208)
+    assert config.max_positions == 131_072 and config.head == "tied"
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "olmo2", "cohere", "smollm3"])
+@pytest.mark.parametrize("key", ["partial_rotary_factor", "rope_parameters"])
+def test_heads_that_rotate_in_part_are_refused_where_transformers_rotates_them_whole(variant, key):
+    config = decoders.config(variant, "old")
+    value = 0.5 if key == "partial_rotary_factor" else {"partial_rotary_factor": 0.5}
+    with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.5"):
+        read_config(config | {key: value})
+
+
 @pytest.mark.parametrize("variant", decoders.REFUSED_VARIANTS)
 def test_refused(variant, tmp_path):
     with pytest.raises(InputError, match="qk_layernorm"):
