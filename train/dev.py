@@ -83,7 +83,7 @@ class RetrievalEvaluator:
 
     def __call__(self, model: BiEncoder) -> float:
         data = self._data
-        run = search_corpus(model, data.queries, data.documents(), _DEPTH, show_progress=False)
+        run = search_corpus(model, data.queries, data.documents(), _DEPTH, show_progress=False, share=False)
         found = evaluate(data.qrels, run, queries=data.queries, cuts=(_DEPTH,))
         return found.metrics[f"ndcg@{_DEPTH}"]
 

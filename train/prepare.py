@@ -24,6 +24,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
 from sgpt_jax.files.hub_tables import is_hub
 from sgpt_jax.folder.source import resolve
+from sgpt_jax.runtime import processes
 
 from .adaptation import adaptation
 from .batches import BatchPlan, PackedBatches, iterate
@@ -145,6 +146,7 @@ def prepare(config: TrainConfig) -> Run:
         "corpus" if config.recipe == "adapt" else "data": examples.digest(),
         **({"biases": started_from} if started_from else {}),
     }
+    _check_processes(config, inputs | ({"dev": evaluate.data["digest"]} if evaluate else {}))
     mask = trainable_mask(params, config.trainable)
     notes += _check_export(model, mask, config)
     trainable, frozen = split_params(params, mask)
@@ -234,6 +236,21 @@ def check(config: TrainConfig) -> None:
         for name in ("lora_rank", "lora_alpha", "lora_targets", "merge"):
             if getattr(config, name):
                 raise InputError(f"--{name.replace('_', '-')} is for --trainable lora")
+
+
+def _check_processes(config: TrainConfig, contents: dict[str, str]) -> None:
+    """Refuses processes that would train together with other options, or read other files, wherever these lie.
+
+    Args:
+        config: of the run.
+        contents: a digest of what an option names.
+    """
+    options = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in contents and name != "output"
+    }
+    processes.check_alike(options | {f"the content of --{name}": digest for name, digest in contents.items()})
 
 
 def loss_config(config: TrainConfig) -> LossConfig:

@@ -47,6 +47,7 @@ def search_corpus(
     chunk: int | None = None,
     batch_tokens: int | None = None,
     show_progress: bool | None = None,
+    share: bool = True,
 ) -> dict[str, dict[str, float]]:
     """The k documents of highest similarity (cosine or dot product, as the model has it) for every query, as a run,
     best first.
@@ -63,6 +64,7 @@ def search_corpus(
         chunk: documents that are encoded at a time; None for CHUNK.
         batch_tokens: see `BiEncoder.encode`.
         show_progress: None shows a bar on a terminal after a second.
+        share: False for a model that is spread over the processes, which then encode every chunk together.
 
     Raises:
         InputError: a vector that is not finite, with the query's or document's id; the model compares vectors by a
@@ -85,7 +87,7 @@ def search_corpus(
                 part = list(itertools.islice(stream, size))
                 if not part:
                     return
-                if not processes.mine(number):
+                if share and not processes.mine(number):
                     continue
                 processes.check()
                 names = [document.id for document in part]
@@ -101,7 +103,7 @@ def search_corpus(
     found = [
         dict(zip(ids(some), values.tolist(), strict=True)) for some, values in zip(rows, scores, strict=True)
     ]
-    shares = zip(*processes.gather(found), strict=True)
+    shares = zip(*(processes.gather(found) if share else [found]), strict=True)
     return {
         query: rank({id: score for hits in share for id, score in hits.items()}, k, query=query)
         for query, share in zip(queries, shares, strict=True)

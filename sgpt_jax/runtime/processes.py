@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -78,6 +78,7 @@ def session(options: argparse.Namespace) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, OtherFailed):
             text = str(error) if isinstance(error, InputError) else repr(error)
+            text = "it was interrupted" if isinstance(error, KeyboardInterrupt) else text
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 _client().key_value_set(f"{_FAILED}{index()}", text, allow_overwrite=True)
         raise
@@ -104,7 +105,9 @@ def _await_the_cause() -> None:
 
 @contextlib.contextmanager
 def _watch() -> Iterator[None]:
-    """Ends this process, with one line, when another one has stopped without a word; tells the others it is alive."""
+    """Ends this process, with one line, when another one has stopped without a word, or when it has failed and the main
+    thread does not come to see it; tells the others this one is alive.
+    """
     client, ended = _client(), threading.Event()
 
     def beat(text: str) -> None:
@@ -112,10 +115,12 @@ def _watch() -> Iterator[None]:
 
     def watch() -> None:
         heard = dict.fromkeys(range(count()), ("", time.monotonic()))
+        failed: float | None = None
         for number in itertools.count():
             try:
                 beat(str(number))
                 said = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(_ALIVE)}
+                failures = client.key_value_dir_get(_FAILED)
             except jax.errors.JaxRuntimeError:  # process 0 is where all this is kept
                 if not ended.is_set():
                     _end(0)
@@ -126,6 +131,15 @@ def _watch() -> Iterator[None]:
                     heard[process] = (said[process], now)
                 elif text != _ENDED and now - since > _LOST_SECONDS and not ended.is_set():
                     _end(process)
+            if failures:
+                failed = failed or now
+                # The main thread would say so itself; but it may wait for the other in the middle of a step.
+                if now - failed > _LOST_SECONDS and not ended.is_set():
+                    key, message = failures[0]
+                    _say(f"error: {_failure(key, message)}")
+                    beat(_ENDED)
+                    jax.distributed.shutdown()  # for which the one that failed waits
+                    os._exit(1)
             if ended.wait(_BEAT_SECONDS):
                 return
 
@@ -142,13 +156,22 @@ def _watch() -> Iterator[None]:
 
 def _end(process: int) -> None:
     """Ends this process at once: the main thread may be waiting for the lost one in code that cannot be stopped."""
-    line = (
+    _say(
         f"error: process {process} was lost: it ended without a word, or its machine did. What is finished is kept: "
-        "start all processes again with the same command (training: with --resume)\n"
+        "start all processes again with the same command (training: with --resume)"
     )
-    sys.stderr.write(line)
-    sys.stderr.flush()
     os._exit(1)
+
+
+def _say(line: str) -> None:
+    """To be seen although the process ends without clearing up."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _failure(key: str, message: str) -> str:
+    """What to say of a process's entry under `_FAILED`."""
+    return f"process {key.rpartition('/')[2]} failed: {message}"
 
 
 def _found(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -245,7 +268,26 @@ def check() -> None:
     """Raises `OtherFailed` if another process ended with an error; takes no time worth mentioning."""
     if count() > 1:
         for key, message in _client().key_value_dir_get(_FAILED):
-            raise OtherFailed(f"process {key.rpartition('/')[2]} failed: {message}")
+            raise OtherFailed(_failure(key, message))
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Looks whether all processes were started alike. All must call.
+
+    Args:
+        facts: what decides the result, by the name that a message has for it; anything that JSON holds.
+
+    Raises:
+        InputError: on every process, naming the facts in which they differ.
+    """
+    first, *others = gather(dict(facts))
+    names = first.keys() | {name for other in others for name in other}
+    different = [name for name in names if any(other.get(name) != first.get(name) for other in others)]
+    if different:
+        raise InputError(
+            f"the processes differ in {', '.join(sorted(different))}: start the same command in all of them, with the "
+            "same files"
+        )
 
 
 def add_up(values: Sequence[int]) -> list[int]:

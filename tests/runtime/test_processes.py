@@ -61,12 +61,29 @@ with processes.session(argparse.Namespace(**names)):
     with processes.first_goes_ahead():
         time.sleep(1 - processes.index())
         processes.check()
+    processes.check_alike({"--seed": [1], "--output": {}})
+    try:
+        processes.check_alike({"--seed": 1, "--lr": processes.index(), "--model": "m"})
+    except InputError as error:
+        print(error)
     if not processes.first():
         raise InputError("the disk is full")
     try:
         processes.gather(None)
     except processes.OtherFailed as error:
         print(error)
+"""
+
+# Process 0 waits where it cannot be told, as in the middle of a step.
+STUCK = """
+import argparse
+from sgpt_jax.errors import InputError
+processes._LOST_SECONDS = 2
+names = dict(distributed=False, coordinator=sys.argv[2], processes=int(sys.argv[4]), process=int(sys.argv[6]))
+with processes.session(argparse.Namespace(**names)):
+    if not processes.first():
+        raise InputError("the disk is full")
+    time.sleep(500)
 """
 
 
@@ -231,7 +248,17 @@ def test_two_processes_evaluate_as_one(model, tmp_path):
 def test_what_processes_tell_each_other(tmp_path):
     codes, outputs = Job(2, tmp_path, ALONE, []).wait()
     assert codes == [0, 1], outputs
-    assert outputs[0] == "process 1 failed: the disk is full\n"
+    assert outputs[0].count("the processes differ in --lr: start") == 1
+    assert outputs[0].endswith("process 1 failed: the disk is full\n")
+    assert outputs[2].count("the processes differ in --lr: start") == 1
+
+
+def test_a_process_that_cannot_be_told_of_a_failure_ends_all_the_same(tmp_path):
+    begin = time.monotonic()
+    codes, outputs = Job(2, tmp_path, STUCK, []).wait()
+    assert codes == [1, 1] and outputs[1] == "error: process 1 failed: the disk is full\n", outputs
+    assert "InputError: the disk is full" in outputs[3]
+    assert time.monotonic() - begin < 300
 
 
 @pytest.mark.parametrize(

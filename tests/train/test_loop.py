@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import eval_cases
 import numpy as np
 import pytest
 from devices import SHAPES, cpus
@@ -276,9 +277,12 @@ def test_two_processes(base, pairs, sts, tmp_path):
     before, options, wanted = fixture_run(tmp_path)
     mesh = ("--mesh", "data=2,fsdp=2")
     longer = ("--steps", 12, "--dev", sts, "--eval-every", 4, "--chunk-size", 4)
+    corpus = eval_cases.small_beir(tmp_path / "corpus")
+    search = ("--steps", 2, "--dev", corpus, "--dev-split", "test", "--eval-every", 1)
     runs = [
         [*options, "--output", str(tmp_path / "short"), "--chunk-size", "4", *mesh, "--distributed"],
         arguments(base, pairs, tmp_path / "two", *longer, *mesh),
+        arguments(base, pairs, tmp_path / "two searched", *search, *mesh),
     ]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -301,8 +305,11 @@ def test_two_processes(base, pairs, sts, tmp_path):
     assert [code for code, *_ in results] == [0, 0], results
     check_run(tmp_path / "short", before, wanted)
     assert main(arguments(base, pairs, tmp_path / "one", *longer)) == 0
+    assert main(arguments(base, pairs, tmp_path / "one searched", *search)) == 0
     ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], atol=1e-4)
     looks = [(tmp_path / name / "dev.jsonl").read_text() for name in ("two", "one")]
     assert looks[0].count("\n") == looks[1].count("\n") == 3
+    found = [(tmp_path / f"{name} searched/dev.jsonl").read_text() for name in ("two", "one")]
+    assert found[0] == found[1] != ""
     assert_same_biases(tmp_path / "two", tmp_path / "one", atol=2e-4)
