@@ -18,6 +18,7 @@ import bisect
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -54,6 +55,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "model": None, "length": 300, "batch_size": None, "mesh": None, "dtype": "bfloat16", "weights": None
     },
 }  # fmt: skip
+# Options that the name of a plan's file does not tell.
+_SAID = ("length", "batch_size", "chunk_size", "mesh", "dtype", "lora_rank")
 # Texts of a training example: query, positive, one hard negative. Packing makes fewer rows of short texts.
 TEXTS = 3
 # The share of the usable memory from which a program is compiled whole.
@@ -165,11 +168,17 @@ def main(args: argparse.Namespace) -> None:
                 print(describe(make_plan(name, target, args)), flush=True)
                 continue
             part = "" if args.task != "train" or args.trainable == "bias" else f"-{args.trainable}"
+            part = re.sub(r"[^\w.,-]+", "_", part)  # of a regular expression
             part += "-int8" if args.weights else ""
             stem = f"{epath.Path(name).name}_{target.name.replace(':', '-')}_{args.task}{part}"
             file = epath.Path(args.output) / f"{stem}.json"
             facts = {"asked": _asked(name, args)} | provenance("libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
             result = parse_json(file.read_text()) if file.exists() else {}
+            before = result.get("asked", {})
+            if other := [name for name in _SAID if name in before and before[name] != facts["asked"][name]]:
+                raise InputError(
+                    f"{file}: is a plan of other options ({', '.join(other)}): give another --output"
+                )
             known = not (facts["versions"]["commit"] or "-dirty").endswith("-dirty")
             if not known or any(result.get(key) != facts[key] for key in ("asked", "versions", "device")):
                 result = make_plan(name, target, args) | facts
@@ -194,6 +203,9 @@ def settle(args: argparse.Namespace) -> None:
         raise InputError("--task search needs --rows and --dim")
     if args.task != "search" and not args.model:
         raise InputError("--model is needed for every task but search")
+    names = [epath.Path(name).name for name in args.model or ()]
+    if args.output and (twice := {name for name in names if names.count(name) > 1}):
+        raise InputError(f"--model has several {', '.join(sorted(twice))}, whose plans would have one file")
     if args.lora_rank and "lora" not in trained_kinds(args.trainable):
         raise InputError("--lora-rank is for --trainable lora")
     if args.full and (args.no_compile or args.task == "search"):

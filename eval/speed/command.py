@@ -34,14 +34,16 @@ from typing import Any
 from etils import epath
 
 from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.checkpoint.untrusted import read_object
 from sgpt_jax.cli.given import flags_given
 from sgpt_jax.cli.options import SOURCE, add_options, dtype, option, positive
 from sgpt_jax.errors import InputError
-from sgpt_jax.files.lines import parse_json, write_json
+from sgpt_jax.files.lines import write_json
 from sgpt_jax.load import token_limit
 
 from ..plan.models import MODELS
 from ..provenance import provenance
+from ..results import make_folder
 from .benchmark import Benchmark, measure, print_table, threads
 from .encode import encode_benchmark
 from .models import INT8, mixed_texts, open_data, random_model
@@ -122,7 +124,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Measures, prints and writes."""
-    before = None if args.against is None else parse_json(epath.Path(args.against).read_text())
+    before = None if args.against is None else read_object(epath.Path(args.against))
+    if args.output:
+        make_folder(epath.Path(args.output).parent)
     parts = [args.part] if args.part else [part for part in PARTS if part != "start"]
     if parts != ["search"] and (args.model is None) == (args.shape is None):
         raise InputError("give a model: either --model or --shape")
@@ -163,18 +167,34 @@ def main(args: argparse.Namespace) -> None:
         write_json(args.output, figures)
     if args.json:
         print(json.dumps(figures, indent=2))
-    if before is not None and (slower := list(_slower(before, result))):
+    if before is not None and (slower := _slower(before, result)):
         raise InputError(f"slower than {args.against}: " + "; ".join(slower))
 
 
-def _slower(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Of what both measured, the peers that this project is less ahead of now; seconds would tell of the machine."""
+def _slower(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Of what both measured, the peers that this project is less ahead of now; seconds would tell of the machine.
+
+    Raises:
+        InputError: they did not measure the same, or no peer that both have.
+    """
+    slower, compared = [], 0
     for part in PARTS:
-        old, new = (figures.get(part, {}).get("ways", {}) for figures in (before, now))
-        for name in old.keys() & new.keys() - {"ours"}:
-            factors = [ways[name]["ours_over"] for ways in (old, new)]
-            if not name.startswith(("ours", READ)) and factors[1] < SLOWER * factors[0]:
-                yield f"{part}: {factors[1]:.2f} times {name}, {factors[0]:.2f} before"
+        old, new = (figures.get(part) or {} for figures in (before, now))
+        if not old or not new:
+            continue
+        for key in ("work", "dtype"):
+            if old[key] != new[key]:
+                raise InputError(f"cannot be compared: {key} of {part} was {old[key]}, and is {new[key]} now")
+        for name in sorted(old["ways"].keys() & new["ways"].keys()):
+            if name.startswith(("ours", READ)):
+                continue
+            compared += 1
+            factors = [figures["ways"][name]["ours_over"] for figures in (old, new)]
+            if factors[1] < SLOWER * factors[0]:
+                slower.append(f"{part}: {factors[1]:.2f} times {name}, {factors[0]:.2f} before")
+    if not compared:
+        raise InputError("cannot be compared: no peer was measured in both")
+    return slower
 
 
 def _benchmark(part: str, args: argparse.Namespace, folder: str) -> Benchmark:

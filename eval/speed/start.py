@@ -48,7 +48,12 @@ def start_benchmark(model: BiEncoder, data: DataSet, folder: str, *, alone: bool
         "ours, --help": _command(_SGPT, "--help"),
     }
     benchmark = Benchmark(
-        work={"answers": 1}, unit="answers", runs=runs, flops={"": 0.0}, dtype="float32", compare=_nothing
+        work={"answers": 1},
+        unit="answers",
+        runs=runs,
+        flops={"": 0.0},
+        dtype=model.decoder.dtype.name,
+        compare=_nothing,
     )
     if alone:
         return benchmark

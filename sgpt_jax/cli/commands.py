@@ -70,7 +70,9 @@ def embed(options: argparse.Namespace) -> None:
         sides = [side for side in ("query", "document") if model.text.prompts.get(side)]
         if options.side is None and (model.text.brackets or sides):
             what = "brackets" if model.text.brackets else f"a prompt for each {' and '.join(sides)}"
-            note = f"the model has {what}; without --side, texts are embedded as they are"
+            default = model.text.default_prompt_name
+            how = f"with its default prompt, {default}" if default else "as they are"
+            note = f"the model has {what}; without --side, texts are embedded {how}"
             print(f"note: {note}", file=sys.stderr)
         reading = reading_of(options)
         count = 0

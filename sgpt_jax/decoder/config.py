@@ -8,6 +8,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from sgpt_jax.errors import InputError
+
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
@@ -182,8 +184,8 @@ def compute_dtype(name: str) -> jnp.dtype:
     """The dtype of weights and matmuls: "float32" or "bfloat16".
 
     Raises:
-        ValueError: for any other name. float16 is left out: sums of squares in trained decoders overflow it.
+        InputError: for any other name. float16 is left out: sums of squares in trained decoders overflow it.
     """
     if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {name!r}")
+        raise InputError(f"dtype must be 'float32' or 'bfloat16', not {name!r}")
     return jnp.dtype(name)

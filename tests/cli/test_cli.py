@@ -117,6 +117,16 @@ def test_embed_says_when_it_leaves_brackets_out(model, corpus, tmp_path, capsys)
         assert ("note: the model has brackets; without --side" in capsys.readouterr().err) == noted
 
 
+def test_embed_says_which_prompt_a_folder_puts_before_other_texts(model, corpus, tmp_path, capsys):
+    folder = tmp_path / "prompts"
+    sgpt.BiEncoder.from_pretrained(model).save_pretrained(folder)
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    settings |= {"prompts": {"query": "find: ", "document": ""}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    assert main(["embed", corpus, "-o", str(tmp_path / "v.npy"), "--model", str(folder)]) == 0
+    assert "texts are embedded with its default prompt, query" in capsys.readouterr().err
+
+
 def test_embed_reads_standard_input(model, tmp_path):
     output = tmp_path / "vectors.npy"
     command = [sys.executable, "-m", "sgpt_jax.cli", "embed", "-", "-o", str(output), "--model", model]

@@ -214,6 +214,38 @@ def test_a_release_is_held_against_the_one_before(factor, code, tmp_path, capsys
     assert ("times numpy, " in capsys.readouterr().err) == bool(code)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"work": {"vectors": 300}}, "work of search was"),
+        ({"dtype": "bfloat16"}, "dtype of search was bfloat16, and is float32 now"),
+        ({"ways": {}}, "no peer was measured in both"),
+    ],
+)
+def test_figures_of_something_else_are_not_compared(change, message, tmp_path, capsys):
+    before = run(tmp_path, "search", "--vectors", 200)
+    before["search"] |= change
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    again = [
+        "speed",
+        "search",
+        "--vectors",
+        "200",
+        "--rounds",
+        "1",
+        "--against",
+        str(tmp_path / "before.json"),
+    ]
+    assert main(again) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_benchmark_is_refused_before_the_rounds(tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[]")
+    assert main(["speed", "search", "--against", str(tmp_path / "list.json")]) == 1
+    assert "not a JSON object" in capsys.readouterr().err
+
+
 def test_what_is_not_installed_is_left_out_by_name(model, data, tmp_path, monkeypatch, capsys):
     for name in ("torch", "faiss", "usearch", "usearch.index"):
         monkeypatch.setitem(sys.modules, name, None)
