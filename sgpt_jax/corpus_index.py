@@ -53,7 +53,8 @@ def index_corpus(
         store: "float32", "float16" or "int8"; None is as in the index that is there, or float32.
         texts: keep the texts; None is as in the index that is there, or True.
         chunk_size: documents between two moments of safety; None is as in the index that is there, or 1,024.
-        add: the corpus has what is new or has changed, see `add_documents`; without, it has everything.
+        add: the corpus has what is new or has changed, see `add_documents`; without, it has everything. Texts without
+            ids of their own cannot be added.
         report: counts are added here.
         show_progress: None shows a bar on a terminal, after a second.
 
@@ -147,7 +148,7 @@ def _document(each: str | Mapping[str, Any] | Document, number: int) -> Document
     if isinstance(each, Document):
         return each
     if isinstance(each, str):
-        return Document(str(number), each)
+        return Document(str(number), each, numbered=True)
     if isinstance(each, Mapping):
         try:
             return document(DOCUMENT.of_object(each))

@@ -206,6 +206,8 @@ def test_an_index_from_python_has_each_id_once(model, tmp_path):
     assert index.ids([0, 1, 2]) == ["a", "b", "3"] and len(index) == 3
     sgpt.index_corpus(tmp_path / "i", [Document("c", "bay"), Document("c", "bay")], model, add=True)
     assert len(sgpt.Index.open(tmp_path / "i")) == 4
+    with pytest.raises(InputError, match="'another text' has no id of its own, and its number 3 would stand"):
+        sgpt.index_corpus(tmp_path / "i", [*records[:3], "another text"], model, add=True)
     for wrong, message in (
         (
             [records[0], {"_id": "a", "text": "A title of a ferry"}],

@@ -108,7 +108,13 @@ def _encode_index(options: argparse.Namespace) -> None:
     if processes.first():
         forget_counts(_notes(options))
         size = index.info()["bytes"] / 1e6
-        print(f"{options.output}: {len(index)} documents, {size:.1f} MB ({read})\n{work}")
+        replaced = f", {_gone(index.manifest) - _gone(there)} replaced" if options.add and there else ""
+        print(f"{options.output}: {len(index)} documents, {size:.1f} MB ({read}{replaced})\n{work}")
+
+
+def _gone(manifest: Manifest) -> int:
+    """How many rows are of documents that were removed or replaced."""
+    return manifest.removed["rows"] if manifest.removed else 0
 
 
 def _corpus(options: argparse.Namespace) -> tuple[CountedCorpus | Iterator[Document], ReadReport]:

@@ -82,7 +82,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 "--add",
                 action="store_true",
                 help="the corpus has what is new or has changed: what is in the index with the same text is passed "
-                "over, what is there with another text is replaced",
+                "over, what is there with another text is replaced; needs ids, so no plain text",
             ),
             option(
                 "--remove",

@@ -9,7 +9,7 @@ counted, though not read). Without ``format=`` the name decides (``.jsonl``, ``.
 import array
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sgpt_jax.errors import InputError
@@ -30,11 +30,15 @@ NO_ID = "the record has neither `_id` nor `id`"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: ``text`` is what gets encoded (title, a space, text), ``title`` the title alone."""
+    """One document: ``text`` is what gets encoded (title, a space, text), ``title`` the title alone.
+
+    ``numbered`` says that its id is no more than its number where it was read.
+    """
 
     id: str
     text: str
     title: str = ""
+    numbered: bool = field(default=False, compare=False, repr=False)
 
     def content(self) -> int:
         """A hash of 64 bits of title and text."""
@@ -43,12 +47,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a file, with the line where it begins."""
+    """One record of a file, with the line where it begins; ``numbered`` is as of `Document`."""
 
     line: int
     id: str | None
     title: str
     text: str
+    numbered: bool = False
 
     def content(self) -> int:
         """A hash of 64 bits of title and text."""
@@ -57,7 +62,7 @@ class Record:
     def document(self) -> Document:
         """As it is encoded."""
         assert self.id is not None
-        return Document(self.id, join_title(self.title, self.text), self.title)
+        return Document(self.id, join_title(self.title, self.text), self.title, self.numbered)
 
 
 def read_corpus(
@@ -278,7 +283,7 @@ def read_records(
         if isinstance(row, dict):
             yield named_record(path, line, row)
         elif isinstance(row, str):
-            yield Record(line, str(line), "", row)
+            yield Record(line, str(line), "", row, numbered=True)
         else:
             count = count or len(row)
             yield _table_record(path, line, row, count)
@@ -343,8 +348,8 @@ def read_text(row: Named) -> tuple[str, str]:
     if "text" not in row:
         raise ValueError("the record has no `text`")
     fields = []
-    for field in ("title", "text"):
-        key, value = row.get(field, (field, None))
+    for name in ("title", "text"):
+        key, value = row.get(name, (name, None))
         if not (value is None or isinstance(value, str)):
             raise ValueError(f"`{key}` must be a string, not {value!r:.60}")
         fields.append(fix_surrogates(value or ""))

@@ -111,7 +111,8 @@ def add_documents(
         on_progress: see `build_index`.
 
     Raises:
-        InputError: no finished index of this version is there; see also `build_index`.
+        InputError: no finished index of this version is there; a document has no id but its number; see also
+            `build_index`.
     """
     path = local_folder(folder)
     found = Manifest.load(path)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.lines import fix_surrogates
 from sgpt_jax.index.search import Index
@@ -49,9 +50,17 @@ class Lookup:
             documents: with distinct ids.
             size: how many are looked up at a time.
             replaced: gets the rows of those that are there with another text, before they are yielded.
+
+        Raises:
+            InputError: a document has no id but its number, which says nothing of those that are there.
         """
         stream = iter(documents)
         while chunk := list(itertools.islice(stream, size)):
+            if (numbered := next((document for document in chunk if document.numbered), None)) is not None:
+                raise InputError(
+                    f"{numbered.text[:40]!r} has no id of its own, and its number {numbered.id} would stand for a "
+                    "document that is there: what is added needs an `_id` each"
+                )
             rows = self.rows([document.id for document in chunk])
             there = np.flatnonzero(rows >= 0).tolist()
             same: set[int] = set()

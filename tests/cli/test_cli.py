@@ -246,7 +246,7 @@ def test_an_index_of_several_files_grows_loses_documents_and_is_compacted(model,
     news = tmp_path / "news.jsonl"
     news.write_text(lines[0] + json.dumps({"_id": "d1", "text": "a ferry"}) + "\n")
     assert main(["index", str(news), "-o", folder, "--add"]) == 0
-    assert "1 encoded" in capsys.readouterr().out
+    assert "(2 records, 1 replaced)\n1 encoded" in capsys.readouterr().out
     (tmp_path / "ids.txt").write_text("d99\n")
     assert main(["index", "-o", folder, "--remove", "d2", f"@{tmp_path}/ids.txt"]) == 0
     assert (
@@ -275,6 +275,7 @@ def test_an_index_of_several_files_grows_loses_documents_and_is_compacted(model,
         ),
         ([str(place / "a.jsonl"), "-o", folder], "the corpus is not the one"),
         ([str(news), "-", "-o", folder, "--add"], "passes by once"),
+        ([str(tmp_path / "ids.txt"), "-o", folder, "--add"], "'d99' has no id of its own"),
     ):
         assert main(["index", *arguments]) == 1
         assert message in capsys.readouterr().err
