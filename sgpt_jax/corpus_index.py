@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.errors import InputError
+from sgpt_jax.errors import InputError, check_list
 from sgpt_jax.files.columns import DOCUMENT
 from sgpt_jax.files.corpora import Document, SeenIds, document, read_corpus
 from sgpt_jax.files.lines import PathLike
@@ -61,6 +61,7 @@ def index_corpus(
     Raises:
         InputError: see `build_index` and `read_corpus`; an id of a series has two contents; or the model compares
             vectors by a distance.
+        TypeError: the corpus is a mapping or a DataFrame, or an element of a series is no document.
     """
     if model.similarity_name not in ("cosine", "dot"):
         raise InputError(
@@ -72,8 +73,11 @@ def index_corpus(
     documents: Documents | Iterator[Document]
     if isinstance(corpus, str | os.PathLike):
         documents = read_corpus(corpus)
+    elif isinstance(corpus, Documents):
+        documents = corpus
     else:
-        documents = corpus if isinstance(corpus, Documents) else _documents(corpus)
+        check_list("documents", corpus)
+        documents = _documents(corpus)
     total, alone = getattr(documents, "total", None), processes.count() == 1
     if total is not None and not alone:  # of its own share
         total = -(-total // processes.count())

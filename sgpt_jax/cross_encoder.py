@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.decoder.sharding import describe_devices
-from sgpt_jax.errors import InputError
+from sgpt_jax.errors import InputError, check_list
 from sgpt_jax.folder.scoring import Scoring, is_classifier, read_scoring
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.habits import refuse, refuse_attribute, refuse_source, translate
@@ -282,8 +282,7 @@ class CrossEncoder:
         Raises:
             TypeError, InputError: as `predict`; the index is that of the document.
         """
-        if isinstance(documents, str):
-            raise TypeError("expected a list of documents, not one str")
+        check_list("documents", documents)
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k must be positive, not {top_k}")
         scores = self.predict(

@@ -194,6 +194,23 @@ def test_an_index_from_python(model, tmp_path, capsys):
         sgpt.index_corpus(tmp_path / "j", ["a", {"_id": "x", "title": "t"}], model)
 
 
+def test_keys_and_names_of_columns_are_no_texts(model, tmp_path):
+    pd = pytest.importorskip("pandas")
+    for wrong in ({"a": "night market", "b": "ferry"}, pd.DataFrame({"text": ["night market"]})):
+        for call in (
+            model.encode,
+            lambda texts: sgpt.index_corpus(tmp_path / "i", texts, model),
+            lambda texts: sgpt.CrossEncoder.rank(None, "heron", texts),
+        ):
+            with pytest.raises(
+                TypeError, match=rf"expected a list of \w+, not a {type(wrong).__name__}: pass"
+            ):
+                call(wrong)
+    assert not (tmp_path / "i").exists()
+    column = pd.DataFrame({"text": ["night market"]})["text"]
+    assert sgpt.index_corpus(tmp_path / "i", column, model).texts([0]) == ["night market"]
+
+
 def test_an_index_from_python_has_each_id_once(model, tmp_path):
     records = [
         {"_id": "a", "title": "A title", "text": "of a ferry"},

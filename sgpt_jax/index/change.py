@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sgpt_jax.errors import InputError
+from sgpt_jax.errors import InputError, check_list
 from sgpt_jax.files.lines import PathLike
 from sgpt_jax.index.build import begin_growing, finish_growing
 from sgpt_jax.index.columns import pack_strings
@@ -34,9 +34,14 @@ def remove_documents(folder: PathLike, ids: Iterable[str]) -> tuple[int, list[st
 
     Raises:
         InputError: no finished index of this version is there, it is growing, or no document would be left.
+        TypeError: for anything but a series of str.
     """
     path = local_folder(folder)
+    check_list("ids", ids)
     wanted = list(dict.fromkeys(ids))
+    for id in wanted:
+        if not isinstance(id, str):
+            raise TypeError(f"an id must be a str, not {id!r}")
     with only_writer(path):
         counted = _finished(path)
         _check_not_growing(path, counted)

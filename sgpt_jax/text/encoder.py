@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from sgpt_jax.errors import InputError
+from sgpt_jax.errors import InputError, check_list
 from sgpt_jax.files.lines import fix_surrogates
 from sgpt_jax.runtime.progress import progress
 from sgpt_jax.text.tokenizer import special_ids
@@ -186,8 +186,7 @@ class TextEncoder:
 
 
 def _check_texts(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str):
-        raise TypeError("expected a list of texts, not one str")
+    check_list("texts", texts)
     checked = []
     for index, text in enumerate(texts):
         if not isinstance(text, str):

@@ -222,6 +222,9 @@ def test_changes_that_make_no_sense(tmp_path):
     build_index(tmp_path / "i", corpus(3), encode, chunk_size=4, metadata={"m": 1})
     with pytest.raises(InputError, match="no document would be left"):
         remove_documents(tmp_path / "i", ["d0", "d1", "d2"])
+    for wrong, message in (("d1", "a list of ids, not one str"), ([3], "must be a str, not 3")):
+        with pytest.raises(TypeError, match=message):
+            remove_documents(tmp_path / "i", wrong)
     with pytest.raises(InputError, match="m is 1 there and 2 now"):
         add_documents(tmp_path / "i", corpus(9), encode, metadata={"m": 2})
     with pytest.raises(InputError, match="vectors of another model"):
