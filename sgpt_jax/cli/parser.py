@@ -86,6 +86,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
             ),
             option(
                 "--remove",
+                action="extend",
                 nargs="+",
                 metavar="ID",
                 help="remove the documents with these ids; @FILE stands for the ids of a file: one a line, or in "

@@ -248,7 +248,7 @@ def test_an_index_of_several_files_grows_loses_documents_and_is_compacted(model,
     assert main(["index", str(news), "-o", folder, "--add"]) == 0
     assert "(2 records, 1 replaced)\n1 encoded" in capsys.readouterr().out
     (tmp_path / "ids.txt").write_text("d99\n")
-    assert main(["index", "-o", folder, "--remove", "d2", f"@{tmp_path}/ids.txt"]) == 0
+    assert main(["index", "-o", folder, "--remove", "d2", "--remove", f"@{tmp_path}/ids.txt"]) == 0
     assert (
         "1 documents removed, 11 left; 1 ids are not in the index, such as 'd99'" in capsys.readouterr().out
     )
