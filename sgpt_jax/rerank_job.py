@@ -24,7 +24,7 @@ from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import Document
 from sgpt_jax.files.lines import PathLike, atomic_write, write_json
-from sgpt_jax.files.runs import check_trec_id, write_json_run, write_run
+from sgpt_jax.files.runs import check_trec_ids, write_json_run, write_run
 from sgpt_jax.metrics import Run, cut
 from sgpt_jax.reports import ScoreReport
 from sgpt_jax.rerank import Pair, ordered_pairs, part_pairs, rerank, some, split_pairs, texts_of
@@ -91,7 +91,7 @@ def rerank_job(
     """
     if depth < 1:
         raise InputError(f"depth must be positive, not {depth}")
-    base = re.sub(r"\.(trec|json)$", "", str(epath.Path(output)))
+    base = base_of(output)
     report = RerankReport()
     shallow, report.identical_ids_dropped = cut(run, depth, ignore_identical_ids=ignore_identical_ids)
     shallow = {query: hits for query, hits in shallow.items() if hits}
@@ -122,6 +122,11 @@ def rerank_job(
     return report
 
 
+def base_of(output: PathLike) -> str:
+    """BASE, of which an ending .trec or .json is taken off."""
+    return re.sub(r"\.(trec|json)$", "", str(epath.Path(output)))
+
+
 def _check(run: Run, queries: Mapping[str, str], documents: Iterable[Document]) -> dict[str, str]:
     """The texts of the run's documents; refuses at once what would fail after all the work.
 
@@ -130,10 +135,7 @@ def _check(run: Run, queries: Mapping[str, str], documents: Iterable[Document]) 
     """
     if not run:
         raise InputError("the run has no document to re-rank")
-    for query in run:
-        check_trec_id(query, "query")
-    for id in {id for hits in run.values() for id in hits}:
-        check_trec_id(id, "document")
+    check_trec_ids(run)
     if missing := [query for query in run if query not in queries]:
         raise InputError(f"the run has {some(missing, 'query', 'queries')} without a text")
     return texts_of(run, documents)

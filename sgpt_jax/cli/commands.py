@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -17,9 +18,9 @@ import numpy as np
 from sgpt_jax import demo as demonstration
 from sgpt_jax import hybrid
 from sgpt_jax import rerank as reranking
-from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
 from sgpt_jax.checkpoint.export import count_parameters
-from sgpt_jax.cli.given import given, reading_of
+from sgpt_jax.cli.given import flags_given, given, reading_of
 from sgpt_jax.cli.indexing import index as index
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.build import Build
@@ -29,8 +30,8 @@ from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import read_config
 from sgpt_jax.files.corpora import read_corpus, read_queries, read_texts
-from sgpt_jax.files.lines import atomic_write
-from sgpt_jax.files.runs import read_run, write_run
+from sgpt_jax.files.lines import atomic_write, check_no_input
+from sgpt_jax.files.runs import check_trec_ids, read_run, trec_lines
 from sgpt_jax.folder.modules import describe_modules
 from sgpt_jax.folder.scoring import read_scoring
 from sgpt_jax.folder.settings import read_settings
@@ -42,7 +43,7 @@ from sgpt_jax.index.search import Index
 from sgpt_jax.load import Opened, open_model, token_limit
 from sgpt_jax.metrics import cut
 from sgpt_jax.reports import EncodeReport
-from sgpt_jax.rerank_job import rerank_job
+from sgpt_jax.rerank_job import base_of, rerank_job
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.command import printable
 from sgpt_jax.runtime.progress import progress
@@ -63,6 +64,7 @@ def embed(options: argparse.Namespace) -> None:
     for name in ("brackets", "query_prompt", "document_prompt"):
         if options.side is None and vars(options)[name]:
             raise InputError(f"--{name.replace('_', '-')} is for texts of a --side, query or document")
+    check_no_input(options.output, options.input)
     with atomic_write(options.output) as stream:
         if not stream.seekable():
             raise InputError(f"{options.output}: must be a file: its header is written last")
@@ -104,10 +106,14 @@ def search(options: argparse.Namespace) -> None:
     k = options.k or min(10, options.rerank or 10)
     if 0 < options.rerank < k:
         raise InputError(f"-k {k} asks for more documents than --rerank {options.rerank} scores")
+    if options.hybrid and max(k, options.rerank) > hybrid.DEPTH:
+        raise InputError(f"--hybrid joins the best {hybrid.DEPTH} of each ranking: ask for no more documents")
     if options.cross_encoder and not options.rerank:
         raise InputError("--cross-encoder is for --rerank N")
     if options.json and options.output:
         raise InputError("--json prints what -o writes as a run: give one of them")
+    if options.output:
+        check_no_input(options.output, options.queries)
     mesh = device_mesh(options.mesh)
     index = Index.open(options.index, mesh=mesh, resident=options.resident)
     queries = (
@@ -116,21 +122,28 @@ def search(options: argparse.Namespace) -> None:
         else read_queries(options.queries, **reading_of(options))
     )
     settings = _index_settings(index, options)
-    words = hybrid.bm25_of(index) if options.hybrid else None
-    model = BiEncoder.from_settings(settings, mesh)
-    wanted = max(k, options.rerank)
-    run, rows = _found(index, model, queries, hybrid.DEPTH if words else wanted)
-    if not processes.first():
-        return
-    if words:
-        run = hybrid.fuse(run, words[0].search(queries, hybrid.DEPTH), wanted)
-        rows = dict.fromkeys(queries, words[1])
-    if options.rerank:
-        run = _reranked(options, index, settings, queries, run, rows)
-    run = {query: dict(list(hits.items())[:k]) for query, hits in run.items()}
-    if options.output:
-        write_run(options.output, run)
-        return
+    # What would fail after all the work fails here.
+    writes = options.output and processes.first()
+    with atomic_write(options.output) if writes else contextlib.nullcontext() as stream:
+        if options.output:
+            check_trec_ids(dict.fromkeys(queries, ()))
+        words = hybrid.bm25_of(index) if options.hybrid else None
+        model = BiEncoder.from_settings(settings, mesh)
+        wanted = max(k, options.rerank)
+        run, rows = _found(index, model, queries, hybrid.DEPTH if words else wanted)
+        if not processes.first():
+            return
+        if words:
+            run = hybrid.fuse(run, words[0].search(queries, hybrid.DEPTH), wanted)
+            rows = dict.fromkeys(queries, words[1])
+        if options.output:
+            check_trec_ids(run)
+        if options.rerank:
+            run = _reranked(options, index, settings, queries, run, rows)
+        run = {query: dict(list(hits.items())[:k]) for query, hits in run.items()}
+        if stream is not None:
+            stream.writelines(trec_lines(run))
+            return
     for query, hits in run.items():
         shown = index.hits(np.array(list(hits.values())), [rows[query][id] for id in hits])
         if options.json:
@@ -221,6 +234,8 @@ def _reranked(
 
 def rerank(options: argparse.Namespace) -> None:
     """Re-ranks a run, or goes on with it."""
+    for ending in (".trec", ".json"):
+        check_no_input(base_of(options.output) + ending, options.run, options.queries, options.corpus)
     reading = reading_of(options)
     queries = read_queries(options.queries, **reading)
     run = read_run(options.run, errors=options.encoding_errors)
@@ -370,6 +385,8 @@ def _int8_bytes(config: DecoderConfig) -> int:
 def export(options: argparse.Namespace) -> None:
     """Writes a model folder, or an index for another library."""
     if os.path.exists(os.path.join(options.source, MANIFEST)):
+        if unused := flags_given(options, [name for name in BI_ENCODER_SETTINGS if name != "model"]):
+            raise InputError(f"{', '.join(unused)}: not for an index, whose vectors are made")
         ids = export_index(Index.open(options.source), options.output)
         print(f"{options.output}: its keys count from 0; {ids} has the document of each, one a line")
         return

@@ -207,7 +207,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 action="append",
                 default=[],
                 metavar="ORIGIN",
-                help="let web pages of this origin call; may be repeated (default: none)",
+                help="let web pages of this origin call, such as https://example.org; may be repeated (default: none)",
             ),
             option(
                 "--max-queue-tokens",
@@ -253,7 +253,7 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
                 help="a folder; of an index: FILE.faiss (exact) or FILE.usearch (approximate), beside which "
                 "FILE.*.ids.jsonl has the document ids",
             ),
-            dtype(of="of a model's files (default: float32)"),
+            dtype(default=None, of="of a model's files (default: float32)"),
             WEIGHTS,
             *BI_ENCODER,
         ),

@@ -213,6 +213,15 @@ def atomic_write(path: PathLike) -> Iterator[BinaryIO]:
         raise
 
 
+def check_no_input(output: PathLike, *inputs: PathLike | None) -> None:
+    """Raises InputError when an output is one of the inputs, which it would replace."""
+    for path in inputs:
+        if path is None or os.path.realpath(path) != os.path.realpath(output):
+            continue
+        if os.path.isfile(path) or "://" in os.fspath(path):  # a terminal can be both
+            raise InputError(f"{output}: is also an input, which the output would replace")
+
+
 def write_json(path: PathLike, value: Any, *, indent: int | None = 2) -> None:
     """Writes ``value`` as JSON, atomically. NumPy values are converted; NaN and infinities become null."""
     with atomic_write(path) as stream:

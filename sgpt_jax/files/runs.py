@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sgpt_jax.errors import InputError
@@ -121,11 +121,15 @@ def write_run(path: PathLike, run: Mapping[str, Mapping[str, float]], *, tag: st
         InputError: a NaN score, or an id that is empty or holds white space, which this format cannot express.
     """
     with atomic_write(path) as stream:
-        for query, scores in run.items():
-            check_trec_id(query, "query")
-            for number, (document, score) in enumerate(rank(scores, query=query).items(), 1):
-                check_trec_id(document, "document")
-                stream.write(f"{query} Q0 {document} {number} {float(score)!r} {tag}\n".encode())
+        stream.writelines(trec_lines(run, tag=tag))
+
+
+def trec_lines(run: Mapping[str, Mapping[str, float]], *, tag: str = "sgpt-jax") -> Iterator[bytes]:
+    """The lines that `write_run` writes, with its errors."""
+    check_trec_ids(run)
+    for query, scores in run.items():
+        for number, (document, score) in enumerate(rank(scores, query=query).items(), 1):
+            yield f"{query} Q0 {document} {number} {float(score)!r} {tag}\n".encode()
 
 
 def write_json_run(path: PathLike, run: Mapping[str, Mapping[str, float]]) -> None:
@@ -159,10 +163,14 @@ def _json_number(score: float) -> str:
     return ("1e999" if score > 0 else "-1e999") if math.isinf(score) else repr(score)
 
 
-def check_trec_id(id: str, kind: str) -> None:
-    """Raises InputError when the columns of a TREC run cannot hold an id; `kind` is "query" or "document"."""
-    if not id or id.split() != [id] or fix_surrogates(id) != id:
-        raise InputError(f"a TREC run cannot hold the {kind} id {id!r}: it is empty or has white space in it")
+def check_trec_ids(run: Mapping[str, Iterable[str]]) -> None:
+    """Raises InputError when the columns of a TREC run cannot hold one of its ids."""
+    documents = dict.fromkeys(id for hits in run.values() for id in hits)
+    for kind, ids in (("query", run), ("document", documents)):
+        for id in ids:
+            if not id or id.split() != [id] or fix_surrogates(id) != id:
+                message = f"a TREC run cannot hold the {kind} id {id!r}: it is empty or has white space in it"
+                raise InputError(message)
 
 
 def _split(text: str, counts: tuple[int, ...]) -> list[str]:

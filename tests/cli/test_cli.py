@@ -339,6 +339,43 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_1(
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["search", "{index}", "--queries", "q.tsv", "-o", "none/run.trec"],
+            "none/run.trec: cannot be opened",
+        ),
+        (
+            ["search", "{index}", "--queries", "spaces.tsv", "-o", "run.trec"],
+            "cannot hold the query id 'q 1'",
+        ),
+        (["search", "{index}", "--queries", "q.tsv", "-o", "q.tsv"], "q.tsv: is also an input"),
+        (["search", "{index}", "heron", "--hybrid", "-k", "1001"], "--hybrid joins the best 1000 of each"),
+        (["embed", "q.tsv", "-o", "{here}/q.tsv", "--model", "m"], "q.tsv: is also an input"),
+        (
+            ["rerank", "q.json", "--queries", "q.tsv", "--corpus", "c", "-o", "q", "--model", "m"],
+            "q.json: is also",
+        ),
+        (
+            ["export", "{index}", "-o", "x.faiss", "--dtype", "bfloat16", "--brackets"],
+            "--brackets, --dtype: not for",
+        ),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_work(
+    arguments, message, index, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sgpt.BiEncoder, "from_settings", None)
+    files = {"q.tsv": "q1\theron\n", "spaces.tsv": "q 1\theron\n", "q.json": '{"q1": {"d1": 1.0}}'}
+    for name, content in files.items():
+        Path(name).write_text(content)
+    assert main([part.format(index=index, here=tmp_path) for part in arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
 def test_a_killed_index_goes_on_bit_for_bit(model, corpus, tmp_path):
     def command(folder):
         options = ["--model", model, "--chunk-size", "4", "--store", "int8"]
