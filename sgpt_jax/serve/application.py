@@ -93,7 +93,8 @@ def make_application(
                 CORSMiddleware,
                 allow_origins=list(origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["*"],  # OpenAI's client sends several of its own
+                expose_headers=["x-request-id", "x-texts-cut", "retry-after"],
             )
         ]
         if origins
@@ -203,7 +204,7 @@ class Routes:
         service, begin = self._service, time.perf_counter()
         if service.searcher is None:
             raise ApiError(404, "this server has no index: start it with --index", code="no_index")
-        asked = SearchRequest.of(body, service.searcher.most)
+        asked = SearchRequest.of(body, service.models.encoder.name, service.searcher.most)
         if asked.rerank or asked.return_tokens:
             self._cross_encoder()
             if not service.searcher.index.manifest.store_texts:

@@ -123,9 +123,11 @@ class Door:
         if key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Compared as bytes: compare_digest takes no str beyond ASCII.
-        same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), key.encode())
-        if scheme.lower() != "bearer" or not same:
+        # Browsers send Latin-1, as which the header was read; other clients send UTF-8.
+        sent = [given.strip(" \t").encode(code) for code in ("utf-8", "latin-1")]
+        wanted = key.encode("utf-8", "surrogateescape")
+        same = [hmac.compare_digest(one, wanted) for one in sent]
+        if scheme.lower() != "bearer" or not any(same):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def _read_json(self, request: Request) -> Any:

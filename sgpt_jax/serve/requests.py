@@ -79,6 +79,11 @@ class Fields:
                 404, f"this server has no such model here, but {name}", param="model", code="model_not_found"
             )
 
+    def check_direction(self) -> None:
+        """Refuses TEI's truncation of texts from the left."""
+        if self.text("truncation_direction", "right").lower() != "right":
+            raise _wrong("truncation_direction", "only Right is served")
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -156,8 +161,7 @@ class EmbedRequest:
     def of(cls, body: Any, width: int) -> EmbedRequest:
         """Reads the JSON; `width` is the length of the model's vectors."""
         fields = Fields.of(body)
-        if fields.values.get("truncation_direction", "Right") != "Right":
-            raise _wrong("truncation_direction", "only Right is served")
+        fields.check_direction()
         return cls(
             read_texts(fields, "inputs"),
             cast(Side, fields.choice("prompt_name", ("document", "query"))),
@@ -196,7 +200,10 @@ class RerankRequest:
         """Reads the JSON."""
         fields = Fields.of(body)
         fields.model(model)
+        fields.check_direction()
         tei = "texts" in fields.values
+        if tei and "documents" in fields.values:
+            raise ApiError(400, "give either texts or documents", param="texts", code="invalid_value")
         return cls(
             fields.text("query"),
             read_documents(fields, "texts" if tei else "documents"),
@@ -232,9 +239,10 @@ class SearchRequest:
     return_tokens: bool
 
     @classmethod
-    def of(cls, body: Any, most: int) -> SearchRequest:
+    def of(cls, body: Any, model: str, most: int) -> SearchRequest:
         """Reads the JSON; `most` hits can be had."""
         fields = Fields.of(body)
+        fields.model(model)
         if unknown := sorted(
             fields.values.keys() - {"model", *(field.name for field in dataclasses.fields(cls))}
         ):

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -37,6 +38,8 @@ from sgpt_jax.serve.service import Models, Service
 
 KEY_VARIABLE = "SGPT_API_KEY"
 
+# What browsers send: lower case, without a path; of a file, null.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 # Connections at a time; beyond them the answer is 503.
 _CONNECTIONS = 2048
 # In the demonstration: a query and the beginning of an abstract, so that a search takes seconds on two cores.
@@ -53,6 +56,12 @@ def serve(options: argparse.Namespace) -> None:
     """
     if options.several_hosts or jax.process_count() > 1:
         raise InputError("sgpt serve runs on one host: spread the model over its devices with --mesh")
+    for origin in options.cors_origin:
+        if not _ORIGIN.fullmatch(origin):
+            raise InputError(
+                f"--cors-origin {origin}: no page has this origin; it is scheme and host as browsers send them, "
+                "without a slash at the end, such as https://example.org or http://localhost:3000, or * for all"
+            )
     limits = Limits(read_key(options.api_key_file))
     metrics = Metrics()
     service = Service(options.max_queue_tokens or queue_bound(), metrics.on_batch)

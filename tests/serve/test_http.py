@@ -147,6 +147,37 @@ def test_a_wrong_key_is_the_client_s_error(live):
                     client.embeddings.create(model="tiny", input="a")
 
 
+def test_keys_beyond_ascii_come_in_both_encodings(live):
+    key = "clé à"  # whose last byte of UTF-8 is a space of Latin-1
+    with listening_with(live[1], Limits(api_key=key)) as address:
+        for code in ("utf-8", "latin-1"):
+            for sent, status in ((key, 200), (key + "é", 401)):
+                headers = {b"authorization": f"Bearer {sent}".encode(code)}
+                assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "param"),
+    [
+        ("/rerank", {"query": "a", "texts": ["a"], "documents": ["b"]}, 400, "texts"),
+        (
+            "/rerank",
+            {"query": "a", "texts": ["a"], "truncation_direction": "Left"},
+            400,
+            "truncation_direction",
+        ),
+        ("/embed", {"inputs": "a", "truncation_direction": "left"}, 400, "truncation_direction"),
+        ("/embed", {"inputs": "a", "truncation_direction": "right"}, 200, None),
+        ("/search", {"query": "a", "model": "gpt-4"}, 404, "model"),
+        ("/search", {"query": "a", "model": "tiny"}, 200, None),
+    ],
+)
+def test_what_is_not_done_is_refused(http, route, body, status, param):
+    reply = http.post(route, json=body)
+    assert reply.status_code == status
+    assert status == 200 or reply.json()["error"]["param"] == param
+
+
 def test_429_is_tried_again_and_succeeds(live, client, models, blocked):
     _, service = live
     waiting = Job("embed", "other", [TokenText([1] * 30)] * 66, [30] * 66)

@@ -98,7 +98,7 @@ def test_key(live):
 
 def test_web_pages_of_others_are_let_in_on_demand_alone(live, http):
     ask = {"origin": "https://a.example", "access-control-request-method": "POST"}
-    ask |= {"access-control-request-headers": "authorization,content-type"}
+    ask |= {"access-control-request-headers": "authorization,content-type,x-stainless-os"}
     for reply in (http.options("/embed", headers=ask), http.get("/health", headers=ask)):
         assert not any(name.startswith("access-control") for name in reply.headers)
     # What a page may send without asking is refused.
@@ -108,7 +108,9 @@ def test_web_pages_of_others_are_let_in_on_demand_alone(live, http):
         allowed = httpx.options(f"{address}/embed", headers=ask)
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
-        assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        assert "x-stainless-os" in allowed.headers["access-control-allow-headers"].lower()
+        exposed = httpx.get(f"{address}/health", headers=ask).headers["access-control-expose-headers"]
+        assert "x-texts-cut" in exposed and "retry-after" in exposed
         other = httpx.options(f"{address}/embed", headers=ask | {"origin": "https://b.example"})
         assert other.status_code == 400
 

@@ -1,11 +1,14 @@
 """The search page in a real browser. Debian has it: apt-get install chromium chromium-driver."""
 
+import dataclasses
 import shutil
 
 import pytest
 import serving
+from indexes import streamed
 from serving import DOCUMENTS, HOSTILE
 
+from sgpt_jax.index.build import build_index
 from sgpt_jax.serve.http import Limits
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
@@ -194,6 +197,17 @@ def test_no_other_host_is_asked(page, live):
     ]
     assert asked
     assert all(f'"url":"{live[0]}/' in message or '"url":"data:' in message for message in asked)
+
+
+def test_without_texts_there_is_nothing_to_explain(chromium, tmp_path):
+    models = serving.tiny_models(tmp_path)
+    encode = streamed(models.encoder.encode_document)
+    index = build_index(tmp_path / "bare", DOCUMENTS, encode, store_texts=False)
+    with serving.serve(dataclasses.replace(models, index=index)) as (address, _):
+        chromium.get(address)
+        serving.until(lambda: one(chromium, "#about").text == "tiny, 3 documents")
+        search(chromium, "heron")
+        assert not every(chromium, "#hits button")
 
 
 def test_key(live, chromium):

@@ -126,6 +126,10 @@ def test_what_cannot_be_served_is_one_line(model, tmp_path, capsys):
     assert "port 99999" in error("--model", model, "--port", "99999")
     for option in (["--distributed"], ["--coordinator", "host:1", "--processes", "2", "--process", "0"]):
         assert "runs on one host" in error("--model", model, *option)
+    for origin in ("https://a.example/", "a.example", "https://a.example/page", "https://A.example"):
+        assert "no page has this origin" in error(
+            "--model", model, "--port", "99999", "--cors-origin", origin
+        )
     assert "API key" in error("--model", model, "--api-key-file", str(tmp_path / "none"))
     assert "none" in error("--model", str(tmp_path / "none"), "--port", "0")
     assert "index" in error("--index", str(tmp_path / "none"), "--port", "0")

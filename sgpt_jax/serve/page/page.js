@@ -80,7 +80,7 @@ function hit(entry, query) {
   }
   item.append(facts);
   if (entry.tokens) item.append(tokens(entry.tokens));
-  else if (explains) {
+  else if (explains && entry.text) {
     const why = make("button", "quiet", "Why?");
     why.type = "button";
     why.setAttribute("aria-label", `Why is this found: ${entry.title}`);
