@@ -42,12 +42,7 @@ def index(options: argparse.Namespace) -> None:
     elif asked == ["compact"]:
         _compact(options)
     else:
-        try:
-            _encode_index(options)
-        except InputError:
-            if processes.count() == 1:  # others may still write there
-                forget_counts(_notes(options))
-            raise
+        _encode_index(options)
 
 
 def _remove(options: argparse.Namespace) -> None:
@@ -94,16 +89,21 @@ def _encode_index(options: argparse.Namespace) -> None:
     model = BiEncoder.from_settings(settings, device_mesh(options.mesh))
     corpus, read = _corpus(options)
     report = EncodeReport()
-    index = index_corpus(
-        options.output,
-        corpus,
-        model,
-        store=options.store,
-        texts=False if options.no_texts else None,
-        chunk_size=options.chunk_size,
-        add=options.add,
-        report=report,
-    )
+    try:
+        index = index_corpus(
+            options.output,
+            corpus,
+            model,
+            store=options.store,
+            texts=False if options.no_texts else None,
+            chunk_size=options.chunk_size,
+            add=options.add,
+            report=report,
+        )
+    except InputError:
+        if isinstance(corpus, CountedCorpus) and processes.count() == 1:  # others may still need it
+            corpus.forget()
+        raise
     work = _describe_work(report)
     if processes.first():
         forget_counts(_notes(options))

@@ -9,6 +9,7 @@ that it wants.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -32,9 +33,10 @@ from sgpt_jax.files.lines import (
     atomic_write,
     line_error,
     lines_before,
+    read_lines,
 )
 from sgpt_jax.files.parquet import is_parquet, read_row_group, row_groups
-from sgpt_jax.files.tables import Format, has_records, is_json_lines
+from sgpt_jax.files.tables import FOREIGN, Format, has_records, is_json_lines, is_plain_text
 from sgpt_jax.runtime import processes
 from sgpt_jax.runtime.progress import progress
 
@@ -45,12 +47,14 @@ _SLICES = 16  # of the hashes that are compared at a time
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What can be read by itself: bytes or a row group of a file, rows of a data set of the hub, or all of a file."""
+    """What can be read by itself: bytes or a row group of a file, rows of a data set of the hub, or all of a file;
+    of one of plain text ``before`` is how many lines those before it have."""
 
     path: str
     span: tuple[int, int] | None = None
     group: int | None = None
     rows: tuple[int, int] | None = None
+    before: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,13 @@ class CountedCorpus:
     """
 
     def __init__(
-        self, parts: list[Part], reading: Reading, counts: np.ndarray, dropped: np.ndarray, report: ReadReport
+        self,
+        parts: list[Part],
+        reading: Reading,
+        counts: np.ndarray,
+        dropped: np.ndarray,
+        report: ReadReport,
+        notes: Path,
     ) -> None:
         self._parts, self._reading, self._dropped = parts, reading, Gaps(dropped)
         self._stats = {part.path: _stat(part.path) for part in parts}
@@ -81,7 +91,7 @@ class CountedCorpus:
         )  # the first record of each part, and all records
         self.total = int(self._firsts[-1]) - len(dropped)
         self.report = report
-        self._next, self._records = 0, self._from(0)
+        self._notes, self._next, self._records = notes, 0, self._from(0)
 
     def read(self, start: int, stop: int) -> Iterator[Document]:
         """Documents ``[start, stop)``, fewer where the corpus ends; cheapest where the last call stopped.
@@ -103,6 +113,10 @@ class CountedCorpus:
             if number >= first and (dropped is None or not dropped[number - first]):
                 yield record.document()
 
+    def forget(self) -> None:
+        """Removes what was noted of this corpus."""
+        _forget(self._notes)
+
     def _part_of(self, number: int) -> int:
         return int(np.searchsorted(self._firsts, number, side="right")) - 1
 
@@ -117,6 +131,8 @@ class CountedCorpus:
 def count_corpus(paths: Sequence[PathLike], notes: PathLike, reading: Reading) -> CountedCorpus:
     """Counts the documents of some files. In a `processes.session` each process counts its share.
 
+    Ids of plain text are the numbers of its lines, counted on from file to file.
+
     Args:
         paths: files, data sets of the hub, or folders: the files in there whose names say that they hold records, by
             name; of a data set in BEIR's layout the corpus alone.
@@ -127,12 +143,21 @@ def count_corpus(paths: Sequence[PathLike], notes: PathLike, reading: Reading) -
         InputError: a file or a record breaks a rule; an id has two contents; there is no document.
     """
     files = _files(paths)
-    parts = [part for path in files for part in _parts(path, reading.format)]
+    parts = _numbered([part for path in files for part in _parts(path, reading.format)], reading)
     key = _key(files, reading)
     if len(set(processes.gather(key))) > 1:
         raise InputError(f"{', '.join(files)}: the processes see different contents")
     folder = Path(notes) / key
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _counted(files, parts, reading, folder)
+    except InputError:
+        if processes.count() == 1:  # others may still write there
+            _forget(folder)
+        raise
+
+
+def _counted(files: list[str], parts: list[Part], reading: Reading, folder: Path) -> CountedCorpus:
     with progress("counting", "part", len(parts)) as bar:
         for number, part in enumerate(parts):
             if processes.mine(number) and not (folder / f"{number:06d}.npy").exists():
@@ -150,12 +175,20 @@ def count_corpus(paths: Sequence[PathLike], notes: PathLike, reading: Reading) -
     total = int(counts.sum()) - len(dropped)
     if not total:
         raise InputError(f"{', '.join(files)}: holds no document")
-    return CountedCorpus(parts, reading, counts, dropped, ReadReport(total, skipped, len(dropped), replaced))
+    return CountedCorpus(
+        parts, reading, counts, dropped, ReadReport(total, skipped, len(dropped), replaced), folder
+    )
 
 
 def forget_counts(notes: PathLike) -> None:
-    """Removes what `count_corpus` noted."""
+    """Removes all that `count_corpus` noted there."""
     shutil.rmtree(notes, ignore_errors=True)
+
+
+def _forget(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another call may count another corpus there
+        folder.parent.rmdir()
 
 
 def _files(paths: Sequence[PathLike]) -> list[str]:
@@ -164,10 +197,17 @@ def _files(paths: Sequence[PathLike]) -> list[str]:
         if not os.path.isdir(path):
             found.append(path)
             continue
-        names = sorted(name for name in os.listdir(path) if has_records(name) or is_parquet(name))
+        names = sorted(
+            name
+            for name in os.listdir(path)
+            if (has_records(name) or is_parquet(name)) and not name.startswith(".")
+        )
         if not names:
             raise InputError(f"{path}: has no file whose name says that it holds documents, such as .jsonl")
-        found += [os.path.join(path, name) for name in _without_queries(path, names)]
+        for name in _without_queries(path, names):
+            if name.lower().endswith(FOREIGN):
+                raise InputError(f"{os.path.join(path, name)}: of compressed files only gzip is read")
+            found.append(os.path.join(path, name))
     return found
 
 
@@ -191,6 +231,21 @@ def _parts(path: str, format: Format | None) -> list[Part]:
     except (OSError, ImportError) as error:
         raise InputError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     return [Part(path, (start, min(start + PART_BYTES, size))) for start in range(0, size, PART_BYTES)]
+
+
+def _numbered(parts: list[Part], reading: Reading) -> list[Part]:
+    """The parts, where several are files of plain text these with the lines before them."""
+    texts = [
+        number
+        for number, part in enumerate(parts)
+        if part == Part(part.path) and is_plain_text(part.path, reading.format, reading.max_bytes)
+    ]
+    before = 0
+    for number, following in itertools.pairwise(texts):
+        lines = read_lines(parts[number].path, errors="replace", keep_blank=True, max_bytes=reading.max_bytes)
+        before += sum(1 for _ in lines)
+        parts[following] = dataclasses.replace(parts[following], before=before)
+    return parts
 
 
 def _key(files: list[str], reading: Reading) -> str:
@@ -230,6 +285,8 @@ def _records(part: Part, reading: Reading, report: ReadReport) -> Iterator[Recor
         for record in records:
             if record.id is None:
                 raise line_error(part.path, record.line, NO_ID)
+            if record.numbered and part.before:
+                record = dataclasses.replace(record, id=str(part.before + record.line))
             yield record
     except LineError as error:
         if part.group is not None or part.rows is not None:

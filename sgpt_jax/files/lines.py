@@ -25,6 +25,9 @@ from sgpt_jax.errors import InputError
 PathLike = str | os.PathLike[str]
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_FOREIGN_MAGIC = re.compile(
+    rb"(?P<bzip2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\x00)|(?P<zstd>\x28\xb5\x2f\xfd)|(?P<zip>PK\x03\x04)"
+)
 _BOM = b"\xef\xbb\xbf"
 # No text is as long; a file without line ends would fill the memory. Compressed data are read in a stream up to here.
 MAX_LINE_BYTES = 1 << 26
@@ -274,6 +277,11 @@ def _open_input(path: PathLike) -> Iterator[io.BufferedIOBase]:
                 raise _open_error(path, error) from error
         # peek, because standard input and remote files cannot always seek
         buffered = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
-        if buffered.peek(2)[:2] == _GZIP_MAGIC:
+        head = buffered.peek(16)
+        if foreign := _FOREIGN_MAGIC.match(head):
+            raise InputError(
+                f"{display_name(path)}: is compressed with {foreign.lastgroup}; only gzip is read"
+            )
+        if head[:2] == _GZIP_MAGIC:
             buffered = stack.enter_context(gzip.GzipFile(fileobj=buffered))
         yield buffered

@@ -35,6 +35,8 @@ _SUFFIXES: dict[str, Format] = {
     ".csv": "csv",
     ".txt": "text",
 }
+# Compressed in ways that are not read.
+FOREIGN = (".bz2", ".xz", ".zst", ".lz4", ".zip")
 _BLANKS = " \t\r\x0b\x0c"
 _ARRAY = re.compile(r"\s*\[\s*(\{|$)")
 _CELL = 1 << 30  # the csv module's own limit, 128 KiB a cell, is too low for documents
@@ -84,16 +86,12 @@ def read_table(
         return
     lines = read_lines(path, errors=errors, report=report, keep_blank=True, max_bytes=max_bytes, span=span)
     if format is None and by_name:
-        stem = os.fspath(path).lower().removesuffix(".gz")
-        named = _SUFFIXES.get(os.path.splitext(stem)[1])
+        named = _named_format(path)
         format = None if named == "text" != plain else named
     first = next((pair for pair in lines if pair[1].strip(_BLANKS)), None)
     if first is None:
         return
-    if format is None:
-        head = first[1].lstrip()
-        is_json = head.startswith("{") or _ARRAY.match(head)
-        format = "jsonl" if is_json else tabs if "\t" in first[1] else plain
+    format = format or _format_of(first[1], tabs, plain)
     lines = itertools.chain([first], lines)
     if format == "csv":
         yield from _read_csv(path, columns, lines, max_bytes)
@@ -120,8 +118,31 @@ def is_json_lines(path: PathLike, format: Format | None) -> bool:
 
 
 def has_records(name: str) -> bool:
-    """Whether a file's name says that records are in it."""
-    return os.path.splitext(name.lower().removesuffix(".gz"))[1] in _SUFFIXES
+    """Whether a file's name says that records are in it, however it is compressed."""
+    stem, suffix = os.path.splitext(name.lower())
+    return (os.path.splitext(stem)[1] if suffix in (".gz", *FOREIGN) else suffix) in _SUFFIXES
+
+
+def is_plain_text(path: PathLike, format: Format | None, max_bytes: int = MAX_LINE_BYTES) -> bool:
+    """Whether a file that `read_table` would read has a text a line, by its name and its beginning."""
+    if format is None and not is_table(path):
+        format = _named_format(path)
+        if format is None:
+            lines = read_lines(path, errors="replace", max_bytes=max_bytes)
+            format = _format_of(next(lines, (0, "{"))[1], "tsv", "text")
+    return format == "text"
+
+
+def _named_format(path: PathLike) -> Format | None:
+    stem = os.fspath(path).lower().removesuffix(".gz")
+    return _SUFFIXES.get(os.path.splitext(stem)[1])
+
+
+def _format_of(first: str, tabs: Format, plain: Format) -> Format:
+    """What the first line that is not blank says."""
+    head = first.lstrip()
+    is_json = head.startswith("{") or _ARRAY.match(head)
+    return "jsonl" if is_json else tabs if "\t" in first else plain
 
 
 def _json_lines(path: PathLike, lines: Lines) -> Iterator[tuple[int, Any]]:

@@ -232,6 +232,10 @@ def test_an_index_knows_its_model(model, index, corpus, tmp_path, capsys):
 def test_an_index_of_several_files_grows_loses_documents_and_is_compacted(model, tmp_path, capsys):
     place = tmp_path / "corpus"
     place.mkdir()
+    others = tmp_path / "index.counting" / "another call's"
+    others.mkdir(parents=True)
+    assert main(["index", str(place), "-o", str(tmp_path / "index")]) == 1
+    assert others.exists()
     lines = [
         json.dumps({"_id": f"d{n}", "title": f"Bird {n}", "text": f"heron number {n}"}) + "\n"
         for n in range(12)

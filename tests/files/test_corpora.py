@@ -1,8 +1,10 @@
 """Files as people have them: rules for texts, ids and lines; writers that never leave half a file."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -132,6 +134,13 @@ def test_gzip_is_told_by_content(file):
     two_members = gzip.compress(first.encode()) + gzip.compress(second.encode())
     assert [document.id for document in read_corpus(file(two_members, "c.jsonl"))] == ["1", "2"]
     assert [document.id for document in read_corpus(file(first, "c.jsonl.gz"))] == ["1"]
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+def test_other_compression_is_refused_by_name(compress, file):
+    for name in ("corpus.jsonl", "corpus"):
+        with pytest.raises(InputError, match=r"is compressed with (bzip2|xz); only gzip is read"):
+            list(read_corpus(file(compress(b"text\n"), name)))
 
 
 def test_damaged_gzip(file):

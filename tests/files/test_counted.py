@@ -218,3 +218,40 @@ def test_rows_of_the_hub_that_break_a_rule(hub, tmp_path, monkeypatch):
         datasets.Dataset.from_list(records).save_to_disk(tmp_path / name)
         with pytest.raises(InputError, match=message):
             everything(count_corpus([f"hf:{tmp_path / name}"], tmp_path / "notes", Reading()))
+
+
+def test_lines_of_text_are_numbered_on_from_file_to_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\nthree")
+    (tmp_path / "b.jsonl").write_bytes(line(1))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"\nfive\n"))
+    (tmp_path / "d").write_text("six\nseven\n")
+    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt.gz", "d")]
+    documents = everything(count_corpus(files, tmp_path / "notes", Reading()))
+    assert [document.id for document in documents] == ["1", "3", "d1", "5", "6", "7"]
+    assert [document.numbered for document in documents] == [True, True, False, True, True, True]
+    (tmp_path / "d").write_bytes(b"six\n\xff\n")
+    with pytest.raises(InputError, match=r"/d, line 2: invalid UTF-8"):
+        count_corpus(files, tmp_path / "notes", Reading())
+
+
+def test_of_a_folder_no_file_of_records_is_left_out_silently(tmp_path):
+    (tmp_path / "0.jsonl").write_bytes(line(0))
+    (tmp_path / "._0.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    assert count_corpus([tmp_path], tmp_path / "notes", Reading()).total == 1
+    (tmp_path / "1.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(InputError, match=r"1\.jsonl\.zst: of compressed files only gzip is read"):
+        count_corpus([tmp_path], tmp_path / "notes", Reading())
+
+
+def test_a_failing_call_forgets_its_own_counts_alone(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as other:
+        other.setattr(counted, "_repeated", None)
+        with pytest.raises(TypeError):  # as if it was killed
+            count_corpus([folder], tmp_path / "notes", Reading())
+    kept = sorted((tmp_path / "notes").rglob("*"))
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(InputError):
+        count_corpus([tmp_path / "bad.jsonl"], tmp_path / "notes", Reading())
+    assert sorted((tmp_path / "notes").rglob("*")) == kept
+    count_corpus([folder], tmp_path / "notes", Reading()).forget()
+    assert not (tmp_path / "notes").exists()
