@@ -20,7 +20,7 @@ from sgpt_jax import hybrid
 from sgpt_jax import rerank as reranking
 from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
 from sgpt_jax.checkpoint.export import count_parameters
-from sgpt_jax.cli.given import flags_given, given, reading_of
+from sgpt_jax.cli.given import flags_given, given, reading_of, refuse_reading
 from sgpt_jax.cli.indexing import index as index
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.build import Build
@@ -103,6 +103,8 @@ def search(options: argparse.Namespace) -> None:
     """Answers one query or a file of them, and prints the documents or writes a run."""
     if (options.query is None) == (options.queries is None):
         raise InputError("give either a query or --queries FILE")
+    if options.queries is None:
+        refuse_reading(options)
     k = options.k or min(10, options.rerank or 10)
     if 0 < options.rerank < k:
         raise InputError(f"-k {k} asks for more documents than --rerank {options.rerank} scores")

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS
+from sgpt_jax.cli.options import READING, add_options
+from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import ReadReport
 
 
@@ -19,6 +21,17 @@ def reading_of(options: argparse.Namespace) -> dict[str, Any]:
         "max_bytes": options.max_record_bytes,
         "report": ReadReport(),
     }
+
+
+def refuse_reading(options: argparse.Namespace) -> None:
+    """Raises InputError when an option of READING is given to a command that reads no file."""
+    parser = argparse.ArgumentParser()
+    add_options(parser, *READING)
+    usual = vars(parser.parse_args([]))
+    names = [name for name, value in usual.items() if vars(options)[name] != value]
+    if names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise InputError(f"{flags}: for a file that is read, and there is none")
 
 
 def given(metadata: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
-from sgpt_jax.cli.given import flags_given, given, reading_of
+from sgpt_jax.cli.given import flags_given, given, reading_of, refuse_reading
 from sgpt_jax.corpus_index import index_corpus
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
@@ -37,6 +37,8 @@ def index(options: argparse.Namespace) -> None:
     unused += ["--no-texts"] * options.no_texts
     if unused and not options.corpus:
         raise InputError(f"{', '.join(unused)}: not for --{asked[0]}, which encodes nothing")
+    if not options.corpus and not any(id.startswith("@") for id in options.remove or ()):
+        refuse_reading(options)
     if asked == ["remove"]:
         _remove(options)
     elif asked == ["compact"]:

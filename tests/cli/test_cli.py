@@ -356,6 +356,9 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_1(
         ),
         (["search", "{index}", "--queries", "q.tsv", "-o", "q.tsv"], "q.tsv: is also an input"),
         (["search", "{index}", "heron", "--hybrid", "-k", "1001"], "--hybrid joins the best 1000 of each"),
+        (["search", "{index}", "heron", "--skip-bad-lines"], "--skip-bad-lines: for a file that is read"),
+        (["index", "-o", "{index}", "--compact", "--format", "jsonl"], "--format: for a file that is read"),
+        (["index", "-o", "{index}", "--remove", "x", "--format", "csv"], "--format: for a file that is read"),
         (["embed", "q.tsv", "-o", "{here}/q.tsv", "--model", "m"], "q.tsv: is also an input"),
         (
             ["rerank", "q.json", "--queries", "q.tsv", "--corpus", "c", "-o", "q", "--model", "m"],
