@@ -35,10 +35,9 @@ def title_and_snippet(text: str, title: str | None = None) -> tuple[str, str]:
         text: the whole document; a title that is known stands at its beginning.
         title: None where it has none. Then it is the first line or sentence.
     """
-    text = text.strip()
     if title is not None and text.startswith(title):
         rest = text[len(title) :]
-    elif end := _SENTENCE_END.search(text, 0, _TITLE):
+    elif end := _SENTENCE_END.search(text := text.strip(), 0, _TITLE):
         title, rest = text[: end.end()], text[end.end() :]
     else:
         title, rest = _cut(text, _TITLE)

@@ -207,6 +207,7 @@ def test_the_demonstration_refuses_what_it_cannot_obey(monkeypatch):
     [
         ("A title. And a text.", None, ("A title.", "And a text.")),
         ("A title And a text.", "A title", ("A title", "And a text.")),
+        (" A title\t And a text. ", " A title\t", ("A title", "And a text.")),
         ("short", None, ("short", "")),
         ("  ", None, ("", "")),
         ("first line\nsecond", None, ("first line", "second")),
