@@ -138,8 +138,8 @@ COMMANDS: dict[str, tuple[str, tuple[Option | Group, ...]]] = {
             option(
                 "--hybrid",
                 action="store_true",
-                help="search by words too (BM25 over the index's texts, all of which are read), and join the two "
-                "rankings by their scores, each scaled to 0..1; the mean is shown then",
+                help="search by words too (BM25 over the index's texts, all of which are read), and join the first "
+                "1,000 of the two rankings by their scores, each scaled to 0..1; the mean is shown then",
             ),
             option(
                 "--cross-encoder", help=f"the decoder or re-ranker that re-ranks (default: {INDEX_MODEL})"
