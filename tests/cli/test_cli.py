@@ -368,6 +368,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_1(
             ["export", "{index}", "-o", "x.faiss", "--dtype", "bfloat16", "--brackets"],
             "--brackets, --dtype: not for",
         ),
+        (["export", ".", "-o", "{here}"], "is the model itself"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_the_work(
