@@ -61,9 +61,11 @@ def demo(options: argparse.Namespace) -> None:
 
 def embed(options: argparse.Namespace) -> None:
     """Writes the vectors of a file of texts, in constant memory."""
-    for name in ("brackets", "query_prompt", "document_prompt"):
-        if options.side is None and vars(options)[name]:
-            raise InputError(f"--{name.replace('_', '-')} is for texts of a --side, query or document")
+    for name, of in (
+        ("brackets", ("query", "document")), ("query_prompt", ("query",)), ("document_prompt", ("document",))
+    ):  # fmt: skip
+        if options.side not in of and vars(options)[name]:
+            raise InputError(f"--{name.replace('_', '-')} is for --side {' or '.join(of)}")
     check_no_input(options.output, options.input)
     with atomic_write(options.output) as stream:
         if not stream.seekable():

@@ -18,9 +18,12 @@ from sgpt_jax.cli.parser import main
             "index -o none --compact --query-prompt P --mesh data=1",
             "--query-prompt, --mesh: not for --compact",
         ),
-        ("embed none -o v.npy --model M --brackets", "--brackets is for texts of a --side"),
-        ("embed none -o v.npy --model M --query-prompt P", "--query-prompt is for texts of a --side"),
-        ("embed none -o v.npy --model M --document-prompt P", "--document-prompt is for texts of a --side"),
+        ("embed none -o v.npy --model M --brackets", "--brackets is for --side query or document"),
+        (
+            "embed none -o v.npy --model M --side document --query-prompt P",
+            "--query-prompt is for --side query",
+        ),
+        ("embed none -o v.npy --model M --document-prompt P", "--document-prompt is for --side document"),
     ],
 )
 def test_an_option_that_could_do_nothing_is_refused(command, message, tmp_path, monkeypatch, capsys):
