@@ -22,7 +22,7 @@ from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.folder.scoring import read_scoring
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.load import open_model
+from sgpt_jax.load import Opened, open_model
 from sgpt_jax.text.pairs import DEFAULT_PROMPT, Prompt
 
 from .provenance import revision
@@ -97,6 +97,16 @@ def check_stages(args: argparse.Namespace) -> None:
             raise InputError(f"{', '.join(unused)}: only for a --{model.replace('_', '-')}")
 
 
+def check_sides(args: argparse.Namespace) -> None:
+    """Refuses options of queries and documents where texts are encoded as neither.
+
+    Raises:
+        InputError: naming them.
+    """
+    if unused := flags_given(args, ("brackets", "query_prompt", "document_prompt")):
+        raise InputError(f"{', '.join(unused)}: only for queries and documents; these texts are neither")
+
+
 class LazyModel:
     """A model that is loaded when `model` is first asked for.
 
@@ -136,7 +146,7 @@ def bi_encoder(args: argparse.Namespace) -> LazyModel:
     # Where they are given: results that were made before these options existed keep their identity.
     later = ("query_prompt", "document_prompt", "truncate_dim", "weights", "bidirectional")
     options |= {name: vars(args)[name] for name in later if vars(args)[name] is not None}
-    identity = {"revision": revision(epath.Path(resolve(args.model).path)), **options}
+    identity = {**_revisions(open_model(resolve(args.model))), **options}
     if args.biases:
         if not epath.Path(args.biases).is_file():
             raise InputError(f"{args.biases}: no such file")
@@ -160,7 +170,7 @@ def cross_encoder(args: argparse.Namespace) -> LazyModel:
         meaning = {"scoring": scoring.asked(prompt).facts()}
     return LazyModel(
         args.cross_encoder,
-        {"revision": revision(epath.Path(source.path)), "dtype": args.dtype, **_weights(args), **meaning},
+        {**_revisions(opened), "dtype": args.dtype, **_weights(args), **meaning},
         lambda: CrossEncoder.from_pretrained(
             args.cross_encoder,
             prompt=prompt,
@@ -169,6 +179,12 @@ def cross_encoder(args: argparse.Namespace) -> LazyModel:
             weights=args.weights,
         ),
     )
+
+
+def _revisions(opened: Opened) -> dict[str, Any]:
+    """What tells a model's files from others; of an adapter also what lies under it, its base first."""
+    *under, top = (revision(epath.Path(path)) for path in dict.fromkeys((opened.base, *opened.adapters)))
+    return {"revision": top, "base": under} if under else {"revision": top}
 
 
 def _weights(args: argparse.Namespace) -> dict[str, str]:

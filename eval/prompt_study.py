@@ -43,6 +43,7 @@ from .models import (
     add_common_arguments,
     add_depth_argument,
     bi_encoder,
+    check_stages,
     cross_encoder,
 )
 from .results import Result
@@ -133,7 +134,10 @@ def main(args: argparse.Namespace) -> None:
     """Measures every prompt on every data set."""
     if args.model and args.first_stage:
         raise InputError("--model and --first-stage are both a first stage: give one of them")
+    check_stages(args)
     studies = {name: STUDIES.get(name) or Study(name) for name in args.prompts}
+    for study in studies.values():
+        Prompt.parse(study.template)  # a wrong one shows before any work
     folders = {
         name: args.output / (name if name in STUDIES else f"prompt-{number}")
         for number, name in enumerate(studies, 1)

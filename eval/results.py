@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etils import epath
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import atomic_write
+
+from .datasets import default_split
 
 Result = dict[str, Any]
 
@@ -42,6 +44,54 @@ def write_result(path: epath.Path, result: Result) -> None:
         entries.append(f"  {json.dumps(key)}: " + text.replace("\n", "\n  "))
     with atomic_write(path) as stream:
         stream.write(("{\n" + ",\n".join(entries) + "\n}\n").encode())
+
+
+def check_settings(
+    path: epath.Path,
+    kind: str,
+    settings: dict[str, Any],
+    data: Callable[[], dict[str, Any]] = dict,
+    instead: str = "give another --output",
+) -> Result:
+    """The result that a file holds, which is of this kind and these settings; empty where there is no file.
+
+    Args:
+        path: a result.
+        kind: the task that makes the new one.
+        settings: of the new one.
+        data: what tells its data from others; asked for where the file's settings have it.
+        instead: for the message.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    result = read_result(path)
+    if result["kind"] != kind:
+        raise InputError(f"{path}: is a result of eval {result['kind']}; {instead}")
+    there = result.get("settings", {})
+    if kind != "beir" and not there:
+        # Results of other tasks did not say their settings once: their model's revision tells the most.
+        was, now = (
+            (each.get("model") or each.get("cross_encoder") or {}).get("revision")
+            for each in (result, settings)
+        )
+        if was == now:
+            return result
+    settings = json.loads(json.dumps(settings | ({"data": data()} if "data" in there else {})))
+    if there != settings:
+        different = [key for key in settings if there.get(key) != settings[key]]
+        raise InputError(
+            f"{path}: was made with other settings ({', '.join(different) or 'more'}); {instead}"
+        )
+    return result
+
+
+def split_of(result: Result) -> str | None:
+    """The judgements that a result is measured on, where they are not its data set's usual ones."""
+    split = result.get("settings", {}).get("split", result.get("split"))
+    return None if split == default_split(str(result["name"])) else split
 
 
 def make_folder(folder: epath.Path) -> None:

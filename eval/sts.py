@@ -21,9 +21,15 @@ from scipy import stats
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.sts import Pair, read_sts
 
-from .models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
+from .models import (
+    add_bi_encoder_arguments,
+    add_common_arguments,
+    bi_encoder,
+    check_sides,
+    encode_options,
+)
 from .provenance import provenance
-from .results import write_result
+from .results import check_settings, write_result
 
 
 class Encoder(Protocol):
@@ -53,7 +59,12 @@ def main(args: argparse.Namespace) -> None:
     data = {name_of(path): read_sts(path) for path in args.files}
     if len(data) < len(args.files):
         raise InputError("two files have the same name: give each an --output of its own")
+    check_sides(args)
     lazy = bi_encoder(args)
+    settings = {"model": lazy.identity}
+    if args.output:
+        for name in data:
+            check_settings(args.output / f"{name}.json", "sts", settings)
     for name, pairs in data.items():
         start = time.perf_counter()
         metrics = evaluate(lazy.model, pairs, **encode_options(args))
@@ -62,6 +73,7 @@ def main(args: argparse.Namespace) -> None:
             "name": name,
             "metrics": metrics,
             "model": lazy.describe(),
+            "settings": settings,
             "counts": {"pairs": len(pairs)},
             "seconds": {"total": time.perf_counter() - start},
             **provenance("scipy"),

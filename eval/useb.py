@@ -33,9 +33,15 @@ from sgpt_jax.files.lines import line_error, parse_json, read_lines
 from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import rank, trec_eval
 
-from .models import add_bi_encoder_arguments, add_common_arguments, bi_encoder, encode_options
+from .models import (
+    add_bi_encoder_arguments,
+    add_common_arguments,
+    bi_encoder,
+    check_sides,
+    encode_options,
+)
 from .provenance import provenance
-from .results import write_result
+from .results import check_settings, write_result
 from .sts import Encoder, similarities
 
 _URL_LABEL = re.compile(r"\s*\(\s*(\d+)\s*,\s*\d+\s*\)\s*")  # how many of how many raters said paraphrase
@@ -60,7 +66,11 @@ def main(args: argparse.Namespace) -> None:
     missing = [name for name in TASKS if not (args.folder / name).is_dir()]
     if missing:
         raise InputError(f"{args.folder}: holds no folder {', '.join(missing)}")
+    check_sides(args)
     lazy = bi_encoder(args)
+    settings = {"model": lazy.identity, "split": args.split}
+    if args.output:
+        check_settings(args.output / "useb.json", "useb", settings)
     start = time.perf_counter()
     details = evaluate(lazy.model, args.folder, args.split, **encode_options(args))
     metrics = {name: details[name][measure] for name, (_, measure) in TASKS.items()}
@@ -72,6 +82,7 @@ def main(args: argparse.Namespace) -> None:
         "metrics": metrics,
         "details": details,
         "model": lazy.describe(),
+        "settings": settings,
         "seconds": {"total": time.perf_counter() - start},
         **provenance("scipy", "pytrec_eval-terrier"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -72,12 +73,14 @@ class Opened:
         files: config and tensors, with all adapters merged in.
         settings: the folder (or .gguf file) that says how to use it.
         tokenizer: the folder (or .gguf file) with its tokenizer.
+        base: the checkpoint's folder (or .gguf file), under all adapters.
         adapters: the adapters' folders, in the order in which they are merged.
     """
 
     files: TensorFiles
     settings: Path
     tokenizer: Path
+    base: Path
     adapters: tuple[Path, ...] = ()
 
 
@@ -100,7 +103,7 @@ def open_model(
         opened = _over_its_base(path, depth)
     else:
         check_decoder_is_on_top(path)
-        opened = Opened(open_checkpoint(epath.Path(path)), path, path)
+        opened = Opened(open_checkpoint(epath.Path(path)), path, path, path)
     for each in _listed(adapter):
         folder = Path(resolve(each).path)
         opened = _merged(opened, folder)
@@ -151,12 +154,13 @@ def _over_its_base(path: Path, depth: int) -> Opened:
             "this folder as its adapter"
         ) from None
     if Path(found.path).resolve() == path.resolve():
-        opened = Opened(open_checkpoint(epath.Path(path)), path, path)
+        opened = Opened(open_checkpoint(epath.Path(path)), path, path, path)
     else:
         opened = open_model(found, depth=depth + 1)
     merged = _merged(opened, path)
     settings = path if (path / "modules.json").is_file() else merged.settings
-    return Opened(merged.files, settings, path if has_tokenizer(path) else opened.tokenizer, merged.adapters)
+    tokenizer = path if has_tokenizer(path) else opened.tokenizer
+    return dataclasses.replace(merged, settings=settings, tokenizer=tokenizer)
 
 
 def _merged(opened: Opened, folder: Path) -> Opened:
@@ -170,7 +174,7 @@ def _merged(opened: Opened, folder: Path) -> Opened:
         warnings.warn(f"{folder}: {describe(code)}", stacklevel=2)
         files.config = without_own_code(files.config, code)
         settings = folder
-    return Opened(files, settings, opened.tokenizer, (*opened.adapters, folder))
+    return dataclasses.replace(opened, files=files, settings=settings, adapters=(*opened.adapters, folder))
 
 
 def _check_base(adapter: Adapter, base: TensorFiles) -> None:

@@ -1,10 +1,12 @@
 """Evaluation with real (tiny, random) decoders: BEIR, prompt studies, and mteb's own evaluator on the same data."""
 
+import argparse
 import hashlib
 import json
 import os
 from pathlib import Path
 
+import adapters
 import decoders
 import eval_cases
 import folders
@@ -19,9 +21,9 @@ from scipy import stats
 from eval import prompt_study
 from eval.__main__ import main
 from eval.labels import label
-from eval.models import PROMPTS
+from eval.models import PROMPTS, bi_encoder
 from eval.provenance import command, revision
-from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.bi_encoder import BI_ENCODER_SETTINGS, BiEncoder
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
@@ -119,6 +121,22 @@ def test_a_prompt_without_a_place_for_the_document_is_refused(tiny, small, tmp_p
     assert main(["beir", small, *arguments]) == 1
     assert "one {} where the document goes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "A", "no place"], "one {} where the document goes"),
+        (
+            ["--prompts", "A", "--pooling", "mean", "--query-prompt", "x"],
+            "--pooling, --query-prompt: only for a",
+        ),
+    ],
+)
+def test_a_study_is_refused_before_it_begins(options, message, tiny, small, tmp_path, capsys):
+    arguments = ["--cross-encoder", tiny, "--output", str(tmp_path / "out")]
+    assert main(["prompts", small, *arguments, *options]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_prompt_study(tiny, small, tmp_path, capsys):
@@ -346,6 +364,20 @@ def test_revision_is_the_hubs_commit_or_a_digest_of_the_files(tmp_path):
     assert revision(folder) != first
     (tmp_path / "a.gguf").write_bytes(b"abc")
     assert revision(tmp_path / "a.gguf") == "sha256:" + hashlib.sha256(b"abc").hexdigest()[:16]
+
+
+def test_an_adapter_over_another_base_is_another_model(tmp_path):
+    base = tmp_path / "base"
+    decoders.write_checkpoint("llama", base)
+    adapter = adapters.write_adapter("plain", tmp_path / "adapter", base)
+    args = argparse.Namespace(**dict.fromkeys(BI_ENCODER_SETTINGS), mesh=None)
+    args.model, args.dtype = str(adapter), "float32"
+    first = bi_encoder(args).identity
+    assert first["revision"] == revision(adapter) and first["base"] == [revision(base)]
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    assert bi_encoder(args).identity == first | {"base": [revision(base)]} != first
+    args.model = str(base)
+    assert "base" not in bi_encoder(args).identity
 
 
 def test_commands_name_no_data_folder(monkeypatch):

@@ -57,6 +57,37 @@ def test_sts_command(tmp_path, fake, capsys):
     assert "sts-dev: spearman_cosine -0.1083" in capsys.readouterr().out
 
 
+def test_results_of_another_model_or_kind_are_not_replaced(tmp_path, fake, capsys):
+    path, out = write_sts(tmp_path / "useb.csv"), tmp_path / "out"
+    command = ["sts", str(path), "--model", "fake", "--output", str(out)]
+    assert main(command) == 0 and main(command) == 0  # the same again
+    result = json.loads((out / "useb.json").read_text())
+    del result["settings"]  # as results were once
+    (out / "useb.json").write_text(json.dumps(result))
+    assert main(command) == 0
+    fake.identity["revision"] = "another"
+    assert main(command) == 1
+    assert "useb.json: was made with other settings (model); give another" in capsys.readouterr().err
+    folder = str(eval_cases.write_useb(tmp_path / "data-eval"))
+    assert main(["useb", folder, "--model", "fake", "--output", str(out)]) == 1
+    assert "useb.json: is a result of eval sts; give another" in capsys.readouterr().err
+    assert json.loads((out / "useb.json").read_text())["model"]["revision"] == "made up"
+    assert main(["useb", folder, "--model", "fake", "--output", str(tmp_path / "useb")]) == 0
+    assert (
+        main(["useb", folder, "--model", "fake", "--output", str(tmp_path / "useb"), "--split", "valid"]) == 1
+    )
+    assert "other settings (split)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["sts", "useb"])
+def test_options_of_queries_and_documents_are_refused(task, tmp_path, fake, capsys):
+    source = write_sts(tmp_path / "a.csv") if task == "sts" else eval_cases.write_useb(tmp_path / "data-eval")
+    options = ["--no-brackets", "--query-prompt", "x", "--document-prompt", "y"]
+    assert main([task, str(source), "--model", "fake", *options]) == 1
+    message = "--brackets, --query-prompt, --document-prompt: only for queries and documents"
+    assert message in capsys.readouterr().err
+
+
 def test_sts_quotes_are_plain_and_licence_columns_are_allowed(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(sts_line(1, '"No', "b") + sts_line(2, "c", 'd"', "licence", "more") + "\n")
