@@ -8,13 +8,12 @@ RUN is an output folder of ``python -m train``. The loss is shown as a running m
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from sgpt_jax.errors import InputError
+from sgpt_jax.files.lines import parse_json
 
 from .pictures import check_path, legend, panels, save, style
 
@@ -56,10 +55,16 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _records(path: epath.Path, key: str) -> list[tuple[int, float]]:
-    if not path.exists():
-        return []
-    records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line]
-    return [(record["step"], record[key]) for record in records if key in record]
+    """Steps and values. The last line may be cut off: the run may go on, or have been killed."""
+    records: list[tuple[int, float]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = parse_json(line)
+        except ValueError:
+            break
+        if key in record:
+            records.append((record["step"], record[key]))
+    return records
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

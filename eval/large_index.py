@@ -23,6 +23,7 @@ from tokenizers import pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.cli.options import positive, seed
 from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.corpora import read_corpus
@@ -34,7 +35,6 @@ from sgpt_jax.reports import EncodeReport
 from sgpt_jax.runtime.memory import peak_memory, resident_memory
 from sgpt_jax.runtime.progress import progress
 
-from .models import positive
 from .provenance import provenance
 from .results import make_folder, write_result
 from .speed.models import END, byte_level, write_random_model
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--documents", type=positive, default=1_000_000, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of documents and model (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help="of documents and model (default: 0)"
     )
     parser.add_argument("--store", choices=("float32", "float16", "int8"), default="float32",
                         help="how vectors are kept (default: %(default)s)")  # fmt: skip

@@ -27,7 +27,7 @@ from .datasets import AVERAGES
 from .labels import label, models_of
 from .pictures import MARKERS, check_path, legend, panels, save, sizes, style
 from .provenance import command
-from .results import Result, find_results, mean_metrics
+from .results import Result, find_results, mean_metrics, split_of
 
 _PUBLISHED = epath.Path(__file__).parent / "published.json"
 _SIZE = re.compile(r"-?[0-9.]+[MB]\b.*")  # of a model's name: the size and what follows
@@ -83,9 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--x",
         choices=("parameters", "depth", "seconds"),
-        default="parameters",
         help="the plot's x axis: model size, documents re-ranked, or the time of the whole evaluation, for results of "
-        "one machine (default: %(default)s)",
+        "one machine (default: parameters)",
     )
 
 
@@ -93,6 +92,8 @@ def main(args: argparse.Namespace) -> None:
     """Writes the table and the plot."""
     if args.plot:
         check_path(args.plot)
+    elif args.x:
+        raise InputError("--x: only for a --plot")
     rows = collect([result for _, result in find_results(args.results)], args.metric)
     if args.published and args.metric == "ndcg@10":
         rows += published({column for row in rows for column in row.values})
@@ -104,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         print(text, end="")
     if args.plot:
-        plot(rows, args.metric, args.x, args.plot)
+        plot(rows, args.metric, args.x or "parameters", args.plot)
 
 
 def collect(results: list[Result], metric: str = "ndcg@10") -> list[Row]:
@@ -181,6 +182,8 @@ def _tell_apart(rows: list[Row]) -> None:
 def _cell(result: Result, metric: str) -> tuple[str | None, float | None]:
     """The column that a result belongs to, and its value there."""
     kind, name, metrics = result["kind"], result.get("name"), result["metrics"]
+    if name and (split := split_of(result)):
+        name = f"{name}, {split}"
     if kind == "beir":
         return name, metrics.get(metric)
     if kind == "sts":
@@ -190,7 +193,7 @@ def _cell(result: Result, metric: str) -> tuple[str | None, float | None]:
     if kind == "mteb" and result.get("main_score") is not None:
         return f"{name} (main score)", result["main_score"]
     if kind == "useb":
-        return "useb (average precision)", metrics.get("avg")
+        return f"{name} (average precision)", metrics.get("avg")
     return None, None
 
 
@@ -222,7 +225,7 @@ def comparisons(rows: list[Row]) -> list[str]:
     The p-value is that of the paired bootstrap of ``python -m eval significance``, two-sided. No correction is made
     for how many pairs there are.
     """
-    from .significance import compare  # imports scipy.stats, which a report does not need otherwise
+    from .significance import compare, shown  # imports scipy.stats, which a report does not need otherwise
 
     lines = []
     for column in dict.fromkeys(name for row in rows for name in row.per_query):
@@ -244,7 +247,7 @@ def comparisons(rows: list[Row]) -> list[str]:
                     )
                 pairs = np.array([(others[query], values[query]) for query in others])
                 found = compare(pairs[:, 0], pairs[:, 1])
-                cells.append(f"{found.difference:+.4f} ({found.p_bootstrap:.4f})")
+                cells.append(f"{found.difference:+.4f} ({shown(found.p_bootstrap)})")
             cells += [""] * (len(numbered) - 1 - len(cells))
             lines.append(f"| [{number}] | {' | '.join(cells)} |")
         lines.append("")

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
+from sgpt_jax.cli.options import positive, seed
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import RECORDS, find
 from sgpt_jax.files.corpora import read_queries
@@ -25,7 +26,6 @@ from sgpt_jax.files.lines import atomic_write
 
 from .beir import CACHE
 from .datasets import obtain
-from .models import positive
 from .results import Result, find_results
 
 _BLOCK = 2**22  # resampled values that are held at a time
@@ -38,10 +38,10 @@ class Comparison:
     queries: int
     a: float
     b: float
-    low: float  # 95 % interval of the difference
-    high: float
-    p_t: float
-    p_bootstrap: float
+    low: float | None  # 95 % interval of the difference; of one query there is none, and no p
+    high: float | None
+    p_t: float | None
+    p_bootstrap: float | None
     wins: int  # queries on which B is better
     losses: int
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", type=epath.Path, metavar="B", help="result file, or folder of results")
     parser.add_argument("--metric", default="ndcg@10", help="default: %(default)s")
     parser.add_argument("--samples", type=positive, default=10_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the bootstrap (default: %(default)s)")
     parser.add_argument(
         "--queries",
         type=positive,
@@ -76,10 +76,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Prints or writes the table."""
+    if args.data and not args.queries:
+        raise InputError("--data: only for --queries, which shows its texts")
     a, b = _by_name(args.a), _by_name(args.b)
     shared = [name for name in a if name in b]
     if not shared:
         raise InputError(f"{args.a} and {args.b} have no data set in common")
+    folders = {folder.resolve().name: folder for folder in (obtain(source, CACHE) for source in args.data)}
+    if other := [name for name in folders if name not in shared]:
+        raise InputError(
+            f"--data {folders[other[0]]}: {other[0]} is none of the data sets ({', '.join(shared)})"
+        )
     lines = [
         f"{args.metric} of A ({args.a.name}) and B ({args.b.name}); {args.samples} bootstrap samples, seed {args.seed}",
         "",
@@ -90,12 +97,11 @@ def main(args: argparse.Namespace) -> None:
         found = compare(*_paired(name, a[name], b[name], args.metric), samples=args.samples, seed=args.seed)
         lines.append(
             f"| {name} | {found.queries} | {found.a:.4f} | {found.b:.4f} | {found.difference:+.4f} "
-            f"| {found.low:+.4f} to {found.high:+.4f} | {found.p_t:.4f} | {found.p_bootstrap:.4f} "
+            f"| {shown(found.low, '+')} to {shown(found.high, '+')} | {shown(found.p_t)} | {shown(found.p_bootstrap)} "
             f"| {found.wins} / {found.losses} |"
         )
     if args.queries:
-        folders = [obtain(source, CACHE) for source in args.data]
-        texts = {folder.name: read_queries(find(folder, "queries", RECORDS)) for folder in folders}
+        texts = {name: read_queries(find(folder, "queries", RECORDS)) for name, folder in folders.items()}
         for name in shared:
             lines += _apart(name, a[name], b[name], args.metric, args.queries, texts.get(name, {}))
     text = "\n".join(lines) + "\n"
@@ -126,6 +132,11 @@ def _apart(name: str, a: Result, b: Result, metric: str, count: int, texts: dict
     return lines
 
 
+def shown(value: float | None, sign: str = "") -> str:
+    """A figure of a comparison with four digits; "-" for one that there is not."""
+    return "-" if value is None else f"{value:{sign}.4f}"
+
+
 def compare(a: np.ndarray, b: np.ndarray, *, samples: int = 10_000, seed: int = 0) -> Comparison:
     """Compares two systems on the same queries.
 
@@ -150,14 +161,17 @@ def compare(a: np.ndarray, b: np.ndarray, *, samples: int = 10_000, seed: int = 
     else:  # no variance to test with, and every resampled mean is the mean
         means, low, high = np.full(samples, mean), mean, mean
         p_t = 1.0 if mean == 0 else 0.0
+    sure: dict[str, float | None] = {
+        "low": float(low),
+        "high": float(high),
+        "p_t": float(p_t),
+        "p_bootstrap": float((1 + (np.abs(means - mean) >= abs(mean)).sum()) / (1 + samples)),
+    }
     return Comparison(
         queries=len(differences),
         a=float(a.mean()),
         b=float(b.mean()),
-        low=float(low),
-        high=float(high),
-        p_t=float(p_t),
-        p_bootstrap=float((1 + (np.abs(means - mean) >= abs(mean)).sum()) / (1 + samples)),
+        **(sure if len(differences) > 1 else dict.fromkeys(sure)),
         wins=int((differences > 0).sum()),
         losses=int((differences < 0).sum()),
     )

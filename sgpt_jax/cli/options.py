@@ -55,6 +55,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """The type of an option that is a seed of random numbers."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, not {text!r}")
+    return int(text)
+
+
 SOURCE = "folder, hub id, or .gguf file"
 
 # As sgpt_jax.decoder.pooling.POOLING_MODES, which cannot be imported without JAX.

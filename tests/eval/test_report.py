@@ -272,6 +272,8 @@ def test_curves_of_training(tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir(parents=True)
         lines = [json.dumps({"step": step, "loss": 1 / (1 + step), "lr": 0.1}) for step in range(120)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    with (tmp_path / "one" / "metrics.jsonl").open("a") as stream:
+        stream.write('\n{"step": 120, "lo')  # the run goes on
     (tmp_path / "one" / "dev.jsonl").write_text('{"step": 10, "dev": 0.5}\n')
     runs, figure = ["one", "two", "more/two"], tmp_path / "c.svg"
     assert main(["curves", *runs, "--plot", str(figure)]) == 0
@@ -293,6 +295,7 @@ def test_report_refuses(tmp_path, capsys):
         ([str(tmp_path / "odd.json")], "cannot be read as a result"),
         ([str(bare), "--metric", "ndcg@7"], "none of the results has ndcg@7"),
         ([str(bare), "--no-published", "--plot", str(tmp_path / "x.png")], "for the x axis"),
+        ([str(bare), "--x", "depth"], "--x: only for a --plot"),
     ):
         assert main(["report", *arguments]) == 1 and message in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
@@ -320,7 +323,21 @@ def test_no_difference_is_no_significance():
     assert found.p_t == found.p_bootstrap == 1.0 and found.low == found.high == 0.0
 
 
-def test_significance_of_two_commands(tmp_path, capsys):
+def test_one_query_tells_nothing_of_chance(tmp_path, capsys):
+    found = compare(np.array([0.25]), np.array([0.5]))
+    assert found.difference == 0.25 and found.wins == 1
+    assert found.low is found.high is found.p_t is found.p_bootstrap is None
+    a, b = (
+        write(tmp_path / name, beir(value=value, queries=["a"], per_query={"ndcg@10": [value]}))
+        for name, value in (("a", 0.25), ("b", 0.5))
+    )
+    assert main(["significance", str(a), str(b)]) == 0
+    assert "| scifact | 1 | 0.2500 | 0.5000 | +0.2500 | - to - | - | - | 1 / 0 |" in capsys.readouterr().out
+    assert main(["report", str(a), str(b), "--significance", "--no-published"]) == 0
+    assert "| [2] | +0.2500 (-) |" in capsys.readouterr().out
+
+
+def test_significance_of_two_commands(tmp_path, monkeypatch, capsys):
     small = str(eval_cases.small_beir(tmp_path / "small"))
     assert main(["beir", small, "--output", str(tmp_path / "a")]) == 0
     (tmp_path / "run.trec").write_text("q2 Q0 d9 1 1.0 t\nq0 Q0 d1 1 1.0 t\n")
@@ -332,7 +349,8 @@ def test_significance_of_two_commands(tmp_path, capsys):
     assert main(["significance", str(tmp_path / "a"), str(tmp_path / "b"), "--samples", "1000"]) == 0
     table = capsys.readouterr().out
     row = table.splitlines()[-1]
-    options = ["--samples", "100", "--queries", "2", "--data", small]
+    monkeypatch.chdir(small)
+    options = ["--samples", "100", "--queries", "2", "--data", "."]
     assert main(["significance", str(tmp_path / "a"), str(tmp_path / "b"), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-6] == "small: the queries that differ most" and lines[-4].startswith("| query | text | A |")
@@ -342,12 +360,22 @@ def test_significance_of_two_commands(tmp_path, capsys):
     assert row.startswith(f"| small | 3 | {a:.4f} | {b:.4f} | {b - a:+.4f} |")
 
 
+@pytest.mark.parametrize("arguments", [["significance", "a", "b"], ["large-index", "--output", "out"]])
+def test_seeds_are_no_negative_numbers(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--seed", "-1"])
+    assert "must be a whole number from 0, not '-1'" in capsys.readouterr().err
+
+
 def test_significance_refuses(tmp_path, capsys):
+    small = eval_cases.small_beir(tmp_path / "small")
     a = write(tmp_path / "a", beir())
     for other, options, message in (
         (beir("nfcorpus"), [], "no data set in common"),
         (beir(queries=["a", "b", "x"]), [], "different queries"),
         (beir(), ["--metric", "ndcg@3"], "is not kept for every query; these are: ndcg@10"),
+        (beir(), ["--data", str(small)], "--data: only for --queries"),
+        (beir(), ["--data", str(small), "--queries", "2"], "small is none of the data sets (scifact)"),
     ):
         b = write(tmp_path / "b", other)
         assert main(["significance", str(a), str(b), *options]) == 1 and message in capsys.readouterr().err
