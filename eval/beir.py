@@ -29,7 +29,7 @@ from etils import epath
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.cli.options import PROCESSES, add_options
 from sgpt_jax.cross_encoder import CrossEncoder
-from sgpt_jax.errors import InputError
+from sgpt_jax.errors import InputError, whole
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.runs import write_json_run, write_run
 from sgpt_jax.runtime import processes
@@ -45,7 +45,7 @@ from .models import (
     check_stages,
     cross_encoder,
 )
-from .results import Result, make_folder, mean_metrics, read_result, write_result
+from .results import Result, check_settings, make_folder, mean_metrics, read_result, split_of, write_result
 from .stages import Stages, measure
 
 CACHE = Path("~/.cache/sgpt-jax/beir").expanduser()
@@ -72,12 +72,15 @@ def evaluate(
         "per_query" with their values, "counts", "seconds".
 
     Raises:
-        InputError: the data cannot be had or break a rule, or are CQADupStack's forums, each a folder of its own.
+        InputError: the data cannot be had or break a rule, or are CQADupStack's forums, each a folder of its own;
+            rerank_depth is no number of documents.
     """
     folder = obtain(os.fspath(data), CACHE)
     name = folder.resolve().name
     if forums := forums_of(folder):
         raise InputError(f"{folder}: holds {len(forums)} data sets, such as {forums[0]}: give one of them")
+    if whole("rerank_depth", rerank_depth) < 1:
+        raise InputError(f"rerank_depth must be positive, not {rerank_depth}")
     found = DataSet(name, folder, split or default_split(name)).load()
     result, _ = measure(
         found, Stages(_loaded(model), _loaded(cross_encoder), rerank_depth, None), found.ignores_identical_ids
@@ -210,13 +213,7 @@ def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argpar
     path = output / f"{data.name}.json"
     found = processes.from_first(path.exists() and not args.overwrite)
     if found and processes.first():
-        result = read_result(path)
-        if result.get("settings") != json.loads(json.dumps(settings)):
-            different = [key for key in settings if result.get("settings", {}).get(key) != settings[key]]
-            raise InputError(
-                f"{path}: was made with other settings ({', '.join(different) or 'more'}); "
-                "give another --output, or --overwrite"
-            )
+        result = check_settings(path, "beir", settings, data.facts, "give another --output, or --overwrite")
         print(_line(data.name, result["metrics"], "found in the output folder"))
         return result
     if found:
@@ -224,7 +221,7 @@ def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argpar
     result, run = measure(data.load(), stages, ignore)
     if not processes.first():
         return {}
-    result["settings"] = settings
+    result["settings"] = settings | {"data": data.facts()}
     make_folder(output)
     _write_run(output, data.name, run)
     write_result(path, result)
@@ -234,20 +231,24 @@ def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argpar
 
 def _write_run(folder: epath.Path, name: str, run: dict[str, dict[str, float]]) -> None:
     """NAME.trec; as NAME.run.json where an id holds white space, which TREC's columns cannot."""
+    path, other = folder / f"{name}.trec", folder / f"{name}.run.json"
     try:
-        write_run(folder / f"{name}.trec", run)
+        write_run(path, run)
     except InputError:
-        write_json_run(folder / f"{name}.run.json", run)
+        path, other = other, path
+        write_json_run(path, run)
+    other.unlink(missing_ok=True)  # of an earlier result, and `Stages.run_file` would read it for this one's
 
 
 def _mean(name: str, results: list[Result]) -> Result:
     """The mean over CQADupStack's forums, every forum with the same weight."""
-    kept = ("model", "cross_encoder", "settings", "command", "created", "versions", "device")
+    kept = ("model", "cross_encoder", "command", "created", "versions", "device")
     return {
         "kind": "beir",
         "name": name,
         "metrics": mean_metrics([result["metrics"] for result in results]),
         **{key: results[0][key] for key in kept},
+        "settings": {key: value for key, value in results[0]["settings"].items() if key != "data"},
         "first_stage": {key: value for key, value in results[0]["first_stage"].items() if key != "metrics"},
         "forums": {result["name"]: result["metrics"]["ndcg@10"] for result in results},
         "counts": {"queries": sum(result["counts"]["queries"] for result in results)},
@@ -261,7 +262,11 @@ def _write_averages(folder: epath.Path, latest: Result) -> None:
     paths = {name: folder / f"{name}.json" for name in names}
     found = {name: read_result(path) for name, path in paths.items() if path.exists()}
     system = _system(latest)
-    metrics = {name: result["metrics"] for name, result in found.items() if _system(result) == system}
+    metrics = {
+        name: result["metrics"]
+        for name, result in found.items()
+        if _system(result) == system and split_of(result) is None
+    }
     averages = {
         key: mean_metrics([metrics[name] for name in names])
         for key, names in AVERAGES.items()
@@ -282,7 +287,7 @@ def _system(result: Result) -> dict[str, Any]:
     Run files of which nothing is known are taken for one system's.
     """
     settings = dict(result.get("settings") or {})
-    for key in ("split", "ignore_identical_ids", "encoding_errors", "skip_bad_lines"):  # of the data
+    for key in ("split", "ignore_identical_ids", "encoding_errors", "skip_bad_lines", "data"):  # of the data
         settings.pop(key, None)
     if "run" in settings.get("first_stage", {}):  # a file for each data set: what it says of the ranking
         first = result["first_stage"].items()

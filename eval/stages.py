@@ -44,9 +44,16 @@ class Stages:
     batch_tokens: int | None = None
     hybrid: bool = False
 
+    @property
+    def depth(self) -> int:
+        """How many documents of a query are ranked: for all metrics, and for all that is re-ranked."""
+        return max(*CUTS, self.rerank_depth)
+
     def settings(self, data: DataSet) -> dict[str, Any]:
         """All that a result depends on besides the data: two results with equal settings are the same."""
         found: dict[str, Any] = {}
+        if self.depth > max(CUTS):  # as a run was never deeper once, which results without it say
+            found["depth"] = self.depth
         if self.model:
             found["model"] = self.model.identity
         elif self.runs:
@@ -77,7 +84,7 @@ def measure(
     """Ranks and evaluates one loaded data set: its result, and the run that it describes."""
     start = time.perf_counter()
     unknown = {document for query in data.queries for document in data.qrels[query]}
-    depth = max(CUTS) + ignore_identical_ids  # the query's own document is dropped before the cut
+    depth = stages.depth + ignore_identical_ids  # the query's own document is dropped before the cut
 
     def documents() -> Iterator[Document]:
         for document in data.documents():
@@ -85,14 +92,14 @@ def measure(
             yield document
 
     ranked, first = first_stage(data, stages, depth, documents())
-    ranked, dropped = cut(ranked, max(CUTS), ignore_identical_ids=ignore_identical_ids)
+    ranked, dropped = cut(ranked, stages.depth, ignore_identical_ids=ignore_identical_ids)
     if stages.hybrid:
         by_words, _ = cut(
             bm25.Bm25(documents()).search(data.queries, depth),
-            max(CUTS),
+            stages.depth,
             ignore_identical_ids=ignore_identical_ids,
         )
-        ranked = fuse(ranked, by_words, max(CUTS))
+        ranked = fuse(ranked, by_words, stages.depth)
         first["hybrid"] = _HYBRID
     seconds = {"first_stage": time.perf_counter() - start}
     evaluation = evaluate(data.qrels, ranked, queries=data.queries)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from etils import epath
 
@@ -74,6 +77,24 @@ class DataSet:
             skip_bad_lines=self.skip_bad_lines,
             report=self._report("corpus"),
         )
+
+    def facts(self) -> dict[str, Any]:
+        """What tells these files from others, without reading the corpus: digests of judgements and queries, its size.
+
+        A data set of the hub is told by its name alone, and a folder without a corpus has no size.
+
+        Raises:
+            InputError: judgements or queries are missing.
+        """
+        if is_hub(self.folder):
+            return {"source": os.fspath(self.folder)}
+        found: dict[str, Any] = {}
+        for part in ("qrels", "queries"):
+            digest = hashlib.sha256(epath.Path(self._file(part)).read_bytes())
+            found[part] = f"sha256:{digest.hexdigest()[:16]}"
+        with contextlib.suppress(InputError):  # a run that was given needs none
+            found["corpus_bytes"] = epath.Path(self._file("corpus")).stat().length
+        return found
 
     @property
     def ignores_identical_ids(self) -> bool:

@@ -15,6 +15,7 @@ import eval.beir
 from eval.__main__ import main
 from eval.datasets import AVERAGES, FORUMS
 from eval.labels import label
+from sgpt_jax.errors import InputError
 from sgpt_jax.files.runs import read_qrels, read_run
 from sgpt_jax.hybrid import fuse
 
@@ -290,3 +291,56 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr("eval.__main__.importlib.import_module", missing)
     assert main(["beir", "x", "--output", "y"]) == 1
     assert capsys.readouterr().err == "error: beir needs bm25s: pip install 'sgpt-jax[eval]'\n"
+
+
+@pytest.mark.parametrize("part", ["qrels/test.tsv", "queries.jsonl", "corpus.jsonl"])
+def test_results_of_other_data_are_not_mixed(part, small, tmp_path, capsys):
+    """Old results do not say which files they were made of: they stay what they are."""
+    assert run(small, "--output", tmp_path / "out") == 0
+    with (small / part).open("a") as stream:
+        stream.write("q0\td1\t1\n" if part.startswith("qrels") else '{"_id": "new", "text": "cat"}\n')
+    capsys.readouterr()
+    assert run(small, "--output", tmp_path / "out") == 1
+    assert "was made with other settings (data)" in capsys.readouterr().err
+    result = read(tmp_path / "out/small.json")
+    del result["settings"]["data"]
+    (tmp_path / "out/small.json").write_text(json.dumps(result))
+    assert run(small, "--output", tmp_path / "out") == 0
+    assert "found in the output folder" in capsys.readouterr().out
+
+
+def test_more_documents_are_reranked_than_metrics_look_at(tmp_path, models):
+    corpus = [{"_id": f"d{i}", "text": f"cat {i}"} for i in range(1005)]
+    folder = eval_cases.write_beir(tmp_path / "big", corpus, [{"_id": "q0", "text": "cat"}], "q0\td1\t1\n")
+    (tmp_path / "run.trec").write_text("".join(f"q0 Q0 d{i} 1 {-i} t\n" for i in range(1005)))
+    first = ("--first-stage", tmp_path / "run.trec", "--cross-encoder", "fake")
+    assert run(folder, *first, "--rerank-depth", 1003, "--output", tmp_path / "out") == 0
+    assert len(models["cross"].model.pairs) == 1003
+
+
+@pytest.mark.parametrize("depth", [0, -1, 2.5, True])
+def test_a_depth_is_a_number_of_documents(depth, small):
+    with pytest.raises(InputError, match="rerank_depth must be"):
+        eval.beir.evaluate(small, cross_encoder=eval_cases.WordOverlap(), rerank_depth=depth)
+
+
+def test_averages_are_of_the_usual_judgements(tmp_path, capsys):
+    names = AVERAGES["average_5"]
+    folders = [eval_cases.small_beir(tmp_path / name, split) for name in names for split in ("test", "train")]
+    assert run(*folders[2::2], "--output", tmp_path / "out") == 0
+    assert run(folders[0], "--split", "train", "--output", tmp_path / "out") == 0
+    assert not (tmp_path / "out/averages.json").exists()
+    assert main(["report", str(tmp_path / "out"), "--no-published"]) == 0
+    table = capsys.readouterr().out
+    assert f"{names[0]}, train |" in table and "average_5" not in table
+
+
+def test_a_run_replaces_that_of_the_other_form(tmp_path, capsys):
+    corpus = [{"_id": "d 0", "text": "cat"}, {"_id": "d1", "text": "dog"}]
+    query = [{"_id": "q0", "text": "cat"}]
+    folder = eval_cases.write_beir(tmp_path / "ids", corpus, query, "q0\td 0\t1\n")
+    assert run(folder, "--output", tmp_path / "out") == 0
+    corpus[0]["_id"] = "d0"
+    eval_cases.write_beir(folder, corpus, query, "q0\td0\t1\n")
+    assert run(folder, "--output", tmp_path / "out", "--overwrite") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ids.json", "ids.trec"]
