@@ -2,7 +2,8 @@
 
 The first stage is the bi-encoder (--model), a run file (--first-stage), or, when neither is given, BM25. With
 --cross-encoder its best documents are re-ranked. For every data set the folder OUT gets NAME.json (metrics, and what
-is needed to repeat them) and NAME.trec (the run). A data set whose result is there already is not computed again.
+is needed to repeat them) and NAME.trec (the run). A data set whose result is there already is not computed again;
+one of other models, options or files is refused.
 CQADupStack's twelve forums are averaged into cqadupstack.json; where all the sets of one of the SGPT paper's averages
 are there, of the system at hand, averages.json holds it.
 
@@ -188,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
         results = [run_data_set(data, stages, args.output, args) for data in parts]
         result = results[-1]
         if len(parts) > 1 and processes.first():
-            result = _mean(name, results)
+            result = mean_of(name, results)
             write_result(args.output / f"{name}.json", result)
             print(_line(name, result["metrics"], f"mean of {len(parts)} forums"))
     if processes.first():
@@ -204,12 +205,7 @@ def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argpar
         InputError: the data or the run break a rule, or the folder holds a result of other settings.
     """
     ignore = data.ignores_identical_ids if args.ignore_identical_ids is None else args.ignore_identical_ids
-    settings = stages.settings(data) | {
-        "split": data.split,
-        "ignore_identical_ids": ignore,
-        "encoding_errors": data.encoding_errors,
-        "skip_bad_lines": data.skip_bad_lines,
-    }
+    settings = stages.settings(data, ignore)
     path = output / f"{data.name}.json"
     found = processes.from_first(path.exists() and not args.overwrite)
     if found and processes.first():
@@ -240,16 +236,17 @@ def _write_run(folder: epath.Path, name: str, run: dict[str, dict[str, float]]) 
     other.unlink(missing_ok=True)  # of an earlier result, and `Stages.run_file` would read it for this one's
 
 
-def _mean(name: str, results: list[Result]) -> Result:
+def mean_of(name: str, results: list[Result]) -> Result:
     """The mean over CQADupStack's forums, every forum with the same weight."""
+    first = results[0]
     kept = ("model", "cross_encoder", "command", "created", "versions", "device")
     return {
-        "kind": "beir",
+        "kind": first["kind"],
         "name": name,
         "metrics": mean_metrics([result["metrics"] for result in results]),
-        **{key: results[0][key] for key in kept},
-        "settings": {key: value for key, value in results[0]["settings"].items() if key != "data"},
-        "first_stage": {key: value for key, value in results[0]["first_stage"].items() if key != "metrics"},
+        **{key: first[key] for key in kept},
+        "settings": {key: value for key, value in first["settings"].items() if key != "data"},
+        "first_stage": {key: value for key, value in first["first_stage"].items() if key != "metrics"},
         "forums": {result["name"]: result["metrics"]["ndcg@10"] for result in results},
         "counts": {"queries": sum(result["counts"]["queries"] for result in results)},
         "seconds": {"total": sum(result["seconds"]["total"] for result in results)},

@@ -33,10 +33,11 @@ def label(result: Result) -> str:
         scaled = "scores" in first["hybrid"]["fusion"]
         start += f" + BM25 ({'scaled scores' if scaled else 'reciprocal rank fusion'})"
     encoder = result.get("cross_encoder")
+    by = ", by mteb" if result["kind"] == "mteb" else ""
     if not encoder:
-        return f"{start}, by mteb" if result["kind"] == "mteb" else start
+        return start + by
     depth = (result.get("settings", {}).get("cross_encoder") or {}).get("rerank_depth")
-    return f"{_model_label(encoder)} on {start}, top {depth}, {_meaning(encoder)}"
+    return f"{_model_label(encoder)} on {start}, top {depth}, {_meaning(encoder)}{by}"
 
 
 def _meaning(encoder: dict[str, Any]) -> str:

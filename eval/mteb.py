@@ -10,15 +10,19 @@ from the Hugging Face hub, or from its cache.
 
 A model's prompts by the name of a task, of a type of tasks, or of "query" and "document" are used as mteb uses
 sentence-transformers' (--prompts FILE adds some); --instruction puts a task's instruction before queries.
+OUT gets NAME.json or TASK.json; what is there of another model, other options or other data is not replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import jax
@@ -27,20 +31,22 @@ import numpy as np
 from etils import epath
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.abstasks.retrieval import AbsTaskRetrieval
-from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.abstasks.task_metadata import TaskMetadata, TaskType
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.types import PromptType
 
 from sgpt_jax.bi_encoder import BiEncoder
+from sgpt_jax.checkpoint.fingerprint import model_fingerprint
 from sgpt_jax.checkpoint.untrusted import read_object
 from sgpt_jax.cross_encoder import CrossEncoder
 from sgpt_jax.decoder.model import split
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.metrics import CUTS, Run, cut
+from sgpt_jax.rerank import texts_of
 
-from .beir import add_data_arguments, data_sets
+from .beir import CACHE, add_data_arguments, data_sets, mean_of
 from .models import (
     RERANK_DEPTH,
     LazyModel,
@@ -52,12 +58,14 @@ from .models import (
     cross_encoder,
 )
 from .provenance import provenance
-from .results import of_mteb, write_result
+from .results import Result, check_settings, of_mteb, write_result
 from .stages import Stages, first_stage
 from .sts import similarities
 
 # our metrics -> mteb's, per query
 _NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
+# What prompts are named by, besides tasks.
+_NAMED = ("query", "document", *get_args(TaskType))
 
 
 class BiEncoderModel:
@@ -65,7 +73,9 @@ class BiEncoderModel:
 
     Args:
         model_name: a loaded `BiEncoder`, or what `BiEncoder.from_pretrained` takes.
-        revision: the model's revision, for mteb's records; of a hub id, the one that is loaded.
+        revision: the model's revision, for mteb's records; of a hub id, the one that is loaded. None for a digest of
+            all that its vectors depend on: mteb takes a result in its cache for that of any model of the same name,
+            revision and options.
         device: not used; JAX decides.
         prompts: more named prompts, by the names that mteb looks for: a task (`NFCorpus`), a task and a side
             (`NFCorpus-query`), a type of tasks (`Retrieval`, `Retrieval-query`), or a side (`query`).
@@ -96,7 +106,11 @@ class BiEncoderModel:
         )
         self.prompts = self.model.text.prompts | (prompts or {})
         self.instruction = instruction
-        self.mteb_model_meta = _meta(self.model, revision, self.model.dimension, instruction is not None)
+        given = {"prompts": prompts, "instruction": instruction}
+        more = [self.prompts, self.model.text.default_prompt_name, instruction, self.model.similarity_name]
+        self.mteb_model_meta = _meta(
+            self.model, revision, [self.model.fingerprint(), *more], options | given, self.model.dimension
+        )
 
     def prompt(self, task: TaskMetadata | None, prompt_type: PromptType | None) -> str | None:
         """What goes before the texts of a task; None where its side says it all."""
@@ -119,26 +133,30 @@ class BiEncoderModel:
         *,
         task_metadata: TaskMetadata | None = None,
         prompt_type: PromptType | None = None,
-        batch_size: int | None = None,
+        hf_split: str | None = None,
+        hf_subset: str | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Vectors of a loader's texts, float32 [n, E]; queries and documents with the model's brackets, if any."""
+        """Vectors of a loader's texts, [n, E]; queries and documents with the model's brackets, if any.
+
+        `options` (mteb's encode_kwargs) are those of `BiEncoder.encode`; a prompt among them takes the place of the
+        task's.
+        """
         encode = {
             PromptType.query: self.model.encode_query,
             PromptType.document: self.model.encode_document,
             None: self.model.encode,
         }[prompt_type]
-        return encode(
-            _texts(inputs),
-            prompt=self.prompt(task_metadata, prompt_type),
-            batch_size=batch_size,
-            show_progress=options.get("show_progress_bar"),
-        )
+        if not options.keys() & {"prompt", "prompt_name"}:
+            options["prompt"] = self.prompt(task_metadata, prompt_type)
+        return encode(_texts(inputs), **options)
 
     def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
-        """The model's own similarity, [n, E] x [m, E] -> [n, m]."""
+        """The model's own similarity, [n, E] x [m, E] -> [n, m]; one number of two vectors [E]."""
+        a, b = np.asarray(embeddings1), np.asarray(embeddings2)
         # torch warns of arrays that it may not write to, and JAX's are such
-        return np.array(self.model.similarity(np.asarray(embeddings1), np.asarray(embeddings2)))
+        found = np.array(self.model.similarity(a, b))
+        return found.reshape(()) if a.ndim == b.ndim == 1 else found
 
     def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
         """The same of row with row, [n, E] x [n, E] -> [n]."""
@@ -160,16 +178,27 @@ class CrossEncoderModel:
             if isinstance(model_name, str)
             else model_name
         )
-        self.mteb_model_meta = _meta(self.model, revision, None, False)
+        made_of = model_fingerprint(self.model.decoder, self.model.facts(), head=True)
+        self.mteb_model_meta = _meta(
+            self.model, revision, [made_of, self.model.text.max_seq_length], options, None
+        )
 
     def predict(
-        self, inputs1: Any, inputs2: Any, *, batch_size: int | None = None, **options: Any
+        self,
+        inputs1: Any,
+        inputs2: Any,
+        *,
+        task_metadata: TaskMetadata | None = None,
+        prompt_type: PromptType | None = None,
+        hf_split: str | None = None,
+        hf_subset: str | None = None,
+        **options: Any,
     ) -> np.ndarray:
-        """Scores of pairs, float32 [n]: queries from the first loader, documents from the second."""
-        pairs = list(zip(_texts(inputs1), _texts(inputs2), strict=True))
-        return self.model.predict(
-            pairs, batch_size=batch_size, show_progress=options.get("show_progress_bar")
-        )
+        """Scores of pairs, float32 [n]: queries from the first loader, documents from the second.
+
+        `options` (mteb's encode_kwargs) are those of `CrossEncoder.predict`.
+        """
+        return self.model.predict(list(zip(_texts(inputs1), _texts(inputs2), strict=True)), **options)
 
 
 def local_task(
@@ -241,7 +270,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=epath.Path,
         metavar="FILE",
-        help="JSON object of more prompts by name: a task, a type of tasks, query, document, or TASK-query",
+        help="JSON object of more prompts by name: a task, a data set that is given, a type of tasks, query, document, "
+        "or TASK-query",
     )
     parser.add_argument(
         "--instruction",
@@ -267,49 +297,127 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--tasks are for --model; a cross-encoder re-ranks a data set of your own")
     if args.model and args.first_stage:
         raise InputError("--first-stage is for --cross-encoder, which re-ranks it")
+    unused = [f"--{name.replace('_', '-')}" for name, usual in _OF_DATA.items() if vars(args)[name] != usual]
+    if unused and not args.data:
+        raise InputError(f"{', '.join(unused)}: only for a data set of your own; mteb's tasks have theirs")
     check_stages(args)
+    sets = list(data_sets(args))
+    asked: dict[str, Any] = {}
+    if args.prompts:
+        asked["prompts"] = _prompts(args.prompts, [data.name for _, parts in sets for data in parts])
+    if args.instruction:
+        asked["instruction"] = args.instruction.replace("\\n", "\n")
     lazy = bi_encoder(args) if args.model else cross_encoder(args)
-    depth = args.rerank_depth or RERANK_DEPTH
-    stages = Stages(None, None, depth, epath.Path(args.first_stage) if args.first_stage else None)
-    for task in _tasks(args.tasks):
-        run_task(_adapter(lazy.model, args), task, lazy, args.output)
-    for _, parts in data_sets(args):
+    stages = Stages(
+        lazy if args.model else None,
+        lazy if args.cross_encoder else None,
+        args.rerank_depth or RERANK_DEPTH,
+        epath.Path(args.first_stage) if args.first_stage else None,
+    )
+    of_task = {"model": lazy.identity, **asked}
+    for name in args.tasks:
+        check_settings(args.output / f"{name}.json", "mteb", of_task)
+    settings = {}
+    for name, parts in sets:
         for data in parts:
-            start = time.perf_counter()
-            ignore = (
-                data.ignores_identical_ids if args.ignore_identical_ids is None else args.ignore_identical_ids
-            )
-            data.load()
-            top_ranked = None
-            if args.cross_encoder:
-                run, _ = first_stage(data, stages, max(CUTS) + ignore, data.documents())
-                top_ranked, _ = cut(run, depth, ignore_identical_ids=ignore)
-            adapter = _adapter(lazy.model, args)
-            task = local_task(data, top_ranked=top_ranked, ignore_identical_ids=ignore)
-            scores = evaluate(adapter, task)
-            result = {
-                "kind": "mteb",
-                "name": data.name,
-                "metrics": {key: value for key, value in scores.items() if "@" in key},
-                "mteb": {
-                    key: value for key, value in scores.items() if "_at_" in key and math.isfinite(value)
-                },
-                "model" if args.model else "cross_encoder": lazy.describe(),
-                "seconds": {"total": time.perf_counter() - start},
-                **provenance("mteb", "pytrec_eval-terrier"),
-            }
+            settings[data.name] = stages.settings(data, _ignores(data, args)) | asked
+            check_settings(args.output / f"{data.name}.json", "mteb", settings[data.name], data.facts)
+        if len(parts) > 1:
+            check_settings(args.output / f"{name}.json", "mteb", settings[parts[0].name])
+    tasks = _tasks(args.tasks)
+    adapter = BiEncoderModel(lazy.model, **asked) if args.model else CrossEncoderModel(lazy.model)
+    options = {"batch_tokens": args.batch_tokens}
+    failed = []
+    for task in tasks:
+        try:
+            run_task(adapter, task, lazy, args.output, of_task, options)
+        except Exception as error:  # whatever it is, the other tasks can be had
+            traceback.print_exc()
+            failed.append(f"{task.metadata.name} ({type(error).__name__}: {error})")
+    for name, parts in sets:
+        results = []
+        for data in parts:
+            result = _run_data_set(data, stages, adapter, lazy, _ignores(data, args), options)
+            result["settings"] = settings[data.name] | {"data": data.facts()}
             write_result(args.output / f"{data.name}.json", result)
-            print(f"{data.name}: ndcg@10 {scores['ndcg@10']:.6f} by mteb {mteb.__version__}")
+            results.append(result)
+        if len(parts) > 1:
+            result = mean_of(name, results)
+            write_result(args.output / f"{name}.json", result)
+            print(f"{name}: ndcg@10 {result['metrics']['ndcg@10']:.6f}, mean of {len(parts)} forums")
+    if failed:
+        raise InputError(f"failed: {'; '.join(failed)}")
 
 
-def _adapter(model: Any, args: argparse.Namespace) -> BiEncoderModel | CrossEncoderModel:
-    if args.cross_encoder:
-        return CrossEncoderModel(model)
-    prompts = read_object(args.prompts) if args.prompts else {}
+# Options of data sets, and what they are where they are not given.
+_OF_DATA = {
+    "split": None,
+    "ignore_identical_ids": None,
+    "encoding_errors": "strict",
+    "skip_bad_lines": False,
+    "cache": CACHE,
+}
+
+
+def _ignores(data: DataSet, args: argparse.Namespace) -> bool:
+    return data.ignores_identical_ids if args.ignore_identical_ids is None else args.ignore_identical_ids
+
+
+def _prompts(path: epath.Path, names: list[str]) -> dict[str, str]:
+    """The prompts of a file; the name of a data set at hand stands for that of its task.
+
+    Raises:
+        InputError: the file holds something else, or a name of nothing that has prompts.
+    """
+    prompts = read_object(path)
     if not all(isinstance(text, str) for text in prompts.values()):
-        raise InputError(f"{args.prompts}: must be an object of texts by name")
-    instruction = args.instruction.replace("\\n", "\n") if args.instruction else None
-    return BiEncoderModel(model, prompts=prompts, instruction=instruction)
+        raise InputError(f"{path}: must be an object of texts by name")
+    found = {}
+    for key, text in prompts.items():
+        name = key.removesuffix("-query").removesuffix("-document")
+        if name in names:
+            key = f"Local-{key}"
+        elif not (name.removeprefix("Local-") in names or name in _NAMED or _is_task(name)):
+            raise InputError(
+                f"{path}: {key!r} names no task of mteb {mteb.__version__}, no type of tasks, no data set that is "
+                "given, and neither query nor document"
+            )
+        found[key] = text
+    return found
+
+
+def _is_task(name: str) -> bool:
+    try:
+        return mteb.get_task(name).metadata.name == name
+    except KeyError:
+        return False
+
+
+def _run_data_set(
+    data: DataSet, stages: Stages, adapter: Any, lazy: LazyModel, ignore: bool, options: dict[str, Any]
+) -> Result:
+    start = time.perf_counter()
+    data.load()
+    top_ranked, first = None, {"name": "bi-encoder"}
+    if stages.cross_encoder:
+        run, first = first_stage(data, stages, stages.depth + ignore, data.documents())
+        top_ranked, _ = cut(run, stages.rerank_depth, ignore_identical_ids=ignore)
+        if stages.runs:
+            texts_of(top_ranked, data.documents())  # names a document that the corpus lacks
+    scores = evaluate(adapter, local_task(data, top_ranked=top_ranked, ignore_identical_ids=ignore), options)
+    print(f"{data.name}: ndcg@10 {scores['ndcg@10']:.6f} by mteb {mteb.__version__}")
+    return {
+        "kind": "mteb",
+        "name": data.name,
+        "metrics": {key: value for key, value in scores.items() if "@" in key},
+        "mteb": {key: value for key, value in scores.items() if "_at_" in key and math.isfinite(value)},
+        "first_stage": first,
+        "model": lazy.describe() if stages.model else None,
+        "cross_encoder": lazy.describe() if stages.cross_encoder else None,
+        "counts": {"queries": len(data.queries)},
+        "seconds": {"total": time.perf_counter() - start},
+        **provenance("mteb", "pytrec_eval-terrier"),
+    }
 
 
 def _tasks(names: list[str]) -> list[Any]:
@@ -332,25 +440,41 @@ def _tasks(names: list[str]) -> list[Any]:
     return tasks
 
 
-def run_task(adapter: Any, task: Any, lazy: LazyModel, output: epath.Path) -> None:
-    """Evaluates one task of mteb and writes OUTPUT/TASK.json."""
+def run_task(
+    adapter: Any,
+    task: Any,
+    lazy: LazyModel,
+    output: epath.Path,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Evaluates one task of mteb and writes OUTPUT/TASK.json; `options` as in `evaluate`."""
     start = time.perf_counter()
-    found = mteb.evaluate(adapter, task, cache=None, co2_tracker=False, show_progress_bar=False)
     path = output / f"{task.metadata.name}.json"
-    result = of_mteb(path, found.task_results[0].to_dict()) | {
+    result = of_mteb(path, _evaluated(adapter, task, options).to_dict()) | {
         "model": lazy.describe(),
+        "settings": settings,
         "seconds": {"total": time.perf_counter() - start},
         **provenance("mteb"),
     }
     write_result(path, result)
-    print(f"{task.metadata.name}: {result['main_score']:.6f} by mteb {mteb.__version__}")
+    score = "-" if result["main_score"] is None else f"{result['main_score']:.6f}"
+    print(f"{task.metadata.name}: {score} by mteb {mteb.__version__}")
 
 
-def evaluate(model: Any, task: AbsTaskRetrieval) -> dict[str, float]:
-    """mteb's scores for one local task. Nothing is read from or written to mteb's cache of results."""
-    found = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
-    (scores,) = found.task_results[0].scores[task.metadata.eval_splits[0]]
+def evaluate(model: Any, task: AbsTaskRetrieval, options: dict[str, Any] | None = None) -> dict[str, float]:
+    """mteb's scores for one local task; `options` are for the model's `encode` or `predict`."""
+    (scores,) = _evaluated(model, task, options or {}).scores[task.metadata.eval_splits[0]]
     return dict(scores)
+
+
+def _evaluated(model: Any, task: Any, options: dict[str, Any]) -> Any:
+    """mteb's result of one task. Nothing is read from or written to mteb's cache of results."""
+    given: Any = {"show_progress_bar": False, **options}
+    found = mteb.evaluate(
+        model, task, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs=given
+    )
+    return found.task_results[0]
 
 
 def _texts(loader: Any) -> list[str]:
@@ -362,20 +486,38 @@ def _at(source: str, revision: str | None) -> str:
     return f"{source}@{revision}" if revision and not Path(source).exists() else source
 
 
-def _meta(model: Any, revision: str | None, dimension: int | None, instructed: bool) -> ModelMeta:
+def _meta(
+    model: Any, revision: str | None, made_of: list[Any], given: dict[str, Any], dimension: int | None
+) -> ModelMeta:
+    """What mteb files results under: by all that they depend on, since it takes those of the same name and revision
+    for this model's.
+
+    Args:
+        model: a loaded model.
+        revision: what the user calls it.
+        made_of: its weights and settings, as JSON values.
+        given: what was asked for besides the source: an experiment, as mteb calls it.
+        dimension: of its vectors.
+    """
+    text = json.dumps([*made_of, model.decoder.dtype.name, model.decoder.build.int8], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:40]
+    experiment = {
+        name: str(value) for name, value in given.items() if value not in (None, {}) and name != "mesh"
+    }
     name = model.name if "/" in model.name else f"local/{model.name or 'model'}"
     leaves = jax.tree.leaves(split(model.decoder)[1])
     config = model.decoder.config
     facts = {
         "name": name,
-        "revision": revision or "local",
+        "revision": revision or digest,
+        "experiment_kwargs": experiment and {**experiment, "digest": digest[:16]},
         "n_parameters": sum(leaf.size for leaf in leaves),
         "n_embedding_parameters": config.vocab_size * config.embed_dim,
         "memory_usage_mb": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**20,
         "max_tokens": model.text.max_seq_length,
         "embed_dim": dimension,
         "similarity_fn_name": model.similarity_name if dimension else None,
-        "use_instructions": instructed,
+        "use_instructions": given.get("instruction") is not None,
         "model_type": ["dense"] if dimension else ["cross-encoder"],
         "framework": ["JAX"],
     }

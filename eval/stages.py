@@ -49,7 +49,7 @@ class Stages:
         """How many documents of a query are ranked: for all metrics, and for all that is re-ranked."""
         return max(*CUTS, self.rerank_depth)
 
-    def settings(self, data: DataSet) -> dict[str, Any]:
+    def settings(self, data: DataSet, ignore_identical_ids: bool) -> dict[str, Any]:
         """All that a result depends on besides the data: two results with equal settings are the same."""
         found: dict[str, Any] = {}
         if self.depth > max(CUTS):  # as a run was never deeper once, which results without it say
@@ -64,7 +64,12 @@ class Stages:
             found["hybrid"] = _HYBRID
         if self.cross_encoder:
             found["cross_encoder"] = {**self.cross_encoder.identity, "rerank_depth": self.rerank_depth}
-        return found
+        return found | {
+            "split": data.split,
+            "ignore_identical_ids": ignore_identical_ids,
+            "encoding_errors": data.encoding_errors,
+            "skip_bad_lines": data.skip_bad_lines,
+        }
 
     def run_file(self, name: str) -> epath.Path:
         """The first stage's run for a data set."""

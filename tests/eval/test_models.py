@@ -350,6 +350,170 @@ def test_prompts_and_instructions_of_mtebs_tasks(tiny, tmp_path, monkeypatch):
     assert main(["mteb", "--tasks", "NoSuchTask", "--model", tiny, *options]) == 1
 
 
+@pytest.fixture
+def sts(monkeypatch):
+    """Two tasks of mteb whose data are here; the second cannot be correlated. Returns mteb's own evaluate."""
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    mteb = pytest.importorskip("mteb", reason="mteb is not installed")
+    from datasets import Dataset, DatasetDict
+
+    rows = {
+        "STSBenchmark": [("a b", "a", 4), ("c", "d", 1), ("e f", "e", 3), ("g h", "i", 2)],
+        "SICK-R": [("a", "a", 4), ("a", "a", 1)],
+    }
+    for name, pairs in rows.items():
+        columns = [{"sentence1": a, "sentence2": b, "score": s} for a, b, s in pairs]
+
+        def load(self, columns=columns, **options):
+            self.dataset, self.data_loaded = DatasetDict({"test": Dataset.from_list(columns)}), True
+
+        monkeypatch.setattr(type(mteb.get_task(name)), "load_data", load)
+    return mteb.evaluate
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mtebs_cache_takes_no_other_model_for_this_one(tiny, sts, tmp_path):
+    import mteb
+
+    from eval.mteb import BiEncoderModel, CrossEncoderModel
+
+    models = [
+        BiEncoderModel(tiny, revision, **options)
+        for revision in (None, "named")
+        for options in (
+            {},
+            {"pooling": "mean"},
+            {"truncate_dim": 4},
+            {"dtype": "bfloat16"},
+            {"prompts": {"STS": "x: "}},
+            {"prompts": {"STS": "x? "}},
+            {"instruction": "{instruction}"},
+        )
+    ]
+    models += [BiEncoderModel(BiEncoder.from_pretrained(tiny).with_prompts(query="q: "))]
+    models += [CrossEncoderModel(tiny, prompt=prompt) for prompt in (None, "{} a", "{} b")]
+    cache = mteb.ResultCache(tmp_path)
+    paths = [cache.get_task_result_path("STSBenchmark", model.mteb_model_meta) for model in models]
+    assert len(set(paths)) == len(paths)
+    assert models[0].mteb_model_meta == BiEncoderModel(tiny).mteb_model_meta
+
+    def score(model):
+        found = sts(model, mteb.get_task("STSBenchmark"), cache=cache, co2_tracker=False)
+        return found.task_results[0].get_score()
+
+    alone = [mteb_score(sts, model) for model in models[:3]]
+    assert [score(model) for model in models[:3]] == alone
+
+
+def mteb_score(evaluate, model, **options):
+    import mteb
+
+    task = mteb.get_task("STSBenchmark")
+    found = evaluate(model, task, cache=None, co2_tracker=False, encode_kwargs=options)
+    return found.task_results[0].get_score()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_options_of_mtebs_encode_are_used_or_refused(tiny, sts):
+    from eval.mteb import BiEncoderModel, CrossEncoderModel
+
+    encoder, ranker = BiEncoderModel(tiny, prompts={"STS": "x: "}), CrossEncoderModel(tiny)
+    texts, of_mteb = [{"text": ["a b", "c"]}], {"hf_split": "test", "hf_subset": "default", "batch_size": 32}
+    found = encoder.encode(texts, truncate_dim=4, normalize_embeddings=True, prompt="y: ", **of_mteb)
+    expected = encoder.model.encode(["a b", "c"], prompt="y: ", truncate_dim=4, normalize=True)
+    assert np.array_equal(found, expected)
+    assert encoder.encode(texts, precision="int8", **of_mteb).dtype == np.int8
+    with pytest.raises(TypeError, match="'chunks'"):
+        encoder.encode(texts, chunks=3, **of_mteb)
+    with pytest.raises(TypeError, match="'chunks'"):
+        ranker.predict(texts, texts, chunks=3, **of_mteb)
+    assert mteb_score(sts, encoder, prompt="") == mteb_score(sts, BiEncoderModel(tiny))
+    one = encoder.similarity(expected[0], expected[1])  # as mteb's tasks of summaries ask
+    assert one.shape == () and float(one) == encoder.similarity(expected[:1], expected[1:])[0, 0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_of_mteb_that_fails_does_not_take_the_others_with_it(tiny, sts, tmp_path, monkeypatch, capsys):
+    import mteb
+
+    def evaluate(model, task, **options):
+        if task.metadata.name == "STS12":
+            raise RuntimeError("no such luck")
+        assert options["encode_kwargs"]["batch_tokens"] == 64
+        return sts(model, task, **options)
+
+    monkeypatch.setattr(mteb, "evaluate", evaluate)
+    monkeypatch.setattr(type(mteb.get_task("STS12")), "load_data", lambda self, **options: None)
+    tasks = ["--tasks", "STS12", "SICK-R", "STSBenchmark", "--batch-tokens", "64"]
+    assert main(["mteb", *tasks, "--model", tiny, "--output", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert "failed: STS12 (RuntimeError: no such luck)" in captured.err and "SICK-R: - by" in captured.out
+    assert read(tmp_path / "out/SICK-R.json")["main_score"] is None
+    assert isinstance(read(tmp_path / "out/STSBenchmark.json")["main_score"], float)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_results_of_mteb_replace_no_other_ones(tiny, small, tmp_path, capsys):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    pytest.importorskip("mteb", reason="mteb is not installed")
+    for name, prompts in (("one", {"small-query": "x: "}), ("two", {"Local-small-query": "x: "})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(prompts))
+    arguments = ["mteb", small, "--model", tiny, "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0 and main(arguments) == 0  # the same again
+    for options, message in (
+        (["--pooling", "mean"], "small.json: was made with other settings (model); give another"),
+        (["--prompts", str(tmp_path / "one.json")], "other settings (prompts)"),
+    ):
+        assert main([*arguments, *options]) == 1 and message in capsys.readouterr().err
+    assert main(["beir", small, "--output", str(tmp_path / "out"), "--model", tiny]) == 1
+    assert "is a result of eval mteb" in capsys.readouterr().err
+    arguments[-1] = str(tmp_path / "prompted")
+    for name in ("one", "two"):
+        assert main([*arguments, "--prompts", str(tmp_path / f"{name}.json")]) == 0
+    metrics, plain = (read(tmp_path / f"{part}/small.json")["metrics"] for part in ("prompted", "out"))
+    options = ["--model", tiny, "--query-prompt", "x: ", "--output", str(tmp_path / "beir")]
+    assert main(["beir", small, *options]) == 0
+    expected = read(tmp_path / "beir/small.json")["metrics"]
+    assert metrics["map@100"] == pytest.approx(expected["map@100"], abs=1e-6) != plain["map@100"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mteb_refuses(tiny, small, tmp_path, capsys):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    pytest.importorskip("mteb", reason="mteb is not installed")
+    (tmp_path / "p.json").write_text('{"STS": "a", "NFCorpus-query": "b", "query": "c", "STZ": "d"}')
+    (tmp_path / "run.trec").write_text("q0 Q0 d0 1 2.0 t\nq0 Q0 gone 2 1.0 t\n")
+    task = ["--tasks", "STSBenchmark", "--model", tiny]
+    for options, message in (
+        ([*task, "--split", "dev", "--skip-bad-lines"], "--split, --skip-bad-lines: only for a data set"),
+        ([*task, "--ignore-identical-ids", "--encoding-errors", "replace"], "--ignore-identical-ids, --enc"),
+        ([*task, "--cache", "x"], "--cache: only for a data set"),
+        ([*task, "--prompts", str(tmp_path / "p.json")], "p.json: 'STZ' names no task"),
+        ([small, "--cross-encoder", tiny, "--first-stage", str(tmp_path / "run.trec")], "'gone' for query"),
+    ):
+        assert main(["mteb", *options, "--output", str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mteb_has_the_mean_of_cqadupstack(tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch", reason="mteb evaluates with torch's loaders")
+    pytest.importorskip("mteb", reason="mteb is not installed")
+    monkeypatch.setattr("eval.datasets.FORUMS", ("gis", "tex"))
+    for forum, texts in (("gis", ["a b", "c", "d e"]), ("tex", ["e", "a b c", "d"])):
+        corpus = [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)]
+        folder = tmp_path / "cqadupstack" / forum
+        eval_cases.write_beir(folder, corpus, [{"_id": "q0", "text": "a"}], "q0\td0\t1\n")
+    options = ["--model", tiny, "--output", str(tmp_path / "out")]
+    assert main(["mteb", str(tmp_path / "cqadupstack"), *options]) == 0
+    mean, *parts = (
+        read(tmp_path / f"out/cqadupstack{part}.json")["metrics"]["ndcg@10"] for part in ("", "-gis", "-tex")
+    )
+    assert mean == pytest.approx(np.mean(parts)) and "cqadupstack: ndcg@10" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "out"), "--no-published"]) == 0
+    assert f"by mteb [1] | {mean:.4f} |" in capsys.readouterr().out
+
+
 def test_revision_is_the_hubs_commit_or_a_digest_of_the_files(tmp_path):
     commit = tmp_path / "models--org--name/snapshots" / ("0123456789" * 4)
     commit.mkdir(parents=True)
