@@ -47,9 +47,10 @@ def test_pooling_modes_are_checked(capsys):
     [
         "search none heron --rerank 2 --cross-encoder M",
         "index -o none --compact",
-        "index -o none --remove d1 --encoding-errors replace",
+        "index -o none --remove @ids.txt --encoding-errors replace",
         "embed none -o v.npy --model M --no-brackets",
-        "embed none -o v.npy --model M --side query --brackets --query-prompt P --document-prompt P",
+        "embed none -o v.npy --model M --side query --brackets --query-prompt P",
+        "embed none -o v.npy --model M --side document --no-brackets --document-prompt P",
     ],
 )
 def test_what_they_are_for_is_not(command, tmp_path, monkeypatch, capsys):
