@@ -206,6 +206,8 @@ def run_data_set(data: DataSet, stages: Stages, output: epath.Path, args: argpar
     """
     ignore = data.ignores_identical_ids if args.ignore_identical_ids is None else args.ignore_identical_ids
     settings = stages.settings(data, ignore)
+    if processes.count() > 1:
+        processes.check_alike(settings | {"data": data.facts()})
     path = output / f"{data.name}.json"
     found = processes.from_first(path.exists() and not args.overwrite)
     if found and processes.first():

@@ -18,6 +18,7 @@ from eval.labels import label
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.runs import read_qrels, read_run
 from sgpt_jax.hybrid import fuse
+from sgpt_jax.runtime import processes
 
 
 @pytest.fixture
@@ -344,3 +345,13 @@ def test_a_run_replaces_that_of_the_other_form(tmp_path, capsys):
     eval_cases.write_beir(folder, corpus, query, "q0\td0\t1\n")
     assert run(folder, "--output", tmp_path / "out", "--overwrite") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ids.json", "ids.trec"]
+
+
+def test_processes_that_would_measure_different_systems_are_refused(
+    small, tmp_path, models, monkeypatch, capsys
+):
+    other = {"model": {"revision": "another"}}
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", lambda value: [value, value and value | other])
+    assert run(small, "--model", "fake", "--output", tmp_path / "out") == 1
+    assert "the processes differ in model: start the same command" in capsys.readouterr().err
