@@ -19,6 +19,7 @@ from sgpt_jax.decoder.build import Lora
 from sgpt_jax.decoder.model import merge, split
 from sgpt_jax.decoder.sharding import leaf_path
 from sgpt_jax.errors import InputError
+from sgpt_jax.families import export_config
 from sgpt_jax.saving import save_settings
 
 from .recipes import TrainConfig
@@ -80,9 +81,6 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
         save_bias_set(folder / BIASES, BiasSet(biases, bias_header(model, record)))
         messages.append(f"biases: {folder / BIASES}")
     apart = model.decoder.build.lora is not None and not record.config.merge
-    # What an earlier end of the same run left would be loaded in place of what is written now, or beside it.
-    for stale in folder.glob("model*.safetensors*" if apart else "adapter_*"):
-        stale.unlink()
     training, results = _training_rows(record, model.decoder.build.lora), _result_rows(record)
     if apart:
         base = record.config.model
@@ -99,11 +97,12 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
     )
     model = dataclasses.replace(model, decoder=merge(structure, masters))
     try:
-        model.save_pretrained(folder, training=training, results=results)
+        export_config(model.hf_config, model.decoder.config)
     except InputError as error:
         if not only_biases:
             raise
         return [*messages, f"no model folder: {error}"]
+    model.save_pretrained(folder, training=training, results=results)
     return [*messages, f"model: {folder}"]
 
 

@@ -23,7 +23,7 @@ from .log import Callback, RunLog
 from .prepare import LOOKED_AT, LOOKS, Run, prepare
 from .programs import StepPrograms
 from .recipes import TrainConfig
-from .resume import write_config
+from .resume import run_note
 from .step import agree, place_batch
 
 
@@ -123,9 +123,11 @@ def finish(run: Run, log: RunLog) -> None:
         started_from=run.started_from,
     )
     output = epath.Path(run.config.output)
-    messages = export(run.trained_model(trainable), trainable, record, output, write=first)
+    model = run.trained_model(trainable)
+    # The note of the run is in every config.json that is ever there: --resume knows by it what may be written over.
+    model = dataclasses.replace(model, hf_config={**model.hf_config, **run_note(run.config, run.inputs)})
+    messages = export(model, trainable, record, output, write=first)
     if first:
-        write_config(run.config, run.inputs)
         log.plot()
     for message in messages:
         log.say(message)

@@ -183,9 +183,8 @@ def prepare(config: TrainConfig) -> Run:
         start, state, position = found
         looks, looked_at = position.pop(LOOKS, []), position.pop(LOOKED_AT, None)
         batches.set_state(position)
-    if evaluate is not None:
-        check_looks(config, looks, looked_at, evaluate.data)
-        looked_at = evaluate.data
+    now = None if evaluate is None else evaluate.data
+    check_looks(config, looks, looked_at, now)
     if config.resume:
         checkpoints.drop_best_after(start)
     if first:
@@ -194,7 +193,7 @@ def prepare(config: TrainConfig) -> Run:
     return Run(
         config, mesh, model, base_sha256, inputs, started_from, structure, frozen, state,
         jit_step(step, state, mesh), chunk_rows, rate, len(examples), batches, evaluate,
-        config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks, looked_at,
+        config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks, now,
     )  # fmt: skip
 
 

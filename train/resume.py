@@ -25,22 +25,37 @@ RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what 
 INPUTS = "inputs"  # the key of the digests of what it reads, among its options
 ADAPTER_RUN = "run.json"  # where that is of a run that leaves adapters
 
+# Files of a model, which the end of a run would write over, or leave beside another one's.
+_OF_A_MODEL = (
+    "config.json", ADAPTER_RUN, "adapter_config.json", "modules.json", "*.safetensors", "pytorch_model*.bin", "*.gguf",
+)  # fmt: skip
+
 
 def check_output(config: TrainConfig) -> None:
     """Looks at what is in the folder of the run: nothing, or the run to resume, with the same options.
 
     Raises:
-        InputError: there is a run already and `resume` is off, or it had other options; or it is a bucket.
+        InputError: there is a run already and `resume` is off, or it had other options; or there is a model, or
+            checkpoints, of which no run is noted, and which would be lost, or taken for those of this one; or it is a
+            bucket.
     """
     if "://" in config.output:
         raise InputError(
             f"{config.output}: logs and checkpoints grow step by step and must be in a local folder"
         )
-    if _file(config.output).exists() and not config.resume:
-        raise InputError(
-            f"{config.output}: holds a run or a model already; go on with --resume, or name another folder"
-        )
-    ours, theirs = json.loads(json.dumps(dataclasses.asdict(config))), _noted(config)
+    folder, theirs = epath.Path(config.output), _noted(config)
+    if not theirs:
+        if found := next((path.name for name in _OF_A_MODEL for path in folder.glob(name)), None):
+            raise InputError(f"{folder}: holds a model ({found}), not a run: name another folder")
+        for name in ("checkpoints", "best"):
+            if any((folder / name).glob("*")):
+                raise InputError(
+                    f"{folder}: holds {name} of a run of which nothing else is left: name another folder"
+                )
+        return
+    if not config.resume:
+        raise InputError(f"{folder}: holds a run already; go on with --resume, or name another folder")
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
     other = [name for name, value in ours.items() if name not in FREE and theirs.get(name, value) != value]
     if other:
         differences = ", ".join(
@@ -71,7 +86,7 @@ def check_inputs(config: TrainConfig, inputs: dict[str, str]) -> None:
 
 
 def check_looks(
-    config: TrainConfig, looks: list[float], before: dict[str, str] | None, now: dict[str, str]
+    config: TrainConfig, looks: list[float], before: dict[str, str] | None, now: dict[str, str] | None
 ) -> None:
     """Looks whether the dev metric is still of the same data: else the best of before would be compared with others.
 
@@ -80,16 +95,19 @@ def check_looks(
     Args:
         config: of the run.
         looks: the metrics so far.
-        before, now: what they looked at, and what the next ones will, see `train.dev.DevEvaluator.data`.
+        before, now: what they looked at, and what the next ones will, see `train.dev.DevEvaluator.data`; None without
+            any, or before it was noted.
 
     Raises:
         InputError: it is not, and there are metrics already.
     """
-    differs = bool(looks) and before is not None and before["digest"] != now["digest"]
+    differs = bool(looks) and (now is None or (before is not None and before["digest"] != now["digest"]))
     if not agree(differs)[0]:
         return
-    then, source = "other data" if before is None else before["source"], now["source"]
+    then, source = ("other data" if each is None else each["source"] for each in (before, now))
     also = ", whose content has changed since" if then == source else f", not {source}"
+    if now is None:
+        also = ", which is missing now"
     raise InputError(f"{config.output}: the best checkpoint so far was chosen with --dev {then}{also}")
 
 
@@ -110,6 +128,11 @@ def model_digest(model: BiEncoder, base_sha256: str, bias_set: BiasSet | None) -
     return digest.hexdigest()
 
 
+def run_note(config: TrainConfig, inputs: dict[str, str]) -> dict[str, Any]:
+    """What is noted of a run, by its key in config.json."""
+    return {RUN: dataclasses.asdict(config) | {INPUTS: inputs}}
+
+
 def write_config(config: TrainConfig, inputs: dict[str, str]) -> None:
     """Writes the run's configuration into config.json, beside what the model may have there (transformers keeps it).
 
@@ -119,19 +142,15 @@ def write_config(config: TrainConfig, inputs: dict[str, str]) -> None:
     path = epath.Path(config.output) / (ADAPTER_RUN if adapters else "config.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     model = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, model | {RUN: dataclasses.asdict(config) | {INPUTS: inputs}})
-
-
-def _file(output: str) -> epath.Path:
-    """Where the configuration of a run is, or will be."""
-    paths = [epath.Path(output) / name for name in ("config.json", ADAPTER_RUN)]
-    return next((path for path in paths if path.exists()), paths[0])
+    write_json(path, model | run_note(config, inputs))
 
 
 def _noted(config: TrainConfig) -> dict[str, Any]:
-    """The options that the run to resume was started with, and its inputs; nothing where there is none."""
-    path = _file(config.output)
-    try:
-        return dict(json.loads(path.read_text()).get(RUN) or {}) if config.resume and path.exists() else {}
-    except (ValueError, TypeError, AttributeError):
-        return {}
+    """The options that the run in the folder was started with, and its inputs; nothing where there is none."""
+    for name in ("config.json", ADAPTER_RUN):
+        try:
+            if noted := json.loads((epath.Path(config.output) / name).read_text()).get(RUN):
+                return dict(noted)
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
+    return {}

@@ -31,6 +31,7 @@ from training import (
 import train
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
+from sgpt_jax.errors import InputError
 from train.__main__ import main
 from train.dev import make_evaluator
 from train.log import RunLog
@@ -111,6 +112,17 @@ def test_a_disk_that_is_full_during_training(base, pairs, tmp_path):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'out'}") and "File too large" in last, done.stderr
+
+
+def test_a_disk_that_is_full_at_the_end(base, pairs, tmp_path, monkeypatch, capsys):
+    """A model folder that could not be written is an error, not a note as where transformers has no such model."""
+
+    def full(*_, **__):
+        raise InputError("the weights cannot be written: no space left")
+
+    monkeypatch.setattr(BiEncoder, "save_pretrained", full)
+    assert main(arguments(base, pairs, tmp_path / "out", "--steps", 2)) == 1
+    assert "no space left" in capsys.readouterr().err
 
 
 def test_tokens_a_second_are_not_invented(base, pairs, tmp_path, monkeypatch):

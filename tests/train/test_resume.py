@@ -5,12 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from training import arguments, metrics
 
 import train
+import train.loop
 from train.__main__ import main
 from train.resume import INPUTS, RUN
 
@@ -91,7 +93,7 @@ def test_a_base_that_changed_in_place(part, base, pairs, tmp_path, capsys):
 
 
 def test_another_dev(base, pairs, sts, tmp_path, capsys):
-    """Numbers of two data sets are not compared; without one, or with a first one, a run goes on."""
+    """Numbers of two data sets are not compared, and the best is not passed over; with a first one a run goes on."""
     out, dev = tmp_path / "out", tmp_path / "dev.csv"
     shutil.copy(sts, dev)
     other = tmp_path / "other.csv"
@@ -102,8 +104,9 @@ def test_another_dev(base, pairs, sts, tmp_path, capsys):
     assert main([*run, "--resume", "--dev", str(other)]) == 1
     assert f"--dev {dev}, not {other}" in capsys.readouterr().err
     assert contents(out) == before
-    assert main([*run, "--resume"]) == 0
-    assert main([*run, "--resume", "--dev", str(other)]) == 1
+    assert main([*run, "--resume"]) == 1
+    assert f"--dev {dev}, which is missing now" in capsys.readouterr().err
+    assert contents(out) == before
     assert main([*run, "--resume", "--dev", str(dev)]) == 0
     shutil.copy(other, dev)
     capsys.readouterr()
@@ -113,6 +116,66 @@ def test_another_dev(base, pairs, sts, tmp_path, capsys):
     run = arguments(base, pairs, tmp_path / "none", "--steps", 4, "--eval-every", 2, "--save-every", 1)
     assert main(run) == 0
     assert main([*run, "--resume", "--dev", str(other)]) == 0
+
+
+def whole(folder, base):
+    shutil.copytree(base, folder)
+
+
+def adapter(folder, base):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"a": np.ones(2, np.float32)}, folder / "adapter_model.safetensors")
+
+
+def settings(folder, base):
+    folder.mkdir()
+    (folder / "modules.json").write_text("[]")
+
+
+def left_over(folder, base):
+    (folder / "best/2").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (whole, "holds a model (config.json), not a run"),
+        (adapter, "holds a model (adapter_config.json), not a run"),
+        (settings, "holds a model (modules.json), not a run"),
+        (left_over, "holds best of a run of which nothing else is left"),
+    ],
+)
+def test_folders_that_hold_no_run(fill, message, base, pairs, tmp_path, capsys):
+    """Neither a start nor --resume writes there, be it the folder of --model itself, nor is --resume advised."""
+    out = tmp_path / "out"
+    fill(out, base)
+    before = contents(out)
+    run = arguments(str(out) if fill is whole else base, pairs, out, "--steps", 2)
+    for more in ([], ["--resume"]):
+        assert main([*run, *more]) == 1
+        error = capsys.readouterr().err
+        assert message in error and "--resume" not in error
+        assert contents(out) == before
+
+
+def test_a_run_whose_end_was_cut_short_is_still_known(base, pairs, tmp_path, monkeypatch, capsys):
+    """Stopped as soon as the model folder is there: the run's options stay noted beside the model."""
+    export = train.loop.export
+
+    def then_stops(*arguments, **more):
+        export(*arguments, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.loop, "export", then_stops)
+    run = arguments(base, pairs, tmp_path / "out", "--steps", 2)
+    assert main(run) == 130
+    monkeypatch.undo()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == "gpt_neo" and config[RUN][INPUTS]
+    assert main([*run, "--resume", "--scale", "5"]) == 1
+    assert "scale 20.0, now 5.0" in capsys.readouterr().err
+    assert main([*run, "--resume"]) == 0
 
 
 def test_the_best_of_other_evaluations_after_a_kill(base, pairs, sts, tmp_path):
