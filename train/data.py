@@ -127,8 +127,8 @@ def read_pairs(source: str, split: str | None = None) -> list[Example]:
 
     Args:
         source: JSON lines, a JSON array, CSV, Parquet, or TSV (quotes are plain characters; without a header the
-            columns are query, positive and any number of negatives); or a TFDS source (see `open_tfds`) with such
-            features.
+            columns are query, positive and any number of negatives, of which empty cells are none); or a TFDS source
+            (see `open_tfds`) with such features.
         split: of a TFDS source; "train" by default.
 
     Raises:
@@ -156,7 +156,7 @@ def read_pairs(source: str, split: str | None = None) -> list[Example]:
         elif len(row) < 2:
             raise line_error(source, line, "a query and a positive are needed, with a tab between them")
         else:
-            examples.append(Example(row[0], row[1], tuple(row[2:])))
+            examples.append(Example(row[0], row[1], tuple(filter(None, row[2:]))))
     if not examples:
         raise InputError(f"{display_name(source)}: holds no examples")
     return examples

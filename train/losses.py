@@ -112,7 +112,8 @@ def contrastive_loss(
     absent = jnp.concatenate([jnp.zeros(batch, bool), ~negative_mask.reshape(-1)])
     ignored = _not_negatives(query_ids, positive_ids, candidate_ids) | absent[None, :]
     if near_mask is not None:
-        same = same_text(negative_ids.reshape(batch * count, 2), candidate_ids).reshape(batch, count, -1)
+        same = same_text(negative_ids.reshape(batch * count, 2), candidate_ids)
+        same = same.reshape(batch, count, len(candidate_ids))  # no -1: count may be 0
         ignored |= jnp.any(same & near_mask[..., None], axis=1)
     loss = _classify(queries, candidates, ignored, scale)
     if both_directions:

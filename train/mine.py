@@ -15,6 +15,7 @@ from sgpt_jax.decoder.sharding import device_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.beir import DataSet
 from sgpt_jax.files.corpora import Document
+from sgpt_jax.files.hub_tables import is_hub
 from sgpt_jax.files.lines import write_jsonl
 from sgpt_jax.index.streaming import search_corpus
 from sgpt_jax.metrics import Run
@@ -85,11 +86,11 @@ def mine(
     The negatives are drawn from what `limits` leaves of the query's ranking, which is BM25's (that of evaluation, see
     `sgpt_jax.bm25`) or the bi-encoder's exact search by its own similarity. No negative is judged relevant, or has the
     text of the query or of a positive; nor the query's id in the data sets whose corpus holds the queries, as in
-    evaluation. Where ranks alone matter, and a query finds too few documents, any others are taken; where scores do, an
-    example may have fewer negatives.
+    evaluation. Where ranks alone matter, and a query finds too few documents, any others are taken, but those that were
+    skipped; where scores do, an example may have fewer negatives.
 
     Raises:
-        InputError: the data are not as they should be, or the limits leave nothing.
+        InputError: the data are not as they should be, the output is one of their files, or the limits leave nothing.
     """
     if not 0 < negatives <= limits.depth - limits.skip or limits.skip < 0:
         raise InputError(
@@ -99,6 +100,9 @@ def mine(
         raise InputError(f"--seed must be at least 0, not {seed}")
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     folder = DataSet(epath.Path(data).resolve().name, epath.Path(data), split).load()
+    read = () if is_hub(data) else map(folder.file, ("corpus", "queries", "qrels"))
+    if epath.Path(output).resolve() in [epath.Path(path).resolve() for path in read]:
+        raise InputError(f"--output {output}: is a file of --data; name another")
     documents = list(folder.documents())
     texts = {document.id: document.text for document in documents}
     relevant = {
@@ -119,7 +123,8 @@ def mine(
         pools = [limits.pool(others, scores.get((query, positive), 0.0)) for positive in positives]
         if not limits.by_score and len(pools[0]) < negatives:
             # A query whose words hardly occur: any document will do.
-            rest = [id for id in texts if id not in unfit[query] and id not in pools[0]]
+            left_out = {*unfit[query], *list(others)[: limits.skip], *pools[0]}
+            rest = [id for id in texts if id not in left_out]
             missing = min(negatives - len(pools[0]), len(rest))
             pools = [pools[0] + [rest[row] for row in draw.choice(len(rest), missing, replace=False)]] * len(
                 positives

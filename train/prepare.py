@@ -137,6 +137,11 @@ def prepare(config: TrainConfig) -> Run:
         raise InputError(f"--batch-size {config.batch_size} cannot be split over {shards} devices (--mesh)")
     bias_set = load_bias_set(config.biases) if config.biases else None
     examples, evaluate, notes = _open_data(config)
+    if config.distill and not examples.negatives:
+        raise InputError(
+            f"{config.corpus or config.data}: no example has a hard negative, whose score --distill {config.distill} "
+            "could fit"
+        )
     model = _load_model(config, mesh)
     structure, params = split(model.decoder)
     base_sha256 = load.base_sha256(load.open_model(resolve(config.model)).files, model.decoder)

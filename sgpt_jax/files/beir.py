@@ -51,9 +51,9 @@ class DataSet:
         Raises:
             InputError: a file is missing or breaks a rule, or no query of the queries file is judged.
         """
-        qrels_file = self._file("qrels")
+        qrels_file = self.file("qrels")
         self.qrels = read_qrels(qrels_file, errors=self.encoding_errors, report=self._report("qrels"))
-        queries_file = self._file("queries")
+        queries_file = self.file("queries")
         queries = read_queries(
             queries_file,
             errors=self.encoding_errors,
@@ -72,7 +72,7 @@ class DataSet:
             InputError: as `sgpt_jax.files.corpora.read_corpus`.
         """
         return read_corpus(
-            self._file("corpus"),
+            self.file("corpus"),
             errors=self.encoding_errors,
             skip_bad_lines=self.skip_bad_lines,
             report=self._report("corpus"),
@@ -101,7 +101,7 @@ class DataSet:
         """BEIR's rule: in ArguAna and Quora the queries are themselves in the corpus."""
         return self.name in ("arguana", "quora")
 
-    def _file(self, part: str) -> PathLike:
+    def file(self, part: str) -> PathLike:
         """Where "corpus", "queries" or "qrels" are read from.
 
         Of the hub's data sets, as BEIR and mteb publish them, corpus and queries are configurations, and judgements the

@@ -207,6 +207,23 @@ def test_mining(tmp_path):
         mine(str(tmp_path), str(tmp_path / "out.jsonl"), "empty", 1, Limits(2), 0)
 
 
+def test_mining_leaves_out_what_is_skipped(tmp_path, capsys):
+    """Even where no other document shares a word with the query; and the data set itself is not written over."""
+    documents = {"1": "cats purr", "2": "cats purr at mice", "3": "cats", "4": "dogs", "5": "the moon"}
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "text": t} for i, t in documents.items()])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "do cats purr"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/train.tsv").write_text("q\t1\t1\n")
+    for seed in range(4):
+        mine(str(tmp_path), str(tmp_path / "out.jsonl"), "train", 2, Limits(skip=2), seed)
+        (mined,) = read_pairs(str(tmp_path / "out.jsonl"))
+        assert set(mined.negatives) == {"dogs", "the moon"}
+    before = (tmp_path / "corpus.jsonl").read_bytes()
+    assert main(["mine", "--data", str(tmp_path), "--output", str(tmp_path / "corpus.jsonl")]) == 1
+    assert "is a file of --data" in capsys.readouterr().err
+    assert (tmp_path / "corpus.jsonl").read_bytes() == before
+
+
 def test_mining_ranks_as_evaluation_does(tmp_path):
     """Words are stemmed: "sleeping" finds "sleeps", and no document that shares nothing is drawn."""
     documents = {"1": "the cats", "2": "it sleeps", "3": "a dog", "4": "the moon"}

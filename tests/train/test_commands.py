@@ -172,6 +172,7 @@ def test_the_msmarco_recipe(base, tmp_path):
         ("--trainable lora|bias", "adapters are made by lora, and by lora,bias"),
         ("--distill mse", "distill"),
         ("--distill kl --steps 1", "no `scores`"),
+        ("--distill kl --near 1 --negatives 0", "no example has a hard negative, whose score --distill kl"),
         ("--matryoshka 8,64 --steps 1", "--matryoshka"),
         ("--pooling median", "pooling"),
         ("--mesh data=3", "mesh"),

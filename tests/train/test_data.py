@@ -45,6 +45,8 @@ def test_pairs_from_jsonl(tmp_path):
 def test_pairs_from_tsv(tmp_path):
     path = write(tmp_path / "x.tsv", 'a "quoted"\tb', "c\td\te\tf")
     assert read_pairs(path) == [Example('a "quoted"', "b"), Example("c", "d", ("e", "f"))]
+    path = write(tmp_path / "y.tsv", "a\tb\tn\t", "c\td\t\t")  # as a spreadsheet fills up its lines
+    assert read_pairs(path) == [Example("a", "b", ("n",)), Example("c", "d")]
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,14 @@ def test_distillation():
     assert float(both) == pytest.approx(
         by_hand(*ARRAYS, distinct(), present) + 0.5 * np.mean(margins), rel=1e-5
     )
+    none = batch | {"ids": (*batch["ids"][:2], batch["ids"][2][:, :0]), "negative_mask": ALL[:, :0]}
+    bare = total_loss(
+        LossConfig(distill="kl", near=1.0),
+        *ARRAYS[:2],
+        ARRAYS[2][:, :0],
+        none | {"scores": scores[:, :1]},
+    )
+    assert float(bare) == pytest.approx(by_hand(*ARRAYS, distinct(), ~ALL), rel=1e-5)
     for kind in ("margin", "kl"):  # without any negative there is nothing to compare, and no NaN
         gradient = jax.grad(lambda q, kind=kind: distillation_loss(q, *ARRAYS[1:], scores, ~ALL, kind=kind))(
             ARRAYS[0]
