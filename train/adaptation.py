@@ -35,13 +35,15 @@ from .generated import KIND as GENERATED
 from .generated import check_generator, generated, generator_of, settings
 from .pseudo import KINDS, PseudoQueries, given, make
 from .recipes import NO_TEACHER, TrainConfig
-from .teaching import group, source_ranks, temperature
+from .teaching import group, mean_entropy, source_ranks, temperature
 
 FOLDER = "adapt"
 # Documents that a real query, of which nobody knows a source, brings into its group: the best of BM25.
 _HITS = 2
 # A held-out query counts as found by BM25 when its source is among so many best.
 _FOUND = 10
+# How near the mean entropy of the teacher's lists comes to the one that is asked for, where it can be had.
+_NEAR = 1e-3
 
 
 class _Record(NamedTuple):
@@ -121,14 +123,17 @@ def adaptation(config: TrainConfig) -> Adaptation:
         raise InputError(f"{config.corpus}: no query is left ({_sentence(counts)})")
     scores = _teach(config, folder, sides, lists)
     records = []
+    notes = []
     for kind in sides:
         if lists[kind]:
-            records += _records(config, sides[kind], lists[kind], scores.get(kind), counts[kind])
+            more, note = _records(config, sides[kind], lists[kind], scores.get(kind), counts[kind])
+            records += more
+            notes += note
     records = _shuffled(records, config)
     write_jsonl(folder / "examples.jsonl", [record._asdict() for record in records])
     write_json(folder / "counts.json", counts)
     evaluator = PseudoEvaluator(held_out) if held_out else None
-    return Adaptation(AdaptationExamples(sides, records), evaluator, [_sentence(counts)])
+    return Adaptation(AdaptationExamples(sides, records), evaluator, [_sentence(counts), *notes])
 
 
 def check_adaptation(config: TrainConfig) -> None:
@@ -297,28 +302,35 @@ def _records(
     lists: Run,
     scores: Run | None,
     counts: dict[str, int | float],
-) -> list[_Record]:
-    """The examples of a kind, in the order of the lists: those whose source the teacher puts near the top."""
+) -> tuple[list[_Record], list[str]]:
+    """The examples of a kind, in the order of the lists: those whose source the teacher puts near the top; notes."""
     if scores is None:
         return [
             _Record(side.kind, query, [query, *(id for id in found if id != query)], None)
             for query, found in lists.items()
-        ]
+        ], []
     kept = list(lists)
     if side.have_sources:
         ranks = source_ranks({query: scores[query] for query in kept})
         kept = [query for query in kept if ranks[query] <= config.keep_rank]
         counts["the teacher's best"] = sum(rank == 1 for rank in ranks.values())
         counts[f"within the teacher's {config.keep_rank} best"] = len(kept)
-    degrees = temperature([list(scores[query].values()) for query in kept], config.entropy)
+    values = [list(scores[query].values()) for query in kept]
+    degrees = temperature(values, config.entropy)
     counts["temperature"] = round(degrees, 4)
+    reached, notes = mean_entropy(values, degrees), []
+    if abs(reached - config.entropy) > _NEAR:
+        notes = [
+            f"{side.kind}: the teacher's lists are too short, or its scores too much alike, for --entropy "
+            f"{config.entropy:g}: the mean is {reached:.3f}, at a temperature of {degrees:g}"
+        ]
     records = []
     for query in kept:
         best = sorted(scores[query], key=lambda id: (-scores[query][id], id))
         positive = query if side.have_sources else best[0]
         ids = [positive, *(id for id in best if id != positive)]
         records.append(_Record(side.kind, query, ids, [round(scores[query][id] / degrees, 5) for id in ids]))
-    return records
+    return records, notes
 
 
 def _shuffled(records: list[_Record], config: TrainConfig) -> list[_Record]:

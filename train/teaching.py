@@ -73,9 +73,14 @@ def temperature(lists: Iterable[Sequence[float]], entropy: float) -> float:
     low, high = np.log(_COLDEST), np.log(_HOTTEST)
     for _ in range(60):
         middle = (low + high) / 2
-        mean = np.mean([_entropy(scores / np.exp(middle)) for scores in several])
-        low, high = (middle, high) if mean < entropy else (low, middle)
+        low, high = (middle, high) if mean_entropy(several, np.exp(middle)) < entropy else (low, middle)
     return float(np.exp(low))
+
+
+def mean_entropy(lists: Iterable[Sequence[float] | np.ndarray], degrees: float) -> float:
+    """The mean entropy, in nats, of the softmax of lists of scores at a temperature; NaN without lists of two."""
+    several = [np.asarray(scores, np.float64) for scores in lists if len(scores) > 1]
+    return float(np.mean([_entropy(scores / degrees) for scores in several])) if several else np.nan
 
 
 def _entropy(scores: np.ndarray) -> float:

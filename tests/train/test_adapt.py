@@ -241,6 +241,25 @@ def test_without_a_teacher_and_an_early_end(base, corpus, tmp_path, capsys):
     assert load_bias_set(tmp_path / "biases.safetensors").header["training"]["steps"] == 6
 
 
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_an_entropy_that_is_out_of_reach(base, tmp_path):
+    """Of two documents it is ln 2 at the most: the run says what it is instead."""
+    texts = [f"{first} {BELOW} And there is more of it." for first in ("Herons wait.", "Mills grind slowly.")]
+    titles = ["Of herons and lakes", "Of mills and rye"]
+    corpus = [{"_id": t.split()[1], "title": t, "text": text} for t, text in zip(titles, texts, strict=True)]
+    write_jsonl(tmp_path / "corpus.jsonl", corpus)
+    config = dataclasses.replace(
+        ADAPT,
+        model=base,
+        corpus=str(tmp_path / "corpus.jsonl"),
+        output=str(tmp_path),
+        pseudo=("title",),
+        dev_queries=0,
+    )
+    (note,) = adaptation(config).notes[1:]
+    assert "title: the teacher's lists are too short" in note and "for --entropy 1: the mean is 0.693" in note
+
+
 def test_zero_biases_are_added_where_they_alone_train():
     assert ADAPT.settled().add_biases
     assert not dataclasses.replace(ADAPT, trainable="lora").settled().add_biases
