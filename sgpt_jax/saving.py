@@ -28,6 +28,7 @@ def save_settings(
     training: Mapping[str, object] | None = None,
     results: Mapping[str, object] | None = None,
     note: str = "",
+    only_here: bool = False,
 ) -> None:
     """Writes tokenizer, how vectors are made, and the model card.
 
@@ -35,6 +36,7 @@ def save_settings(
         model: whose.
         folder, training, results: see `BiEncoder.save_pretrained`.
         note: for the model card, a paragraph on the weights.
+        only_here: sentence-transformers does not load the folder; then the card does not show how.
     """
     folder = epath.Path(folder)
     save_tokenizer(model.text.tokenizer, folder)
@@ -59,4 +61,5 @@ def save_settings(
         training=training,
         results=results,
         note=note,
+        only_here=only_here,
     )

@@ -32,6 +32,12 @@ OVER_INT8 = (
     "weights the vectors are slightly others."
 )
 
+# And of adapters over a model that is no plain folder of weights.
+ONLY_HERE = (
+    "PEFT and sentence-transformers do not load these adapters, whose base is an adapter itself or a .gguf file: with "
+    "sgpt-jax they are loaded over it."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -46,6 +52,7 @@ class Record:
     dev: float | None
     base_sha256: str
     started_from: str | None = None
+    plain_base: bool = True  # a folder of weights, and no adapter or .gguf file
 
 
 def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path, *, write: bool) -> list[str]:
@@ -87,8 +94,9 @@ def export(model: BiEncoder, trainable: Any, record: Record, folder: epath.Path,
         base = str(epath.Path(base).resolve()) if epath.Path(base).exists() else base
         header = bias_header(model, record)
         save_adapter(folder, model.decoder, model.hf_config, trained, base=base, header=header)
-        note = OVER_INT8 if model.decoder.build.int8 else ""
-        save_settings(model, folder, training=training, results=results, note=note)
+        only_here = not record.plain_base
+        note = " ".join([OVER_INT8] * bool(model.decoder.build.int8) + [ONLY_HERE] * only_here)
+        save_settings(model, folder, training=training, results=results, note=note, only_here=only_here)
         return [f"adapters: {folder / ADAPTERS}"]
     structure, params = split(model.decoder)
     # Merged in float32, whatever dtype the adapters were trained in.

@@ -121,6 +121,7 @@ def finish(run: Run, log: RunLog) -> None:
         dev=dev,
         base_sha256=run.base_sha256,
         started_from=run.started_from,
+        plain_base=run.plain_base,
     )
     output = epath.Path(run.config.output)
     model = run.trained_model(trainable)

@@ -64,6 +64,7 @@ class Run:
         base_sha256: of the weights before training.
         inputs: a digest of what each option names, see `train.resume`.
         started_from: the bias set it began with, by name and hash, or None.
+        plain_base: whether the model is a folder of weights, and no adapter or .gguf file.
         structure: the decoder's structure.
         frozen: the parameters that do not train, None in place of the others.
         state: what the steps change.
@@ -89,6 +90,7 @@ class Run:
     base_sha256: str
     inputs: dict[str, str]
     started_from: str | None
+    plain_base: bool
     structure: Any
     frozen: Any
     state: TrainState
@@ -144,7 +146,9 @@ def prepare(config: TrainConfig) -> Run:
         )
     model = _load_model(config, mesh)
     structure, params = split(model.decoder)
-    base_sha256 = load.base_sha256(load.open_model(resolve(config.model)).files, model.decoder)
+    opened = load.open_model(resolve(config.model))
+    base_sha256 = load.base_sha256(opened.files, model.decoder)
+    plain_base = not opened.adapters and opened.settings.is_dir()
     started_from = _started_from(config)
     inputs = {
         "model": model_digest(model, base_sha256, bias_set),
@@ -153,7 +157,7 @@ def prepare(config: TrainConfig) -> Run:
     }
     _check_processes(config, inputs | ({"dev": evaluate.data["digest"]} if evaluate else {}))
     mask = trainable_mask(params, config.trainable)
-    notes += _check_export(model, mask, config)
+    notes += _check_export(model, mask, config, plain_base)
     trainable, frozen = split_params(params, mask)
     if bias_set is not None:
         notes += _check_start(model, mask, config, bias_set)
@@ -196,7 +200,7 @@ def prepare(config: TrainConfig) -> Run:
         write_config(config, inputs)
     notes += _describe_steps(examples, total, warmup, start)
     return Run(
-        config, mesh, model, base_sha256, inputs, started_from, structure, frozen, state,
+        config, mesh, model, base_sha256, inputs, started_from, plain_base, structure, frozen, state,
         jit_step(step, state, mesh), chunk_rows, rate, len(examples), batches, evaluate,
         config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks, now,
     )  # fmt: skip
@@ -333,8 +337,8 @@ def _load_model(config: TrainConfig, mesh: Mesh | None) -> BiEncoder:
     return model
 
 
-def _check_export(model: BiEncoder, mask: Any, config: TrainConfig) -> list[str]:
-    """Says at the start what could not be saved at the end.
+def _check_export(model: BiEncoder, mask: Any, config: TrainConfig, plain_base: bool) -> list[str]:
+    """Says at the start what could not be saved at the end, or not be loaded by others.
 
     Raises:
         InputError: transformers has no config for the model, and more than biases is to be trained; or adapters are to
@@ -346,7 +350,12 @@ def _check_export(model: BiEncoder, mask: Any, config: TrainConfig) -> list[str]
                 "a folder of adapters has no room for biases that the base model lacks (--add-biases): leave the "
                 "merged model (--merge), or train one of the two"
             )
-        return []
+        if plain_base:
+            return []
+        return [
+            "PEFT and sentence-transformers will not load the adapters of this run, whose base is an adapter itself or "
+            "a .gguf file: --merge leaves a whole model that they load"
+        ]
     try:
         export_config(model.hf_config, model.decoder.config)
     except InputError as error:

@@ -29,6 +29,7 @@ def write_model_card(
     training: Mapping[str, object] | None = None,
     results: Mapping[str, object] | None = None,
     note: str = "",
+    only_here: bool = False,
 ) -> None:
     """Writes README.md: front matter for the hub, how to use the model, and what is known of its making.
 
@@ -42,10 +43,13 @@ def write_model_card(
         training: data and hyper-parameters, one table row each.
         results: measured scores, one table row each.
         note: a paragraph on the weights.
+        only_here: sentence-transformers does not load the folder.
     """
     root = epath.Path(folder)
     name = name or root.name
-    front = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity", "tags": _TAGS}
+    front: dict[str, object] = {"pipeline_tag": "sentence-similarity", "tags": _TAGS[only_here:]}
+    if not only_here:
+        front = {"library_name": _TAGS[0], **front}
     if license:
         front["license"] = license
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
@@ -57,7 +61,7 @@ def write_model_card(
         "---",
     ]
     lines += [f"# {name}", "", _summary(settings, embed_dim, base_model), "", *([note, ""] if note else [])]
-    lines += _usage(settings, name)
+    lines += _usage(settings, name, only_here)
     for title, rows in (("Training", training), ("Results", results)):
         if rows:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]
@@ -90,7 +94,7 @@ def _summary(settings: ModelSettings, embed_dim: int, base_model: str) -> str:
     return "".join(parts) + "."
 
 
-def _usage(settings: ModelSettings, name: str) -> list[str]:
+def _usage(settings: ModelSettings, name: str, only_here: bool) -> list[str]:
     query, document = (
         ("encode_query", "encode_document")
         if settings.brackets or any((settings.prompts or {}).values())
@@ -107,8 +111,10 @@ def _usage(settings: ModelSettings, name: str) -> list[str]:
         "",
         f"model = SentenceTransformer({json.dumps(name)})",
     ]
-    lines = ["With sgpt-jax:", "", "```python", *ours, *calls, "```", ""]
-    lines += ["With sentence-transformers:", "", "```python", *theirs, *calls, "```"]
+    lines = ["With sgpt-jax:", "", "```python", *ours, *calls, "```"]
+    if only_here:
+        return lines
+    lines += ["", "With sentence-transformers:", "", "```python", *theirs, *calls, "```"]
     if settings.brackets:
         lines += [
             "",

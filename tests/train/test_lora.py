@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import run_on_eight
+from gguf_files import write_gguf
 from safetensors.numpy import load_file, safe_open, save_file
 from training import Process, data, expected, lora_start, wait_for_steps, write_model
 
@@ -224,6 +225,25 @@ def test_what_a_run_leaves_is_what_peft_and_sentence_transformers_read(variant, 
     library = pytest.importorskip("sentence_transformers")
     vectors = library.SentenceTransformer(str(out), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(vectors, merged.encode(TEXTS), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "gguf"])
+def test_a_base_that_peft_does_not_load(kind, tmp_path, capsys):
+    """The run says so at its start, and the card does not show how; this project loads the stack."""
+    base, out = tmp_path / "base.gguf", tmp_path / "out"
+    if kind == "gguf":
+        write_gguf("llama", base)
+    else:
+        base = tmp_path / "first"
+        assert main(command(write_model("llama", tmp_path / "base"), base, "lora", "--steps", 2)) == 0
+        assert "SentenceTransformer(" in (base / "README.md").read_text()
+        assert "will not load" not in capsys.readouterr().out
+    assert main(command(base, out, "lora", "--steps", 2)) == 0
+    assert "will not load the adapters of this run" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert "do not load these adapters" in card and "SentenceTransformer(" not in card
+    assert "BiEncoder.from_pretrained" in card and "library_name" not in card
+    assert np.all(np.isfinite(BiEncoder.from_pretrained(out).encode(TEXTS)))
 
 
 def test_killed_and_resumed(tmp_path):
