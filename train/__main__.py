@@ -14,7 +14,7 @@ from sgpt_jax.cli.options import BI_ENCODER, MESH, PROCESSES, WEIGHTS, add_optio
 from sgpt_jax.runtime.command import run_command
 from sgpt_jax.runtime.malloc import keep_freed_memory
 
-from .recipes import ONLY, RECIPES, WITHOUT, TrainConfig
+from .recipes import RECIPES, TrainConfig, lacking
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,8 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, description=description, help=description.split(".")[0], formatter_class=_Formatter
         )
-        others = {option for other, only in ONLY.items() if other != name for option in only}
-        others.update(WITHOUT.get(name, ()))
+        others = lacking(name)
         for field in dataclasses.fields(TrainConfig):
             if "help" in field.metadata and field.name not in others:
                 _add_option(command, field, types[field.name], getattr(recipe, field.name))

@@ -234,7 +234,13 @@ def _decoded(value: Any) -> Any:
 
 
 def is_tfds(source: str) -> bool:
-    """Tells whether a source is meant for `open_tfds`."""
+    """Tells whether a source is meant for `open_tfds`.
+
+    Raises:
+        InputError: it is a folder of `datasets`, which has a file of the same name.
+    """
+    if any((epath.Path(source) / name).exists() for name in ("state.json", "dataset_dict.json")):
+        raise InputError(f"{source}: a folder of `datasets.save_to_disk` is read as hf:{source}")
     return source.startswith("tfds:") or (epath.Path(source) / "dataset_info.json").exists()
 
 

@@ -57,20 +57,22 @@ class RunLog:
         self.active, self.folder = active, epath.Path(config.output)
         if not active:
             return
+        self.wandb: Any = None
+        if config.wandb:
+            import wandb
+
+            options = dataclasses.asdict(config)
+            try:
+                wandb.init(project=config.wandb, config=options, dir=str(self.folder))
+            except Exception as error:  # no key, no connection: whatever it raises
+                raise InputError(f"--wandb {config.wandb}: {error}") from error
+            self.wandb = wandb
         self.losses = _read_before(self.folder / METRICS, start)
         self.devs = _read_before(self.folder / DEV, start)
         write_jsonl(self.folder / METRICS, self.losses)
         write_jsonl(self.folder / DEV, self.devs)
         self._files = {name: (self.folder / name).open("a") for name in (METRICS, DEV)}
         self.board = _TensorBoard(self.folder / "tensorboard", start)
-        self.wandb: Any = None
-        if config.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError("--wandb needs the package wandb: pip install wandb") from None
-            self.wandb = wandb
-            wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=str(self.folder))
         self._clock = time.perf_counter()
         self.bar = progress(config.recipe, "step", total, initial=start)
 

@@ -10,20 +10,22 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 from etils import epath
 
 from sgpt_jax.decoder.sharding import num_shards
 from sgpt_jax.errors import InputError
+from sgpt_jax.index.locks import only_writer
 from sgpt_jax.runtime.platform import by_platform
 
 from .export import Record, export
 from .log import Callback, RunLog
-from .prepare import LOOKED_AT, LOOKS, Run, prepare
+from .prepare import LOOKED_AT, LOOKS, Run, check, prepare
 from .programs import StepPrograms
 from .recipes import TrainConfig
-from .resume import run_note
+from .resume import run_note, write_config
 from .step import agree, place_batch
 
 
@@ -50,14 +52,19 @@ def run(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> bool:
         InputError: an option or a file does not fit.
         Diverged: NaN or infinite loss; the checkpoints before it are kept.
     """
-    prepared = prepare(config.settled())
+    config = config.settled()
+    check(config)
+    first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(only_writer(Path(config.output), "run"))
+        prepared = prepare(config)
         stack.callback(prepared.checkpoints.close)
         log = stack.enter_context(
-            RunLog(
-                prepared.config, prepared.total, prepared.start, callbacks, active=jax.process_index() == 0
-            )
+            RunLog(prepared.config, prepared.total, prepared.start, callbacks, active=first)
         )
+        if first:
+            write_config(config, prepared.inputs)
         for note in prepared.notes:
             log.say(note)
         complete = fit(prepared, log)

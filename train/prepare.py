@@ -23,13 +23,14 @@ from sgpt_jax.decoder.sharding import device_mesh, leaf_path, make_mesh, num_sha
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
 from sgpt_jax.files.hub_tables import is_hub
+from sgpt_jax.files.parquet import is_parquet
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.runtime import processes
 
 from .adaptation import adaptation
 from .batches import BatchPlan, PackedBatches, iterate
 from .checkpoints import Checkpoints
-from .data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
+from .data import ExampleSource, ListExamples, is_tfds, nli_triplets, read_nli, read_pairs
 from .dev import DevEvaluator, make_evaluator
 from .export import BIASES
 from .hub import HubExamples
@@ -45,12 +46,14 @@ from .optimizer import (
     trainable_mask,
     trained_kinds,
 )
-from .recipes import TrainConfig
-from .resume import check_inputs, check_looks, check_output, model_digest, write_config
+from .recipes import RECIPES, TrainConfig, lacking
+from .resume import check_inputs, check_looks, check_output, model_digest
 from .step import TrainState, init_state, jit_step, make_step
 
 # Keys of a checkpoint's facts, beside the position in the data: the dev metrics so far, and what they looked at.
 LOOKS, LOOKED_AT = "looks", "looked_at"
+# Seeds that JAX takes, and steps that an int32 counts.
+_SEEDS, _STEPS = 2**63, 2**31
 
 
 @dataclasses.dataclass
@@ -129,7 +132,6 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         InputError: an option or a file does not fit.
     """
-    check(config)
     first = jax.process_index() == 0
     if first:
         check_output(config)
@@ -169,6 +171,8 @@ def prepare(config: TrainConfig) -> Run:
         )
 
     total = config.total_steps(len(examples))
+    if total >= _STEPS:
+        raise InputError(f"--steps or --epochs: a run has fewer than {_STEPS:,} steps")
     warmup = config.warmup(total)
     rate = linear_schedule(config.lr, warmup, total)
     optimizer = make_optimizer(mask, rate)
@@ -196,8 +200,6 @@ def prepare(config: TrainConfig) -> Run:
     check_looks(config, looks, looked_at, now)
     if config.resume:
         checkpoints.drop_best_after(start)
-    if first:
-        write_config(config, inputs)
     notes += _describe_steps(examples, total, warmup, start)
     return Run(
         config, mesh, model, base_sha256, inputs, started_from, plain_base, structure, frozen, state,
@@ -212,9 +214,13 @@ def check(config: TrainConfig) -> None:
     Raises:
         InputError: naming the option.
     """
-    for name in ("model", "corpus" if config.recipe == "adapt" else "data", "output"):
+    for name in ("model", "corpus" if config.recipe == "adapt" else "data", "output", "trainable"):
         if not getattr(config, name):
             raise InputError(f"--{name} is needed")
+    if "://" in config.output:
+        raise InputError(
+            f"{config.output}: logs and checkpoints grow step by step and must be in a local folder"
+        )
     at_least = {
         "batch_size": 1, "chunk_size": 0, "max_seq_length": 1, "negatives": 0, "warmup_steps": 0, "steps": 1,
         "eval_every": 1, "save_every": 1, "keep_best": 1, "negatives_per_system": 1, "seed": 0, "lora_rank": 1,
@@ -224,6 +230,8 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if config.seed >= _SEEDS:
+        raise InputError(f"--seed must be below {_SEEDS}, not {config.seed}")
     for name in ("epochs", "lr", "scale"):
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"--{name} must be positive and finite, not {getattr(config, name)}")
@@ -232,18 +240,44 @@ def check(config: TrainConfig) -> None:
     for name in ("near", "margin", "lora_alpha"):
         if (value := getattr(config, name)) is not None and math.isnan(value):
             raise InputError(f"--{name.replace('_', '-')} must be a number, not {value}")
-    if config.recipe != "adapt" and config.patience is not None and not config.dev:
-        raise InputError("--patience counts evaluations, which need --dev")
+    _check_all_count(config)
     loss_config(config)
     if config.biases and "lora" in trained_kinds(config.trainable) and not config.merge:
         raise InputError(
             "a folder of adapters is applied to the base model, whose biases are not those of --biases: leave the "
             "merged model (--merge)"
         )
+
+    if config.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise InputError("--wandb needs the package wandb: pip install wandb") from None
+
+
+def _check_all_count(config: TrainConfig) -> None:
+    """Refuses options that would be passed over.
+
+    Raises:
+        InputError: naming the option.
+    """
+    idle = dict.fromkeys(lacking(config.recipe), f"is no option of the recipe {config.recipe}")
+    adapts, by_split = config.recipe == "adapt", is_hub(config.data) or is_tfds(config.data)
+    if not (config.dev_queries if adapts else config.dev):
+        need = f"is about evaluations, which need {'--dev-queries' if adapts else '--dev'}"
+        idle |= dict.fromkeys(("eval_every", "keep_best", "patience", "dev_documents"), need)
+    if not (config.dev and epath.Path(config.dev).is_dir()):
+        idle["dev_split"] = "is for a folder in BEIR's format as --dev"
+    if not by_split and (config.recipe == "pairs" or is_parquet(config.data)):
+        idle["split"] = "is for data sets of TFDS and of the hub: a file has no splits"
+    if not config.distill:
+        idle["distill_weight"] = "is for --distill"
     if "lora" not in trained_kinds(config.trainable):
-        for name in ("lora_rank", "lora_alpha", "lora_targets", "merge"):
-            if getattr(config, name):
-                raise InputError(f"--{name.replace('_', '-')} is for --trainable lora")
+        idle |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets", "merge"), "is for --trainable lora")
+    default = RECIPES[config.recipe][0]
+    for name, reason in idle.items():
+        if getattr(config, name) != getattr(default, name):
+            raise InputError(f"--{name.replace('_', '-')} {reason}")
 
 
 def _check_processes(config: TrainConfig, contents: dict[str, str]) -> None:
@@ -330,10 +364,10 @@ def _load_model(config: TrainConfig, mesh: Mesh | None) -> BiEncoder:
     if lora is not None:
         decoder = add_lora(decoder, lora, config.seed)
     model = dataclasses.replace(model, decoder=decoder)
-    if any(size > model.dimension for size in config.matryoshka):
-        raise InputError(
-            f"--matryoshka {config.matryoshka}: the model's vectors have dimension {model.dimension}"
-        )
+    # Training sees whole vectors, however many dimensions the folder says to keep.
+    dimension = dataclasses.replace(model, truncate_dim=None).dimension
+    if any(size > dimension for size in config.matryoshka):
+        raise InputError(f"--matryoshka {config.matryoshka}: the model's vectors have dimension {dimension}")
     return model
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import sys
 from typing import Any
 
 from etils import epath
@@ -167,8 +169,11 @@ class TrainConfig:
     dev_documents: int = _option(1000, "documents, for each kind, among which their sources are searched")
 
     def settled(self) -> TrainConfig:
-        """The same run without options that mean nothing in it, and with a default that depends on others."""
-        config = self
+        """The same run with paths as text, without options that mean nothing in it, and with a default that depends on
+        others."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        paths = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
+        config = dataclasses.replace(self, **paths)
         if config.teacher == NO_TEACHER:  # nothing fits scores where no teacher gives any
             config = dataclasses.replace(config, distill=None, near=None)
         if config.add_biases is None:
@@ -183,7 +188,9 @@ class TrainConfig:
 
     def total_steps(self, examples: int) -> int:
         """How many steps the run has."""
-        return max(1, int(self.epochs * examples) // self.batch_size) if self.steps is None else self.steps
+        if self.steps is not None:
+            return self.steps
+        return max(1, int(min(self.epochs * examples, sys.maxsize)) // self.batch_size)
 
     def warmup(self, total: int) -> int:
         """How many of `total` steps are warm-up."""
@@ -199,10 +206,18 @@ ONLY: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# Options that a recipe has not: it makes its own data, in an order of its own.
+# Options that a recipe has not: its data have no splits, or it makes its own, in an order of its own.
 WITHOUT: dict[str, tuple[str, ...]] = {
-    "adapt": ("data", "split", "dev", "dev_split", "shuffle", "avoid_duplicates", "negatives")
+    "msmarco": ("split",),
+    "adapt": ("data", "split", "dev", "dev_split", "shuffle", "avoid_duplicates", "negatives"),
 }
+
+
+def lacking(recipe: str) -> set[str]:
+    """The options that a recipe has not."""
+    others = {option for other, only in ONLY.items() if other != recipe for option in only}
+    return others.union(WITHOUT.get(recipe, ()))
+
 
 # Options that may differ between a run and its continuation.
 FREE = (

@@ -36,13 +36,8 @@ def check_output(config: TrainConfig) -> None:
 
     Raises:
         InputError: there is a run already and `resume` is off, or it had other options; or there is a model, or
-            checkpoints, of which no run is noted, and which would be lost, or taken for those of this one; or it is a
-            bucket.
+            checkpoints, of which no run is noted, and which would be lost, or taken for those of this one.
     """
-    if "://" in config.output:
-        raise InputError(
-            f"{config.output}: logs and checkpoints grow step by step and must be in a local folder"
-        )
     folder, theirs = epath.Path(config.output), _noted(config)
     if not theirs:
         if found := next((path.name for name in _OF_A_MODEL for path in folder.glob(name)), None):

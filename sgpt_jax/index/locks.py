@@ -1,4 +1,4 @@
-"""Who may write an index, and which of its files somebody still reads."""
+"""Who may write an index, or another folder, and which of an index's files somebody still reads."""
 
 import contextlib
 import fcntl
@@ -12,13 +12,16 @@ from sgpt_jax.index.files import Manifest
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, *, leader: bool = True, shared: bool = False) -> Iterator[Callable[[], None]]:
+def only_writer(
+    folder: Path, what: str = "index", *, leader: bool = True, shared: bool = False
+) -> Iterator[Callable[[], None]]:
     """Holds the folder (made when it is not there) for one build; the hold ends with the process, however it ends.
 
     Temporary files of a writer that was killed are removed, and so is a folder made here that stays empty.
 
     Args:
         folder: of the index.
+        what: is in the folder, for messages.
         leader: the only process of the build, or the first of several. The others must not come before it is through.
         shared: other processes of the build will write, too.
 
@@ -44,7 +47,9 @@ def only_writer(folder: Path, *, leader: bool = True, shared: bool = False) -> I
             # Alone first: a process that is left over from an earlier, broken build holds it still.
             fcntl.flock(descriptor, (fcntl.LOCK_EX if leader else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing this index") from None
+            raise InputError(f"{folder}: another process is writing this {what}") from None
+        except OSError:
+            shared = False  # no locks here: readers have none either
         if leader:
             for leftover in (*folder.glob(".*.partial"), *folder.glob("compacted-*/.*.partial")):
                 leftover.unlink()

@@ -273,6 +273,10 @@ def test_zero_biases_are_added_where_they_alone_train():
         (["--pseudo", ""], "no queries"),
         (["--entropy", "1.5"], "--entropy 1.5"),
         (["--teacher", "none", "--queries", "QUERIES"], "--queries needs a teacher"),
+        (
+            ["--dev-queries", "0", "--eval-every", "2"],
+            "--eval-every is about evaluations, which need --dev-queries",
+        ),
         (["--group-size", "1"], "--group-size must be at least 2"),
     ],
 )

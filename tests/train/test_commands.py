@@ -1,6 +1,10 @@
 """The recipes by their commands, and options that are refused."""
 
+import dataclasses
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import decoders
 import numpy as np
@@ -14,8 +18,10 @@ from training import (
     write_msmarco,
 )
 
+import train
 from sgpt_jax.bi_encoder import BiEncoder
 from sgpt_jax.checkpoint.bias_sets import load_bias_set
+from sgpt_jax.errors import InputError
 from train.__main__ import main
 
 
@@ -168,7 +174,16 @@ def test_the_msmarco_recipe(base, tmp_path):
         ("--epochs inf", "--epochs must be positive and finite, not inf"),
         ("--distill margin --distill-weight nan", "--distill-weight must be 0 or more and finite, not nan"),
         ("--distill margin --near nan", "--near must be a number, not nan"),
-        ("--patience 2", "--patience counts evaluations, which need --dev"),
+        ("--patience 2", "--patience is about evaluations, which need --dev"),
+        ("--eval-every 2", "--eval-every is about evaluations, which need --dev"),
+        ("--keep-best 2", "--keep-best is about evaluations, which need --dev"),
+        ("--dev-split test", "--dev-split is for a folder in BEIR's format as --dev"),
+        ("--split validation", "--split is for data sets of TFDS and of the hub"),
+        ("--distill-weight 2", "--distill-weight is for --distill"),
+        ("--trainable=", "--trainable is needed"),
+        (f"--seed {2**63}", f"--seed must be below {2**63}"),
+        ("--epochs 1e308", "a run has fewer than 2,147,483,648 steps"),
+        ("--wandb project", "--wandb needs the package wandb"),
         ("--trainable lora|bias", "adapters are made by lora, and by lora,bias"),
         ("--distill mse", "distill"),
         ("--distill kl --steps 1", "no `scores`"),
@@ -181,10 +196,46 @@ def test_the_msmarco_recipe(base, tmp_path):
         ("--batch-size 31", "30 examples do not fill a batch of 31"),
     ],
 )
-def test_refused_options(options, message, base, pairs, tmp_path, capsys):
+def test_refused_options(options, message, base, pairs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(arguments(base, pairs, tmp_path / "out", *options.split())) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_wandb_that_does_not_begin(base, pairs, tmp_path, capsys, monkeypatch):
+    """Its reason is said, and the next start needs no other folder."""
+
+    def refuse(**_):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    run = arguments(base, pairs, tmp_path / "out", "--steps", 2)
+    assert main([*run, "--wandb", "herons"]) == 1
+    assert capsys.readouterr().err.endswith("error: --wandb herons: api_key not configured\n")
+    assert main(run) == 0
+
+
+def test_paths_in_place_of_text(base, pairs, tmp_path):
+    """As options of `train.run`; while it runs, no other run takes its folder."""
+    config = dataclasses.replace(
+        train.PAIRS,
+        model=Path(base),
+        data=Path(pairs),
+        output=tmp_path / "out",
+        steps=2,
+        batch_size=8,
+        max_seq_length=40,
+    )
+
+    class Second(train.Callback):
+        def on_step(self, step, *_):
+            with pytest.raises(InputError, match="another process is writing this run"):
+                train.run(dataclasses.replace(config, resume=True))
+
+    assert train.run(config, [Second()])
+    noted = json.loads((tmp_path / "out/config.json").read_text())["run"]
+    assert (noted["model"], noted["data"]) == (base, pairs)
 
 
 def test_another_run_is_not_resumed(base, pairs, tmp_path, capsys):
@@ -201,12 +252,13 @@ def test_another_run_is_not_resumed(base, pairs, tmp_path, capsys):
 
 
 def test_help_has_every_option(capsys):
-    for recipe in ("nli", "msmarco", "pairs", "mine"):
+    for recipe in ("nli", "msmarco", "pairs", "adapt", "mine"):
         with pytest.raises(SystemExit) as stop:
             main([recipe, "--help"])
         assert stop.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
         assert "default: None" not in text
         assert ("--margin" in text) == (recipe in ("msmarco", "mine"))
+        assert ("--split" in text) == (recipe in ("nli", "pairs", "mine"))
         for value in {"nli": ["1024", "0.00032"], "msmarco": ["256", "0.0004", "1000"]}.get(recipe, []):
             assert f"(default: {value})" in text

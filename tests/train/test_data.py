@@ -285,6 +285,13 @@ def test_tfds_nli(tmp_path):
         list(read_nli(folder, "nowhere"))
 
 
+def test_a_folder_of_datasets_is_no_tfds_folder(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=f"is read as hf:{tmp_path}"):
+        read_pairs(str(tmp_path))
+
+
 def test_tfds_pairs(tmp_path):
     folder = make_tfds(
         tmp_path,

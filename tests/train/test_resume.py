@@ -98,24 +98,25 @@ def test_another_dev(base, pairs, sts, tmp_path, capsys):
     shutil.copy(sts, dev)
     other = tmp_path / "other.csv"
     other.write_text("\n".join(dev.read_text().splitlines()[:15]))
-    run = arguments(base, pairs, out, "--steps", 4, "--eval-every", 2, "--save-every", 1)
-    assert main([*run, "--dev", str(dev)]) == 0
+    look = ["--eval-every", "2", "--dev"]
+    run = arguments(base, pairs, out, "--steps", 4, "--save-every", 1)
+    assert main([*run, *look, str(dev)]) == 0
     before = contents(out)
-    assert main([*run, "--resume", "--dev", str(other)]) == 1
+    assert main([*run, "--resume", *look, str(other)]) == 1
     assert f"--dev {dev}, not {other}" in capsys.readouterr().err
     assert contents(out) == before
     assert main([*run, "--resume"]) == 1
     assert f"--dev {dev}, which is missing now" in capsys.readouterr().err
     assert contents(out) == before
-    assert main([*run, "--resume", "--dev", str(dev)]) == 0
+    assert main([*run, "--resume", *look, str(dev)]) == 0
     shutil.copy(other, dev)
     capsys.readouterr()
-    assert main([*run, "--resume", "--dev", str(dev)]) == 1
+    assert main([*run, "--resume", *look, str(dev)]) == 1
     assert f"--dev {dev}, whose content has changed" in capsys.readouterr().err
 
-    run = arguments(base, pairs, tmp_path / "none", "--steps", 4, "--eval-every", 2, "--save-every", 1)
+    run = arguments(base, pairs, tmp_path / "none", "--steps", 4, "--save-every", 1)
     assert main(run) == 0
-    assert main([*run, "--resume", "--dev", str(other)]) == 0
+    assert main([*run, "--resume", *look, str(other)]) == 0
 
 
 def whole(folder, base):
