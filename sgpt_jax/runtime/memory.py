@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import jax
+
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# Of a control group, by the version of its hierarchy: limit, use, and what of that is cached files that give way.
+_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+_VERSION_2 = "memory.max", "memory.current", "inactive_file"
 
 
 def resident_memory() -> tuple[int, int] | None:
@@ -25,7 +31,8 @@ def peak_memory() -> int:
 
 
 def free_memory(device: jax.Device) -> int:
-    """Bytes that can still be put on a device: what JAX may still take of it, or for a CPU, what the machine has left.
+    """Bytes that can still be put on a device: what JAX may still take of it, or for a CPU, what the machine has left,
+    and the control groups of this process allow.
 
     A device that does not say counts as having no limit.
     """
@@ -33,8 +40,34 @@ def free_memory(device: jax.Device) -> int:
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     try:
-        with open("/proc/meminfo") as file:
-            found = dict(line.split(":") for line in file)
-        return int(found["MemAvailable"].split()[0]) * 1024
+        found = dict(line.split(":") for line in (_PROC / "meminfo").read_text().splitlines())
+        available = int(found["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return sys.maxsize
+        available = sys.maxsize
+    return min(available, *_left_in_groups())
+
+
+def _left_in_groups() -> list[int]:
+    """Bytes that each control group around this process still allows, as those of Docker, Kubernetes and Slurm do."""
+    left = [sys.maxsize]
+    try:
+        lines = (_PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return left
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        group = Path(name.lstrip("/"))
+        if not controllers:
+            root, files = _CGROUPS, _VERSION_2
+        elif "memory" in controllers.split(","):
+            root, files = _CGROUPS / "memory", _VERSION_1
+        else:
+            continue
+        for folder in (root / each for each in (group, *group.parents)):
+            try:
+                limit, used = (int((folder / file).read_text()) for file in files[:2])
+                found = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left.append(max(0, limit - used + int(found[files[2]])))
+            except (OSError, KeyError, ValueError):
+                continue  # no limit, or a group that cannot be seen from within a container
+    return left
