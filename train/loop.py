@@ -20,9 +20,10 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.index.locks import only_writer
 from sgpt_jax.runtime.platform import by_platform
 
+from .checks import check
 from .export import Record, export
 from .log import Callback, RunLog
-from .prepare import LOOKED_AT, LOOKS, Run, check, prepare
+from .prepare import LOOKED_AT, LOOKS, Run, prepare
 from .programs import StepPrograms
 from .recipes import TrainConfig
 from .resume import run_note, write_config

@@ -1,10 +1,9 @@
-"""Everything before the first step: options checked, model, data, step and checkpoints set up."""
+"""Everything before the first step: model, data, step and checkpoints set up."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from typing import Any
 
 import jax
@@ -23,18 +22,16 @@ from sgpt_jax.decoder.sharding import device_mesh, leaf_path, make_mesh, num_sha
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import export_config
 from sgpt_jax.files.hub_tables import is_hub
-from sgpt_jax.files.parquet import is_parquet
 from sgpt_jax.folder.source import resolve
-from sgpt_jax.runtime import processes
 
 from .adaptation import adaptation
 from .batches import BatchPlan, PackedBatches, iterate
 from .checkpoints import Checkpoints
-from .data import ExampleSource, ListExamples, is_tfds, nli_triplets, read_nli, read_pairs
+from .checks import check_processes, loss_config
+from .data import ExampleSource, ListExamples, nli_triplets, read_nli, read_pairs
 from .dev import DevEvaluator, make_evaluator
 from .export import BIASES
 from .hub import HubExamples
-from .losses import LossConfig
 from .msmarco import open_msmarco
 from .optimizer import (
     describe_split,
@@ -44,16 +41,14 @@ from .optimizer import (
     make_optimizer,
     split_params,
     trainable_mask,
-    trained_kinds,
 )
-from .recipes import RECIPES, TrainConfig, lacking
+from .recipes import TrainConfig
 from .resume import check_inputs, check_looks, check_output, model_digest
 from .step import TrainState, init_state, jit_step, make_step
 
 # Keys of a checkpoint's facts, beside the position in the data: the dev metrics so far, and what they looked at.
 LOOKS, LOOKED_AT = "looks", "looked_at"
-# Seeds that JAX takes, and steps that an int32 counts.
-_SEEDS, _STEPS = 2**63, 2**31
+_STEPS = 2**31  # that an int32 counts
 
 
 @dataclasses.dataclass
@@ -157,7 +152,7 @@ def prepare(config: TrainConfig) -> Run:
         "corpus" if config.recipe == "adapt" else "data": examples.digest(),
         **({"biases": started_from} if started_from else {}),
     }
-    _check_processes(config, inputs | ({"dev": evaluate.data["digest"]} if evaluate else {}))
+    check_processes(config, inputs | ({"dev": evaluate.data["digest"]} if evaluate else {}))
     mask = trainable_mask(params, config.trainable)
     notes += _check_export(model, mask, config, plain_base)
     trainable, frozen = split_params(params, mask)
@@ -206,112 +201,6 @@ def prepare(config: TrainConfig) -> Run:
         jit_step(step, state, mesh), chunk_rows, rate, len(examples), batches, evaluate,
         config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks, now,
     )  # fmt: skip
-
-
-def check(config: TrainConfig) -> None:
-    """Refuses options that make no sense, before anything is loaded.
-
-    Raises:
-        InputError: naming the option.
-    """
-    for name in ("model", "corpus" if config.recipe == "adapt" else "data", "output", "trainable"):
-        if not getattr(config, name):
-            raise InputError(f"--{name} is needed")
-    if "://" in config.output:
-        raise InputError(
-            f"{config.output}: logs and checkpoints grow step by step and must be in a local folder"
-        )
-    at_least = {
-        "batch_size": 1, "chunk_size": 0, "max_seq_length": 1, "negatives": 0, "warmup_steps": 0, "steps": 1,
-        "eval_every": 1, "save_every": 1, "keep_best": 1, "negatives_per_system": 1, "seed": 0, "lora_rank": 1,
-        "patience": 1, "pseudo_queries": 1, "group_size": 2, "keep_rank": 1, "dev_queries": 0, "dev_documents": 1,
-    }  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if config.seed >= _SEEDS:
-        raise InputError(f"--seed must be below {_SEEDS}, not {config.seed}")
-    for name in ("epochs", "lr", "scale"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise InputError(f"--{name} must be positive and finite, not {getattr(config, name)}")
-    if not 0 <= config.distill_weight < math.inf:
-        raise InputError(f"--distill-weight must be 0 or more and finite, not {config.distill_weight}")
-    for name in ("near", "margin", "lora_alpha"):
-        if (value := getattr(config, name)) is not None and math.isnan(value):
-            raise InputError(f"--{name.replace('_', '-')} must be a number, not {value}")
-    _check_all_count(config)
-    loss_config(config)
-    if config.biases and "lora" in trained_kinds(config.trainable) and not config.merge:
-        raise InputError(
-            "a folder of adapters is applied to the base model, whose biases are not those of --biases: leave the "
-            "merged model (--merge)"
-        )
-
-    if config.wandb:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            raise InputError("--wandb needs the package wandb: pip install wandb") from None
-
-
-def _check_all_count(config: TrainConfig) -> None:
-    """Refuses options that would be passed over.
-
-    Raises:
-        InputError: naming the option.
-    """
-    idle = dict.fromkeys(lacking(config.recipe), f"is no option of the recipe {config.recipe}")
-    adapts, by_split = config.recipe == "adapt", is_hub(config.data) or is_tfds(config.data)
-    if not (config.dev_queries if adapts else config.dev):
-        need = f"is about evaluations, which need {'--dev-queries' if adapts else '--dev'}"
-        idle |= dict.fromkeys(("eval_every", "keep_best", "patience", "dev_documents"), need)
-    if not (config.dev and epath.Path(config.dev).is_dir()):
-        idle["dev_split"] = "is for a folder in BEIR's format as --dev"
-    if not by_split and (config.recipe == "pairs" or is_parquet(config.data)):
-        idle["split"] = "is for data sets of TFDS and of the hub: a file has no splits"
-    if not config.distill:
-        idle["distill_weight"] = "is for --distill"
-    if "lora" not in trained_kinds(config.trainable):
-        idle |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets", "merge"), "is for --trainable lora")
-    default = RECIPES[config.recipe][0]
-    for name, reason in idle.items():
-        if getattr(config, name) != getattr(default, name):
-            raise InputError(f"--{name.replace('_', '-')} {reason}")
-
-
-def _check_processes(config: TrainConfig, contents: dict[str, str]) -> None:
-    """Refuses processes that would train together with other options, or read other files, wherever these lie.
-
-    Args:
-        config: of the run.
-        contents: a digest of what an option names.
-    """
-    options = {
-        f"--{name.replace('_', '-')}": value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in contents and name != "output"
-    }
-    processes.check_alike(options | {f"the content of --{name}": digest for name, digest in contents.items()})
-
-
-def loss_config(config: TrainConfig) -> LossConfig:
-    """The loss part of the options.
-
-    Raises:
-        InputError: for a value that is not possible.
-    """
-    try:
-        return LossConfig(
-            config.scale,
-            config.both_directions,
-            config.matryoshka,
-            config.distill,
-            config.distill_weight,
-            config.near,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def _open_data(config: TrainConfig) -> tuple[ExampleSource, DevEvaluator | None, list[str]]:

@@ -90,10 +90,10 @@ class DataSet:
             return {"source": os.fspath(self.folder)}
         found: dict[str, Any] = {}
         for part in ("qrels", "queries"):
-            digest = hashlib.sha256(epath.Path(self._file(part)).read_bytes())
+            digest = hashlib.sha256(epath.Path(self.file(part)).read_bytes())
             found[part] = f"sha256:{digest.hexdigest()[:16]}"
         with contextlib.suppress(InputError):  # a run that was given needs none
-            found["corpus_bytes"] = epath.Path(self._file("corpus")).stat().length
+            found["corpus_bytes"] = epath.Path(self.file("corpus")).stat().length
         return found
 
     @property

@@ -171,6 +171,7 @@ def test_the_msmarco_recipe(base, tmp_path):
     [
         ("--batch-size 0", "--batch-size must be at least 1"),
         ("--lr 0", "--lr must be positive"),
+        ("--dtype float16", "dtype must be 'float32' or 'bfloat16'"),
         ("--epochs inf", "--epochs must be positive and finite, not inf"),
         ("--distill margin --distill-weight nan", "--distill-weight must be 0 or more and finite, not nan"),
         ("--distill margin --near nan", "--near must be a number, not nan"),
