@@ -23,7 +23,7 @@ from sgpt_jax.errors import InputError, whole
 from sgpt_jax.folder.card import read_license
 from sgpt_jax.folder.hub import PushOptions, push_folder
 from sgpt_jax.folder.modules import describe_modules
-from sgpt_jax.folder.settings import read_settings
+from sgpt_jax.folder.settings import SIMILARITIES, read_settings
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.habits import EncodeOptions, Precision, refuse, refuse_attribute, refuse_source, translate
 from sgpt_jax.load import base_sha256, load_parts, open_model, token_limit
@@ -32,6 +32,7 @@ from sgpt_jax.packing.rows import plan_texts
 from sgpt_jax.packing.stream import Chunk, Embedder, warn_not_finite
 from sgpt_jax.precision import check_precision, quantize_embeddings
 from sgpt_jax.reports import EncodeReport
+from sgpt_jax.runtime.forks import check_fork
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.prefetch import ahead
 from sgpt_jax.runtime.progress import Show, beside, shared_progress
@@ -86,6 +87,15 @@ class BiEncoder:
 
     def __getattr__(self, name: str) -> Any:
         refuse_attribute(self, name)
+
+    def __post_init__(self) -> None:
+        token_limit(self.decoder.config, self.text.max_seq_length)
+        if self.similarity_name not in SIMILARITIES:
+            raise InputError(
+                f"similarity_name must be one of {', '.join(SIMILARITIES)}, not {self.similarity_name!r}"
+            )
+        if self.truncate_dim is not None:
+            dataclasses.replace(self, truncate_dim=None)._kept(self.truncate_dim)
 
     @classmethod
     def from_pretrained(
@@ -365,6 +375,7 @@ class BiEncoder:
         Returns:
             float32 [n, m]: cosines or dot products, or distances (euclidean, manhattan) with a minus sign.
         """
+        check_fork()
         x, y = (jnp.asarray(np.atleast_2d(vectors), jnp.float32) for vectors in (a, b))
         return np.asarray(similarities(x, y, self.similarity_name))
 
@@ -432,6 +443,7 @@ class BiEncoder:
         batch_size: int | None = None,
     ) -> Chunk:
         check_ids(ids, self.decoder.config.vocab_size)
+        token_limit(self.decoder.config, self.text.max_seq_length)  # it may have been set since
         if batch_tokens is None:
             batch_tokens = by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
         plans = plan_texts(

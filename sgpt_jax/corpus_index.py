@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sgpt_jax.bi_encoder import BiEncoder
-from sgpt_jax.errors import InputError, check_list
+from sgpt_jax.errors import InputError, check_list, whole
 from sgpt_jax.files.columns import DOCUMENT
 from sgpt_jax.files.corpora import Document, SeenIds, document, read_corpus
 from sgpt_jax.files.lines import PathLike
@@ -68,6 +68,10 @@ def index_corpus(
             f"{model.name} compares vectors by {model.similarity_name} distance; an index is searched by cosine or dot "
             "product"
         )
+    if not isinstance(texts, bool | None):
+        raise InputError(f"texts must be True, False or None, not {texts!r}")
+    if chunk_size is not None and whole("chunk_size", chunk_size) < 1:
+        raise InputError(f"chunk_size must be at least 1, not {chunk_size}")
     report = EncodeReport() if report is None else report
     there = Manifest.load(Path(folder)) if (Path(folder) / MANIFEST).exists() else None
     documents: Documents | Iterator[Document]

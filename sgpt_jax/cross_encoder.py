@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from sgpt_jax.decoder.model import Decoder
 from sgpt_jax.decoder.sharding import describe_devices
-from sgpt_jax.errors import InputError, check_list
+from sgpt_jax.errors import InputError, check_list, whole
 from sgpt_jax.folder.scoring import Scoring, is_classifier, read_scoring
 from sgpt_jax.folder.source import resolve
 from sgpt_jax.habits import refuse, refuse_attribute, refuse_source, translate
@@ -283,8 +283,9 @@ class CrossEncoder:
             TypeError, InputError: as `predict`; the index is that of the document.
         """
         check_list("documents", documents)
-        if top_k is not None and top_k < 1:
+        if top_k is not None and (top_k := whole("top_k", top_k)) < 1:
             raise InputError(f"top_k must be positive, not {top_k}")
+        documents = list(documents)
         scores = self.predict(
             [(query, document) for document in documents],
             batch_size=batch_size,

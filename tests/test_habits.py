@@ -1,9 +1,11 @@
 """What users of sentence-transformers write, and what they get."""
 
+import copy
 import dataclasses
 import types
 
 import decoders
+import jax
 import numpy as np
 import pytest
 
@@ -141,7 +143,49 @@ def test_reranking(scorer):
     assert [hit["text"] for hit in hits] == [TEXTS[hit["corpus_id"]] for hit in hits]
     with pytest.raises(TypeError, match="scores are log-probabilities"):
         scorer.predict(pairs, apply_softmax=True)
+    for top_k in (1.5, True):
+        with pytest.raises(InputError, match="top_k must be a whole number"):
+            scorer.rank("herons", TEXTS[:3], top_k=top_k)
     assert "log-probability, sum" in repr(scorer) and "on cpu" in repr(scorer) and len(repr(scorer)) < 200
+
+
+def test_documents_to_rank_are_found_by_place(scorer):
+    """Whatever a series says of its own order."""
+    pd = pytest.importorskip("pandas")
+    for series in (pd.Series(TEXTS[:3], index=[2, 0, 9]), (text for text in TEXTS[:3])):
+        hits = scorer.rank("herons", series, return_documents=True)
+        assert [hit["text"] for hit in hits] == [TEXTS[hit["corpus_id"]] for hit in hits]
+
+
+def test_fields_that_are_replaced_are_checked(model):
+    positions = decoders.config("gpt_neo")["max_position_embeddings"]
+    text = copy.copy(model.text)
+    with pytest.raises(AttributeError, match="brackets"):
+        text.brackets = True
+    text.max_seq_length = positions + 1
+    for change, message in (
+        ({"similarity_name": "cos"}, "similarity_name must be one of cosine, dot, euclidean, manhattan"),
+        ({"truncate_dim": 0}, "truncate_dim 0: the model's vectors have 32 dimensions"),
+        ({"truncate_dim": 33}, "truncate_dim 33"),
+        ({"text": text}, f"but the model has {positions} positions"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(model, **change)
+    changed = dataclasses.replace(model, text=copy.copy(model.text), truncate_dim=7)
+    assert changed.encode("a").shape == (7,)
+    changed.text.max_seq_length = positions + 1
+    with pytest.raises(InputError, match=f"but the model has {positions} positions"):
+        changed.encode("a")
+
+
+def test_a_mesh_of_ones_own(model):
+    """One that is set around a call changes nothing; one to load a model on needs the axes of `make_mesh`."""
+    plain = model.encode(TEXTS[:3])
+    with jax.set_mesh(jax.make_mesh((1,), ("batch",))):
+        np.testing.assert_allclose(model.encode(TEXTS[:3]), plain, atol=1e-6)
+    for mesh in (jax.make_mesh((1,), ("x",)), "data=1"):
+        with pytest.raises(InputError, match=r"mesh must be one of sgpt_jax\.make_mesh, with the axes data"):
+            sgpt.BiEncoder.from_pretrained(model.source["model"], mesh=mesh)
 
 
 def test_push_to_hub(model, monkeypatch):
@@ -192,6 +236,14 @@ def test_an_index_from_python(model, tmp_path, capsys):
     assert "document_prompt" in index.metadata and "a ferry" in capsys.readouterr().out
     with pytest.raises(InputError, match="document 1: the record has no `text`"):
         sgpt.index_corpus(tmp_path / "j", ["a", {"_id": "x", "title": "t"}], model)
+    for wrong, message in (
+        ({"texts": 1}, "texts must be True, False or None, not 1"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"chunk_size": 1.5}, "chunk_size must be a whole number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sgpt.index_corpus(tmp_path / "k", ["a"], model, **wrong)
+    assert not (tmp_path / "k").exists()
 
 
 def test_keys_and_names_of_columns_are_no_texts(model, tmp_path):

@@ -20,7 +20,7 @@ from sgpt_jax.decoder.build import Build
 from sgpt_jax.decoder.config import DecoderConfig, compute_dtype
 from sgpt_jax.decoder.flops import layer_weights
 from sgpt_jax.decoder.model import Decoder, abstract_decoder, merge
-from sgpt_jax.decoder.sharding import leaf_path, param_shardings
+from sgpt_jax.decoder.sharding import check_mesh, leaf_path, param_shardings
 from sgpt_jax.errors import InputError
 from sgpt_jax.families import family_of, read_config
 from sgpt_jax.families.family import Family
@@ -48,6 +48,7 @@ def load_checkpoint(
     files: TensorFiles, dtype: str = "float32", mesh: Mesh | None = None, weights: str | None = None
 ) -> Decoder:
     """The decoder of an opened checkpoint; see `load_decoder`."""
+    check_mesh(mesh)
     return _with_own_head(files, lambda: _load(files, dtype, mesh, weights))
 
 

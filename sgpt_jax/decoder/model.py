@@ -21,6 +21,7 @@ from sgpt_jax.decoder.matmul import matmul
 from sgpt_jax.decoder.positions import positions_from_mask
 from sgpt_jax.decoder.sharding import by_rows
 from sgpt_jax.errors import InputError
+from sgpt_jax.runtime.forks import check_fork
 
 
 class Embed(nnx.Module):
@@ -134,6 +135,7 @@ class Decoder(nnx.Module):
                 those that a decoder with learned positions has.
             InputError: an id or a position, of arrays with values, is outside the model's.
         """
+        check_fork()
         config = self.config
         _check_range(input_ids, config.vocab_size, "token id", "embeddings")
         if (attention_mask is None) == (segments is None):

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from sgpt_jax.runtime.forks import check_fork
+
 Pooling = Literal["weightedmean", "mean", "lasttoken", "cls", "max", "mean_sqrt_len_tokens"]
 POOLING_MODES: tuple[str, ...] = get_args(Pooling)
 
@@ -45,6 +47,7 @@ def pool(hidden: jax.Array, attention_mask: jax.Array, mode: str = "weightedmean
     Raises:
         ValueError: for an unknown mode.
     """
+    check_fork()
     return pool_texts(hidden, attention_mask[:, None], mode)[:, 0]
 
 

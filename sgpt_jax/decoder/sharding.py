@@ -66,6 +66,14 @@ def make_mesh(spec: str | None = None, devices: list[Any] | None = None) -> Mesh
     )
 
 
+def check_mesh(mesh: Mesh | None) -> None:
+    """Raises InputError for a mesh that is not one of `make_mesh`."""
+    if mesh is not None and not {*AXES} <= {*getattr(mesh, "axis_names", ())}:
+        raise InputError(
+            f"mesh must be one of sgpt_jax.make_mesh, with the axes {', '.join(AXES)}, not {mesh!r}"
+        )
+
+
 def device_mesh(spec: str | None = None) -> Mesh | None:
     """The mesh of a command that encodes or scores, over the devices of this process; None for its first device.
 
@@ -207,9 +215,11 @@ def by_rows(x: jax.Array) -> jax.Array:
 
     Left to itself, XLA gathers the rows of all devices beside their shards of the weights, so that every device holds
     the whole batch; the weights are what is to be gathered. Without a mesh, or where rows do not divide, x stays as it
-    is.
+    is; so it does on a mesh that a user's program has set for itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in RULES["batch"]):
+    if not {*RULES["batch"]} <= {*mesh.axis_names} or x.shape[0] % math.prod(
+        mesh.shape[axis] for axis in RULES["batch"]
+    ):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["batch"]))

@@ -47,7 +47,10 @@ def _products(parts: jax.Array, vectors: jax.Array) -> jax.Array:
 def nothing(mesh: Mesh, devices: int, count: int, kept: int) -> tuple[jax.Array, jax.Array]:
     """Scores and rows [D, Q, kept] before any block was looked at."""
     sharding = NamedSharding(mesh, P("rows"))
-    empty = jnp.full((devices, count, kept), -jnp.inf), jnp.full((devices, count, kept), -1, jnp.int32)
+    empty = (
+        jnp.full((devices, count, kept), -jnp.inf, jnp.float32),
+        jnp.full((devices, count, kept), -1, jnp.int32),
+    )
     return jax.lax.with_sharding_constraint(empty, (sharding, sharding))
 
 

@@ -81,8 +81,14 @@ class Columns:
 
         Raises:
             IndexError: there is no such row.
+            InputError: the rows are no series of whole numbers.
         """
-        wanted = np.asarray(rows, np.int64)
+        wanted = np.asarray(rows)
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise InputError(
+                f"rows must be a series of whole numbers, not {wanted.dtype} of shape {wanted.shape}"
+            )
+        wanted = wanted.astype(np.int64)
         outside = (wanted < 0) | (wanted >= self._manifest.rows)
         if outside.any():
             raise IndexError(f"row {wanted[outside][0]} of an index with {self._manifest.rows} documents")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sgpt_jax.errors import InputError
+from sgpt_jax.errors import InputError, whole
 from sgpt_jax.files.lines import PathLike
 from sgpt_jax.index.columns import load_calibration, normalized
 from sgpt_jax.index.files import Manifest, local_folder
@@ -248,7 +248,8 @@ class Index:
             scores float32 [Q, min(k, n)] and rows int64 of the same shape, best first.
 
         Raises:
-            InputError: no query, a wrong dimension, NaN or infinity in a query, k below 1, or damaged vectors.
+            InputError: no query, a wrong dimension, NaN or infinity in a query, k or block_size below 1, or damaged
+                vectors.
         """
         queries = np.asarray(queries, np.float32)
         together = processes.count() > 1
@@ -258,8 +259,9 @@ class Index:
             raise InputError(
                 f"queries have {queries.shape[1]} dimensions, but the index {self.dimension}: another model?"
             )
-        if k < 1:
-            raise InputError(f"k must be at least 1, not {k}")
+        for name, value in (("k", k), ("block_size", block_size)):
+            if value is not None and whole(name, value) < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
         broken = ~np.isfinite(queries).all(axis=1)
         if broken.any():
             raise InputError(f"query {int(broken.argmax())} has NaN or infinity in its vector")

@@ -15,6 +15,7 @@ import numpy as np
 
 from sgpt_jax.errors import InputError
 from sgpt_jax.metrics import rank
+from sgpt_jax.runtime.forks import check_fork
 from sgpt_jax.runtime.one_behind import one_behind
 
 MAX_QUERIES = 512  # scored at a time: scores are [512, rows of a block]
@@ -64,6 +65,7 @@ def exact_top_k(
     Raises:
         InputError: a score is NaN or infinite.
     """
+    check_fork()
     parts = max(1, -(-len(queries) // MAX_QUERIES))
     groups = [
         _Queries(part, part_offsets, k, ids)

@@ -61,7 +61,6 @@ class TextEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
-        self.brackets = brackets
         self.prompts = {"query": "", "document": ""} | dict(prompts or {})
         self.default_prompt_name = default_prompt_name
         known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
@@ -76,6 +75,11 @@ class TextEncoder:
             raise InputError(
                 f"max_seq_length {max_seq_length} leaves no room for a text: brackets and special tokens take {fixed}"
             )
+
+    @property
+    def brackets(self) -> bool:
+        """Whether queries and documents get brackets."""
+        return bool(self._bracket_ids)
 
     def prompt(self, side: Side | None = None, name: str | None = None) -> str:
         """The text that goes before every text, by the rules of sentence-transformers 6.

@@ -98,6 +98,16 @@ def test_one_device_gives_the_answers_of_blocks_and_of_numpy(tmp_path, small_blo
     check_everything(tmp_path, None)
 
 
+@pytest.mark.parametrize("held", HELD)
+def test_programs_of_64_bits_find_the_same(held, tmp_path):
+    vectors = np.random.default_rng(3).standard_normal((40, 8)).astype(np.float32)
+    build(tmp_path / "i", vectors, similarity="dot")
+    index = Index.open(tmp_path / "i", resident=held)
+    with jax.enable_x64(True):
+        scores, rows = index.search(vectors[:2], 3)
+    assert rows.tolist() == index.search(vectors[:2], 3)[1].tolist() and scores.dtype == np.float32
+
+
 def test_eight_devices_give_the_answers_of_blocks_and_of_numpy(tmp_path):
     code = """
         import sys

@@ -258,6 +258,17 @@ def test_bad_searches(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             index.search(queries, k)
+    for wrong, message in (
+        ({"k": 1.5}, "k must be a whole number"),
+        ({"k": 1, "block_size": -1}, "block_size must be at least 1, not -1"),
+        ({"k": 1, "block_size": 2.0}, "block_size must be a whole number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            index.search(np.ones((2, 3)), **wrong)
+    for rows in ([True, False], [1.5], ["1"], [[0, 1]]):
+        with pytest.raises(InputError, match="rows must be a series of whole numbers"):
+            index.ids(rows)
+    assert index.ids([]) == [] and index.ids(np.array([2], np.uint8)) == index.ids([2])
 
 
 def test_open_refuses_what_is_no_finished_index(tmp_path):

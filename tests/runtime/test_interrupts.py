@@ -86,15 +86,19 @@ def test_an_encode_is_interrupted_soon(folder):
 FORK = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
-from sgpt_jax import BiEncoder, CrossEncoder, load_decoder
+import numpy as np
+from sgpt_jax import BiEncoder, CrossEncoder, index_corpus, load_decoder, pool
 if sys.argv[2] == "used":
     model = BiEncoder.from_pretrained(sys.argv[1])
     score = CrossEncoder.from_pretrained(sys.argv[1])
-    model.encode("a")
+    vector, ids = model.encode("a"), np.ones((1, 2), int)
+    hidden, index = model.decoder(ids, ids), index_corpus(sys.argv[1] + "-index", ["a"], model)
 if os.fork() == 0:
     if sys.argv[2] == "used":
         for use in (lambda: model.encode("a"), lambda: model.encode(["a"], batch_tokens=64),
-                    lambda: score.predict([("a", "b")]), lambda: load_decoder(sys.argv[1])):
+                    lambda: score.predict([("a", "b")]), lambda: load_decoder(sys.argv[1]),
+                    lambda: model.similarity(vector, vector), lambda: model.decoder(ids, ids),
+                    lambda: pool(hidden, ids), lambda: index.search(vector[None], 1)):
             try:
                 use()
             except RuntimeError as error:
@@ -110,7 +114,7 @@ os.wait()
 def test_a_fork_after_use_says_so_at_once(folder):
     done = python(FORK, folder, "used")
     lines = done.stdout.splitlines()
-    assert len(lines) == 4 and all("was forked from one that had used" in line for line in lines), done.stderr
+    assert len(lines) == 8 and all("was forked from one that had used" in line for line in lines), done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
