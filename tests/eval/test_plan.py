@@ -13,6 +13,7 @@ from flax import nnx
 from plans import TINY, WORKS, arguments
 
 from eval.__main__ import main
+from eval.plan import choosing
 from eval.plan import command as plan
 from eval.plan import compile as plan_compile
 from eval.plan import devices as plan_devices
@@ -223,14 +224,14 @@ def test_targets_that_are_none(text):
 
 def test_the_search_prefers_what_fits_with_least_tensor_parallelism():
     config, target = plan_models.find_model("gpt-j-6b"), plan_devices.parse_target("v5e-8")
-    plans = list(plan.search(config, target, arguments()))
-    chosen = plan.choose(plans)
+    plans = list(choosing.search(config, target, arguments()))
+    chosen = choosing.choose(plans)
     assert chosen.fits and chosen.sizes[2] == 1
     assert chosen.memory.total <= target.chip.budget
     assert {math.prod(one.sizes) for one in plans} == {8}
     # Twenty billion parameters do not fit as a whole: they have to be split.
     large = plan_models.find_model("gpt-neox-20b")
-    chosen = plan.choose(list(plan.search(large, target, arguments())))
+    chosen = choosing.choose(list(choosing.search(large, target, arguments())))
     assert chosen.fits and chosen.sizes[1] * chosen.sizes[2] > 2
     # More rows take more memory, more splitting less.
     sizes = (1, 8, 1)
