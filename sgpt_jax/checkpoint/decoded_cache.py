@@ -66,7 +66,8 @@ def find(files: TensorFiles, dtype: jnp.dtype, *, int8: bool = False) -> Path | 
         if sum(os.path.getsize(file) for file in files.encoded) < MIN_BYTES:
             return None
         kind = f"{dtype.name}, int8" if int8 else dtype.name
-        facts = [FORMAT, kind, metadata.version("gguf"), files.config]
+        # A classifier's files are a decoder's where they are read without its head, and refused elsewhere.
+        facts = [FORMAT, kind, type(files).__name__, metadata.version("gguf"), files.config]
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         for file in files.encoded:
             with open(file, "rb") as stream:

@@ -15,6 +15,9 @@ from sgpt_jax import BiEncoder, load_decoder, make_mesh
 from sgpt_jax.checkpoint import decoded_cache
 from sgpt_jax.checkpoint.gguf import GgufFile
 from sgpt_jax.decoder.model import split
+from sgpt_jax.errors import InputError
+from sgpt_jax.folder.source import resolve
+from sgpt_jax.load import load_parts, open_model
 
 
 @pytest.fixture
@@ -80,6 +83,18 @@ def test_torch_files_need_torch_once(cache, tmp_path, monkeypatch):
     first = leaves(folder)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert same(leaves(folder), first)
+
+
+def test_a_classifier_is_refused_after_a_re_ranker_has_read_it(cache, tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = decoders.write_tokenizer(decoders.write_checkpoint("llama", tmp_path / "model", fmt="bin"))
+    weights = folder / "pytorch_model.bin"
+    head = {"score.weight": torch.ones(1, decoders.config("llama")["hidden_size"])}
+    torch.save(torch.load(weights) | head, weights)
+    load_parts(open_model(resolve(folder)), "float32", None, score_head=True)
+    assert len(list(cache.iterdir())) == 1
+    with pytest.raises(InputError, match="score"):
+        load_decoder(folder)
 
 
 def test_safetensors_and_small_files_are_not_kept(cache, model, tmp_path, monkeypatch):
