@@ -103,12 +103,15 @@ class TextEncoder:
         That is as many as the prompt has alone with what the tokenizer puts before it (and an opening bracket). A
         token that joins the prompt's end and the text's beginning is the text's.
         """
+        bracketed = self.brackets and side is not None
+        if bracketed:  # `ids` strips what it puts into brackets
+            prompt = prompt.lstrip()
         if not prompt:
             return 0
         (content,) = self._tokenise([prompt], False)
         ids = [*self._before, *content, *self._after]
         last_is_special = ids[-1] in self.tokenizer.all_special_ids
-        return len(ids) - last_is_special + (self.brackets and side is not None)
+        return len(ids) - last_is_special + bracketed
 
     def ids(
         self,

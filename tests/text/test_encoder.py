@@ -186,6 +186,17 @@ def test_prompts_go_before_every_text_of_their_side(tokenizer):
     assert encoder.ids(["a"], "document") == encoder.plain_ids(["a"])
 
 
+@pytest.mark.parametrize("prompt", ["query: ", "\n\nq: ", " ", ""])
+def test_the_length_of_a_prompt_within_brackets_is_that_of_what_is_there(tokenizer, prompt):
+    encoder = TextEncoder(tokenizer, 50, brackets=True)
+    (row,) = encoder.ids(["(x"], "query", prompt=prompt)
+    (text,) = encoder.plain_ids(["(x]"])
+    length = encoder.prompt_length(prompt, "query")
+    assert row[length:][-len(text) :] == text
+    (before,) = encoder.plain_ids([prompt.lstrip()])
+    assert length == (len(before) + 1 if before else 0)
+
+
 def test_no_texts(tokenizer):
     assert TextEncoder(tokenizer, 8).ids([]) == []
     assert TextEncoder(tokenizer, 8).plain_ids([]) == []
