@@ -27,13 +27,8 @@ DECODE_ROWS = 512
 # Keys below the architecture's name that change nothing that is computed here.
 _HARMLESS = frozenset(
     (
-        *(
-            "vocab_size",
-            "tensor_data_layout",
-            "rope.scaling.finetuned",
-            "rope.scaling.original_context_length",
-        ),
-        *("rope.scaling.attn_factor", "rope.scaling.factor", "pooling_type", "embedding_length_out"),
+        *("vocab_size", "tensor_data_layout", "pooling_type", "embedding_length_out"),
+        *("rope.scaling.finetuned", "rope.scaling.original_context_length"),
         *(
             "use_parallel_residual",
             "dense_2_feat_in",
@@ -149,31 +144,43 @@ class GgufFile:
             warnings.warn(f"{self.path}: ignored what is not known here: {', '.join(unknown)}", stacklevel=2)
 
     def _scaling(self, theta: float, tensors: Mapping[str, gguf.ReaderTensor]) -> dict[str, Any]:
-        name = self.name
-        _, kind = self.metadata.get(f"{name}.rope.scaling.type")
-        if "rope_freqs.weight" in tensors:
+        name = f"{self.name}.rope"
+        own = next((key for key in ("rope_freqs", "rope_factors_long") if f"{key}.weight" in tensors), None)
+        _, kind = self.metadata.get(f"{name}.scaling.type")
+        if kind not in (None, "none", "linear") and (kind, own) != ("longrope", "rope_factors_long"):
+            raise InputError(f"{self.path}: rotary scaling {kind!r} is not supported for GGUF files")
+        # llama.cpp's type is linear where none is stated; scale_linear is the older name.
+        factor = self.metadata.number(
+            f"{name}.scaling.factor",
+            f"{name}.scale_linear",
+            default=None if kind == "linear" else 1.0,
+            above=0,
+        )
+        if kind == "none":
+            factor = 1.0
+        attention = self.metadata.number(f"{name}.scaling.attn_factor", default=1.0, above=0)
+        if own is not None and factor != 1:
+            raise InputError(
+                f"{self.path}: {name}.scaling.factor {factor:g} beside {own}.weight is not supported"
+            )
+        if own == "rope_factors_long":
+            return self._longrope(tensors, attention)
+        if attention != 1:
+            raise InputError(
+                f"{self.path}: {name}.scaling.attn_factor {attention:g} is not supported without rope_factors_long"
+            )
+        if own == "rope_freqs":
             return self._llama3_scaling(np.asarray(tensors["rope_freqs.weight"].data), theta)
-        if "rope_factors_long.weight" in tensors:
-            return self._longrope(tensors)
-        if kind in (None, "none"):
-            return {"rope_type": "default"}
-        if kind == "linear":
-            return {
-                "rope_type": "linear",
-                "factor": self.metadata.number(f"{name}.rope.scaling.factor", above=0),
-            }
-        raise InputError(f"{self.path}: rotary scaling {kind!r} is not supported for GGUF files")
+        return {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
 
-    def _longrope(self, tensors: Mapping[str, gguf.ReaderTensor]) -> dict[str, Any]:
+    def _longrope(self, tensors: Mapping[str, gguf.ReaderTensor], attention: float) -> dict[str, Any]:
         scaling: dict[str, Any] = {"rope_type": "longrope"}
         for kind in ("short", "long"):
             if (tensor := tensors.get(f"rope_factors_{kind}.weight")) is None:
                 raise InputError(f"{self.path}: rope_factors_long.weight without rope_factors_{kind}.weight")
             scaling[f"{kind}_factor"] = [float(value) for value in np.asarray(tensor.data).ravel()]
-        name = f"{self.name}.rope.scaling"
-        scaling["original_max_position_embeddings"] = self.metadata.size(f"{name}.original_context_length")
-        factor = self.metadata.number(f"{name}.attn_factor", default=1.0, above=0)
-        return scaling | {"attention_factor": factor}
+        original = self.metadata.size(f"{self.name}.rope.scaling.original_context_length")
+        return scaling | {"original_max_position_embeddings": original, "attention_factor": attention}
 
     def _llama3_scaling(self, divisors: np.ndarray, base: float) -> dict[str, Any]:
         """GGUF stores what each frequency is divided by; the published Llama settings are found again from it."""

@@ -55,6 +55,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
         raise InputError(f"{path}: parts of this split GGUF file are not there: {', '.join(missing)}")
     for file in files:
         check_content(file)
+        _check_byte_order(file)
     try:
         facts = [os.stat(file) for file in files]
         opened = _open_gguf(
@@ -69,6 +70,21 @@ def open_gguf(path: str | os.PathLike[str]) -> Gguf:
             "NAME-00001-of-00003.gguf and so on"
         )
     return opened
+
+
+def _check_byte_order(file: Path) -> None:
+    """Refuses a big-endian file, whose quantised blocks the gguf package would decode to other numbers.
+
+    Raises:
+        InputError: it is one.
+    """
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+    # The version, a small number, is behind the magic.
+    if start[:6] == b"GGUF\0\0" and any(start[6:]):
+        raise InputError(
+            f"{file}: a big-endian GGUF file, which is not supported; convert it to little-endian"
+        )
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,7 +107,7 @@ class _Reader(gguf.GGUFReader):
             return 12 + values.nbytes, [values.tolist()], [], [raw_type, kind]
         if kind != gguf.GGUFValueType.STRING:
             return super()._get_field_parts(orig_offs, raw_type)
-        length = struct.Struct("=Q" if self.byte_order == "I" else ">Q")
+        length = struct.Struct("<Q")
         data = self.data.data
         strings = []
         for _ in range(count):

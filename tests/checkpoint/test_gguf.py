@@ -7,7 +7,7 @@ import decoders
 import numpy as np
 import pytest
 from etils import epath
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFWriter, dequantize
 from gguf_files import write_gguf
 
 from sgpt_jax.bi_encoder import BiEncoder
@@ -48,6 +48,10 @@ def load(monkeypatch, path, metadata, tensors):
         ({"llama.rope.freq_base": -1.0}, "freq_base is -1.0"),
         ({"llama.rope.scaling.type": "yarn"}, "rotary scaling 'yarn'"),
         ({"llama.rope.scaling.type": "linear"}, r"no 'llama.rope.scaling.factor'"),
+        (
+            {"llama.rope.scaling.attn_factor": 2.0},
+            "attn_factor 2 is not supported without rope_factors_long",
+        ),
         ({"llama.attention.value_length": 4}, "value_length differs from key_length"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8, which is not supported"),
         ({"llama.attention.sliding_window": 4}, "llama.attention.sliding_window is 4"),
@@ -57,6 +61,40 @@ def test_impossible_metadata_is_named(change, message, opened, monkeypatch):
     path, file = opened
     with pytest.raises(InputError, match=message):
         load(monkeypatch, path, file.metadata | change, file.tensors)
+
+
+@pytest.mark.parametrize("key", ["scaling.factor", "scale_linear"])
+def test_a_rotary_factor_without_a_type_is_linear(key, opened, monkeypatch):
+    path, file = opened
+    stated = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    wanted = load(monkeypatch, path, file.metadata | stated, file.tensors).config.rotary
+    assert (
+        load(monkeypatch, path, file.metadata | {f"llama.rope.{key}": 4.0}, file.tensors).config.rotary
+        == wanted
+    )
+    plain = load(monkeypatch, path, file.metadata, file.tensors).config.rotary
+    for change in ({"llama.rope.scaling.factor": 1.0}, stated | {"llama.rope.scaling.type": "none"}):
+        assert load(monkeypatch, path, file.metadata | change, file.tensors).config.rotary == plain
+
+
+@pytest.mark.parametrize("change", [{"llama.rope.scaling.factor": 4.0}, {"llama.rope.scaling.type": "yarn"}])
+def test_a_rotary_scaling_beside_that_of_tensors_is_refused(change, opened, monkeypatch, tmp_path):
+    path = epath.Path(write_gguf("llama3", tmp_path / "scaled.gguf"))
+    file = gguf_reader.open_gguf(path)
+    with pytest.raises(InputError, match=r"rope\.scaling\.factor 4 beside rope_freqs|rotary scaling 'yarn'"):
+        load(monkeypatch, path, file.metadata | change, file.tensors)
+
+
+def test_big_endian_files_are_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama", endianess=GGUFEndian.BIG)
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="a big-endian GGUF file, which is not supported"):
+        load_decoder(path)
 
 
 def test_a_file_without_token_embedding(opened, monkeypatch):
