@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import types
+from unittest import mock
 
 import decoders
 import jax
@@ -211,12 +212,10 @@ def test_push_to_hub(model, monkeypatch):
     assert calls["token"] == "t" and calls["create"] == {"private": True, "exist_ok": False}
     assert options["create_pr"] is False and "# heron" in calls["card"]
 
-    def refuse(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(Api, "create_repo", refuse)
-    with pytest.raises(InputError, match="heron: cannot be pushed to the hub: no network"):
-        model.push_to_hub("heron")
+    for error in (OSError, RuntimeError):  # httpx's are no OSErrors
+        monkeypatch.setattr(Api, "create_repo", mock.Mock(side_effect=error("no network")))
+        with pytest.raises(InputError, match="heron: cannot be pushed to the hub: no network"):
+            model.push_to_hub("heron")
 
 
 def test_an_index_from_python(model, tmp_path, capsys):

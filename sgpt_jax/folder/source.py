@@ -111,21 +111,47 @@ def _download(repo: str, revision: str | None, missing: str) -> str:
     except RevisionNotFoundError as error:
         raise InputError(f"{repo}: the hub has this model, but no revision {revision!r}") from error
     except GatedRepoError as error:
-        raise InputError(
-            f"{repo}: the hub asks for a login and accepted terms (`hf auth login`): {_first_line(error)}"
-        ) from error
+        raise _gated(repo, error) from error
     except RepositoryNotFoundError as error:
         raise InputError(f"{missing}, and the Hugging Face hub has no model of that name") from error
     except Exception as error:  # the hub's HTTP library, and so its errors, change with its version
         return _cached(repo, revision, missing, error)
-    files = choose_files([sibling.rfilename for sibling in info.siblings or []])
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    files = choose_files(names)
+    _check_choice(repo, names, files)
     with contextlib.suppress(OSError, InputError):  # a cache that cannot be written
         record = _record(repo, info.sha or "")
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, files)
-    return huggingface_hub.snapshot_download(
-        repo, revision=revision, allow_patterns=[glob.escape(name) for name in files]
+    try:
+        return huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=[glob.escape(name) for name in files]
+        )
+    except GatedRepoError as error:
+        raise _gated(repo, error) from error
+    except Exception as error:
+        raise InputError(
+            f"{repo}: cannot be fetched: {_first_line(error)}; start again, what is there is kept"
+        ) from error
+
+
+def _gated(repo: str, error: GatedRepoError) -> InputError:
+    return InputError(
+        f"{repo}: the hub asks for a login and accepted terms (`hf auth login`): {_first_line(error)}"
     )
+
+
+def _check_choice(repo: str, names: list[str], files: list[str]) -> None:
+    """Refuses a repository of which nothing, or none of several GGUF files, is chosen.
+
+    Raises:
+        InputError: it is one.
+    """
+    found = [name for name in names if name.lower().endswith(".gguf")]
+    if found and not any(name.endswith((".safetensors", ".bin")) or name in found for name in files):
+        raise InputError(f"{repo}: download one of its GGUF files and give its path: {', '.join(found)}")
+    if not files:
+        raise InputError(f"{repo}: no model in this repository")
 
 
 def _record(repo: str, commit: str) -> Path:

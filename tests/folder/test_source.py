@@ -47,8 +47,10 @@ def test_sources_that_are_nothing(source, message, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub's client, answering from a folder; `hub.fail` is raised instead."""
-    state = types.SimpleNamespace(fail=None, names=[], calls=[], cached=True, folder=tmp_path / "snapshot")
+    """The hub's client, answering from a folder; `hub.fail` is raised instead, `hub.broken` by downloads."""
+    state = types.SimpleNamespace(
+        fail=None, broken=None, names=["config.json"], calls=[], cached=True, folder=tmp_path / "snapshot"
+    )
     state.folder.mkdir()
 
     def model_info(self, repo_id, *, revision=None):
@@ -62,6 +64,8 @@ def hub(tmp_path, monkeypatch):
         state.calls.append((repo_id, revision, allow_patterns, local_files_only))
         if local_files_only and not state.cached:
             raise FileNotFoundError("not in the cache")
+        if state.broken and not local_files_only:
+            raise state.broken
         return str(state.folder)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -125,9 +129,46 @@ def test_an_interrupted_download_is_refused_without_the_hub(hub):
     ],
 )
 def test_what_the_hub_refuses(hub, error, message):
-    hub.fail = error("refused", response=types.SimpleNamespace(headers={}, request=None, status_code=404))
+    hub.fail = refusal(error)
     with pytest.raises(InputError, match=message):
         resolve("org/name@v9")
+
+
+def refusal(error):
+    return error("refused", response=types.SimpleNamespace(headers={}, request=None, status_code=403))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (refusal(GatedRepoError), "org/name: the hub asks for a login"),
+        (
+            RuntimeError("peer closed connection\nlong"),
+            r"org/name: cannot be fetched: peer closed connection; start again",
+        ),
+    ],
+)
+def test_a_download_that_breaks_off(hub, error, message):
+    hub.broken = error
+    with pytest.raises(InputError, match=message):
+        resolve("org/name")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["README.md", "config.json", "m.Q4_0.gguf", "m.Q8_0.gguf", "BF16/m.gguf"],
+            "download one of its GGUF files and give its path: m.Q4_0.gguf, m.Q8_0.gguf, BF16/m.gguf",
+        ),
+        ([".gitattributes", "model.onnx"], "org/name: no model in this repository"),
+    ],
+)
+def test_repositories_of_which_nothing_can_be_chosen(hub, names, message):
+    hub.names = names
+    with pytest.raises(InputError, match=message):
+        resolve("org/name")
+    assert not hub.calls
 
 
 def test_only_what_a_model_needs_is_fetched():
