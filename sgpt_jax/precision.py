@@ -40,9 +40,13 @@ def quantize_embeddings(
         [n, D], or [n, ceil(D / 8)] of the binary ones.
 
     Raises:
-        InputError: an unknown precision, or ranges would be those of one vector.
+        InputError: an unknown precision, or ranges would be those of one vector, or vectors or ranges are of another
+            kind or shape, or ranges are not finite.
     """
     check_precision(precision)
+    vectors = np.asarray(vectors)
+    if vectors.ndim != 2 or vectors.dtype.kind not in "fV":  # bfloat16 is a V
+        raise InputError(f"vectors must be float32 [n, D], not {vectors.dtype} {list(vectors.shape)}")
     if precision == "float32":
         return np.asarray(vectors, np.float32)
     if precision.endswith("binary"):
@@ -57,7 +61,13 @@ def quantize_embeddings(
                 "texts, or use sgpt_jax.precision.quantize_embeddings with ranges"
             )
         ranges = np.stack([vectors.min(axis=0), vectors.max(axis=0)])
-    starts, ends = ranges.astype(np.float32)
+    ranges = np.asarray(ranges, np.float32)
+    if ranges.shape != (2, vectors.shape[1]) or not np.isfinite(ranges).all():
+        raise InputError(
+            f"ranges must be finite, [2, {vectors.shape[1]}]: the least and the greatest value of every dimension, by "
+            "default those of the vectors"
+        )
+    starts, ends = ranges
     steps = (ends - starts) / 255
     steps = np.where(steps == 0, 1, steps)
     buckets = np.clip(np.floor((vectors - starts) / steps), 0, 255)

@@ -112,8 +112,23 @@ def test_precision():
     )
     ranges = np.array([[-2.0] * 9, [2.0] * 9])
     assert quantize_embeddings(vectors[:1], "uint8", ranges)[0, [0, 7, 8]].tolist() == [63, 191, 255]
+    assert quantize_embeddings([[0.5]], "uint8", [[0], [1]]).tolist() == [[127]]
     with pytest.raises(InputError, match="one vector has none"):
         quantize_embeddings(vectors[:1], "int8")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "ranges", "message"),
+    [
+        (np.zeros((3, 8), np.int8), None, r"vectors must be float32 \[n, D\], not int8 \[3, 8\]"),
+        (np.zeros(8, np.float32), None, r"not float32 \[8\]"),
+        (np.zeros((3, 8), np.float32), np.zeros((2, 4)), r"ranges must be finite, \[2, 8\]"),
+        (np.zeros((3, 8), np.float32), np.full((2, 8), np.nan), "ranges must be finite"),
+    ],
+)
+def test_vectors_and_ranges_of_another_kind(vectors, ranges, message):
+    with pytest.raises(InputError, match=message):
+        quantize_embeddings(vectors, "int8", ranges)
 
 
 def test_precision_of_encode(model):
