@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 
 from sgpt_jax.checkpoint.gguf_reader import open_gguf
 from sgpt_jax.errors import InputError
+from sgpt_jax.families.reading import short
 from sgpt_jax.runtime.transformers import import_transformers
 
 if TYPE_CHECKING:  # transformers takes most of a second to import
@@ -23,6 +24,18 @@ if TYPE_CHECKING:  # transformers takes most of a second to import
 
 # Values of tokenizer.ggml.token_type.
 _CONTROL, _USER_DEFINED = 3, 4
+
+# What the fields hold, and the entries of those that are lists.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "pre", "chat_template"), (str,)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id"), (int,)),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_space_prefix"), (bool,)),
+}
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("tokens", "merges"), (str,)),
+    "scores": (float, int),
+    "token_type": (int,),
+}
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -105,7 +118,11 @@ def load_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """All `tokenizer.ggml.*` fields by their last name, and the chat template."""
+    """All `tokenizer.ggml.*` fields by their last name, and the chat template.
+
+    Raises:
+        InputError: one is of another type.
+    """
     fields = {
         name.removeprefix("tokenizer.ggml."): value
         for name, value in open_gguf(path).metadata.items()
@@ -113,6 +130,16 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     }
     if "tokenizer.chat_template" in fields:
         fields["chat_template"] = fields.pop("tokenizer.chat_template")
+    for name, value in fields.items():
+        # The entries of a GGUF file's list are of one type.
+        good = (
+            isinstance(value, list) and all(type(entry) in _ENTRIES[name] for entry in value[:1])
+            if name in _ENTRIES
+            else name not in _TYPES or type(value) in _TYPES[name]
+        )
+        if not good:
+            key = "tokenizer.chat_template" if name == "chat_template" else f"tokenizer.ggml.{name}"
+            raise InputError(f"{path}: {key} is of another type than it should be: {short(value)}")
     return fields
 
 

@@ -7,6 +7,7 @@ import gguf
 import pytest
 from transformers import AutoTokenizer
 
+from sgpt_jax.checkpoint import gguf_reader, gguf_tokenizer
 from sgpt_jax.errors import InputError
 from sgpt_jax.text.encoder import TextEncoder
 from sgpt_jax.text.tokenizer import load_tokenizer, save_tokenizer
@@ -183,6 +184,23 @@ def test_gguf_tokenizers_that_cannot_be_built(changes, message, tmp_path):
     }
     with pytest.raises(InputError, match=message):
         load_tokenizer(write_vocabulary(tmp_path / "model.gguf", **(given | changes)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokenizer.ggml.tokens", [1, 2]), ("tokenizer.ggml.tokens", 3), ("tokenizer.ggml.merges", "a b"),
+        ("tokenizer.ggml.token_type", 1), ("tokenizer.ggml.pre", [1]), ("tokenizer.ggml.eos_token_id", "x"),
+        ("tokenizer.ggml.add_bos_token", [True]), ("tokenizer.chat_template", 1),
+    ],
+)  # fmt: skip
+def test_fields_of_another_type_are_named(name, value, tmp_path, monkeypatch):
+    path = small_gguf(tmp_path / "model.gguf")
+    file = gguf_reader.open_gguf(path)
+    changed = gguf_reader.Gguf(file.metadata | {name: value}, file.tensors)
+    monkeypatch.setattr(gguf_tokenizer, "open_gguf", lambda _: changed)
+    with pytest.raises(InputError, match=f"{name} is of another type"):
+        load_tokenizer(path)
 
 
 def test_gguf_files_without_a_tokenizer(tmp_path):
