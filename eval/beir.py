@@ -288,6 +288,9 @@ def _system(result: Result) -> dict[str, Any]:
     settings = dict(result.get("settings") or {})
     for key in ("split", "ignore_identical_ids", "encoding_errors", "skip_bad_lines", "data"):  # of the data
         settings.pop(key, None)
+    for key in ("model", "cross_encoder"):  # which results of earlier versions do not say
+        if key in settings:
+            settings[key] = {name: value for name, value in settings[key].items() if name != "base"}
     if "run" in settings.get("first_stage", {}):  # a file for each data set: what it says of the ranking
         first = result["first_stage"].items()
         settings["first_stage"] = {key: value for key, value in first if key not in ("run", "metrics")}

@@ -51,7 +51,7 @@ def check_settings(
     kind: str,
     settings: dict[str, Any],
     data: Callable[[], dict[str, Any]] = dict,
-    instead: str = "give another --output",
+    instead: str = "give another --output, or remove it",
 ) -> Result:
     """The result that a file holds, which is of this kind and these settings; empty where there is no file.
 
@@ -74,12 +74,15 @@ def check_settings(
     if kind != "beir" and not there:
         # Results of other tasks did not say their settings once: their model's revision tells the most.
         was, now = (
-            (each.get("model") or each.get("cross_encoder") or {}).get("revision")
+            ((each.get("model") or each.get("cross_encoder") or {}).get("revision"), each.get("split"))
             for each in (result, settings)
         )
         if was == now:
             return result
     settings = json.loads(json.dumps(settings | ({"data": data()} if "data" in there else {})))
+    for key in ("model", "cross_encoder"):  # nor did they say what an adapter lies over
+        if "base" not in (there.get(key) or {"base": None}):
+            settings.get(key, {}).pop("base", None)
     if there != settings:
         different = [key for key in settings if there.get(key) != settings[key]]
         raise InputError(

@@ -95,7 +95,7 @@ class BiEncoder:
                 f"similarity_name must be one of {', '.join(SIMILARITIES)}, not {self.similarity_name!r}"
             )
         if self.truncate_dim is not None:
-            dataclasses.replace(self, truncate_dim=None)._kept(self.truncate_dim)
+            _check_size(self.truncate_dim, self._whole_dimension)
 
     @classmethod
     def from_pretrained(
@@ -227,8 +227,12 @@ class BiEncoder:
     @property
     def dimension(self) -> int:
         """Length of the vectors."""
+        return self.truncate_dim or self._whole_dimension
+
+    @property
+    def _whole_dimension(self) -> int:
         pooled = len(pooling_modes(self.pooling)) * self.decoder.config.hidden_dim
-        return self.truncate_dim or output_dimension(pooled, self.modules)
+        return output_dimension(pooled, self.modules)
 
     def skip(self, prompt: str, side: Side | None = None) -> int:
         """How many first tokens of a text with this prompt are left out of the pooling."""
@@ -425,10 +429,7 @@ class BiEncoder:
         Raises:
             InputError: there are not so many.
         """
-        size = self.dimension if truncate_dim is None else whole("truncate_dim", truncate_dim)
-        if not 1 <= size <= self.dimension:
-            raise InputError(f"truncate_dim {size}: the model's vectors have {self.dimension} dimensions")
-        return size
+        return self.dimension if truncate_dim is None else _check_size(truncate_dim, self.dimension)
 
     def _embedder(self) -> Embedder:
         return Embedder(self.decoder, self.pooling, self.modules, self.text.pad_id, self.mesh)
@@ -455,6 +456,13 @@ class BiEncoder:
         )
         vectors = np.zeros((len(ids), self._kept(truncate_dim)), np.float32)
         return Chunk(ids, plans, self.skip(prompt, side), vectors)
+
+
+def _check_size(truncate_dim: int, most: int) -> int:
+    size = whole("truncate_dim", truncate_dim)
+    if not 1 <= size <= most:
+        raise InputError(f"truncate_dim {size}: the model's vectors have {most} dimensions")
+    return size
 
 
 def _first(*values: Any) -> Any:

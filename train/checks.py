@@ -27,6 +27,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         InputError: naming the option.
     """
+    if config.recipe not in RECIPES:
+        raise InputError(f"the recipe must be one of {', '.join(RECIPES)}, not {config.recipe!r}")
     for name in ("model", "corpus" if config.recipe == "adapt" else "data", "output", "trainable"):
         if not getattr(config, name):
             raise InputError(f"--{name} is needed")
@@ -74,23 +76,29 @@ def _check_all_count(config: TrainConfig) -> None:
     Raises:
         InputError: naming the option.
     """
+    default = RECIPES[config.recipe][0]
+    for name, reason in idle_options(config).items():
+        if getattr(config, name) != getattr(default, name):
+            raise InputError(f"--{name.replace('_', '-')} {reason}")
+
+
+def idle_options(config: TrainConfig) -> dict[str, str]:
+    """The options that mean nothing beside the others, and why."""
     idle = dict.fromkeys(lacking(config.recipe), f"is no option of the recipe {config.recipe}")
-    adapts, by_split = config.recipe == "adapt", is_hub(config.data) or is_tfds(config.data)
+    adapts = config.recipe == "adapt"
     if not (config.dev_queries if adapts else config.dev):
         need = f"is about evaluations, which need {'--dev-queries' if adapts else '--dev'}"
         idle |= dict.fromkeys(("eval_every", "keep_best", "patience", "dev_documents"), need)
     if not (config.dev and epath.Path(config.dev).is_dir()):
         idle["dev_split"] = "is for a folder in BEIR's format as --dev"
-    if not by_split and (config.recipe == "pairs" or is_parquet(config.data)):
+    has_files = config.recipe == "pairs" or (config.recipe == "nli" and is_parquet(config.data))
+    if has_files and not (is_hub(config.data) or is_tfds(config.data)):
         idle["split"] = "is for data sets of TFDS and of the hub: a file has no splits"
     if not config.distill:
         idle["distill_weight"] = "is for --distill"
     if "lora" not in trained_kinds(config.trainable):
         idle |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets", "merge"), "is for --trainable lora")
-    default = RECIPES[config.recipe][0]
-    for name, reason in idle.items():
-        if getattr(config, name) != getattr(default, name):
-            raise InputError(f"--{name.replace('_', '-')} {reason}")
+    return idle
 
 
 def check_processes(config: TrainConfig, contents: dict[str, str]) -> None:

@@ -17,8 +17,9 @@ from sgpt_jax.decoder.model import split
 from sgpt_jax.errors import InputError
 from sgpt_jax.files.lines import write_json
 
+from .checks import idle_options
 from .optimizer import trained_kinds
-from .recipes import FREE, TrainConfig
+from .recipes import FREE, WITHOUT, TrainConfig
 from .step import agree
 
 RUN = "run"  # the key of a run's configuration in OUT/config.json, beside what transformers has there
@@ -40,6 +41,12 @@ def check_output(config: TrainConfig) -> None:
     """
     folder, theirs = epath.Path(config.output), _noted(config)
     if not theirs:
+        if (
+            config.resume
+            and (folder / "metrics.jsonl").exists()
+            and any((folder / "checkpoints").glob("[0-9]*"))
+        ):
+            return  # stopped where earlier versions had written the model, and not yet noted the run again
         if found := next((path.name for name in _OF_A_MODEL for path in folder.glob(name)), None):
             raise InputError(f"{folder}: holds a model ({found}), not a run: name another folder")
         for name in ("checkpoints", "best"):
@@ -51,7 +58,9 @@ def check_output(config: TrainConfig) -> None:
     if not config.resume:
         raise InputError(f"{folder}: holds a run already; go on with --resume, or name another folder")
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    other = [name for name, value in ours.items() if name not in FREE and theirs.get(name, value) != value]
+    # What earlier versions took and passed over need not be said again.
+    free = {*FREE, *idle_options(config)} - ({*WITHOUT["adapt"]} if config.recipe == "adapt" else set())
+    other = [name for name, value in ours.items() if name not in free and theirs.get(name, value) != value]
     if other:
         differences = ", ".join(
             f"{name.replace('_', '-')} {theirs.get(name)!r}, now {ours[name]!r}" for name in other

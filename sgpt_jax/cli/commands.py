@@ -394,7 +394,9 @@ def export(options: argparse.Namespace) -> None:
         ids = export_index(Index.open(options.source), options.output)
         print(f"{options.output}: its keys count from 0; {ids} has the document of each, one a line")
         return
-    if os.path.realpath(options.source) == os.path.realpath(options.output):
+    if os.path.exists(options.source) and os.path.realpath(options.source) == os.path.realpath(
+        options.output
+    ):
         raise InputError(f"{options.output}: is the model itself, which the output would replace")
     model = BiEncoder.from_settings(vars(options) | {"model": options.source})
     model.save_pretrained(options.output)

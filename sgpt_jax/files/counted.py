@@ -206,6 +206,8 @@ def _files(paths: Sequence[PathLike]) -> list[str]:
             raise InputError(f"{path}: has no file whose name says that it holds documents, such as .jsonl")
         for name in _without_queries(path, names):
             if name.lower().endswith(FOREIGN):
+                if os.path.splitext(name)[0] in names:  # what was unpacked from it is read
+                    continue
                 raise InputError(f"{os.path.join(path, name)}: of compressed files only gzip is read")
             found.append(os.path.join(path, name))
     return found

@@ -219,9 +219,9 @@ def atomic_write(path: PathLike) -> Iterator[BinaryIO]:
 def check_no_input(output: PathLike, *inputs: PathLike | None) -> None:
     """Raises InputError when an output is one of the inputs, which it would replace."""
     for path in inputs:
-        if path is None or os.path.realpath(path) != os.path.realpath(output):
-            continue
-        if os.path.isfile(path) or "://" in os.fspath(path):  # a terminal can be both
+        if path is None or not (os.path.isfile(path) or "://" in os.fspath(path)):
+            continue  # a terminal can be both
+        if os.path.realpath(path) == os.path.realpath(output):
             raise InputError(f"{output}: is also an input, which the output would replace")
 
 

@@ -15,7 +15,8 @@ from sgpt_jax.files.lines import atomic_write
 from sgpt_jax.folder.modules import describe_modules
 from sgpt_jax.folder.settings import ModelSettings
 
-_TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", "sgpt-jax"]
+_LIBRARY = "sentence-transformers"
+_TAGS = ["sentence-similarity", "feature-extraction", "sgpt", "sgpt-jax"]
 
 
 def write_model_card(
@@ -47,9 +48,9 @@ def write_model_card(
     """
     root = epath.Path(folder)
     name = name or root.name
-    front: dict[str, object] = {"pipeline_tag": "sentence-similarity", "tags": _TAGS[only_here:]}
+    front: dict[str, object] = {"pipeline_tag": "sentence-similarity", "tags": _TAGS}
     if not only_here:
-        front = {"library_name": _TAGS[0], **front}
+        front = {"library_name": _LIBRARY, **front, "tags": [_LIBRARY, *_TAGS]}
     if license:
         front["license"] = license
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):

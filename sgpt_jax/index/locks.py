@@ -55,9 +55,10 @@ def only_writer(
                 leftover.unlink()
         yield let_in
     finally:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
         os.close(descriptor)
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def hold_for_reading(folder: Path, manifest: Manifest, reader: object) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Of a control group, by the version of its hierarchy: limit, use, and what of that is cached files that give way.
-_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-_VERSION_2 = "memory.max", "memory.current", "inactive_file"
+# Of a control group, by the version of its hierarchy: limit, use, and how the names in its statistics begin.
+_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+_VERSION_2 = "memory.max", "memory.current", ""
 
 
 def resident_memory() -> tuple[int, int] | None:
@@ -67,7 +67,8 @@ def _left_in_groups() -> list[int]:
             try:
                 limit, used = (int((folder / file).read_text()) for file in files[:2])
                 found = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                left.append(max(0, limit - used + int(found[files[2]])))
+                cached = sum(int(found[files[2] + state]) for state in ("inactive_file", "active_file"))
+                left.append(max(0, limit - used + cached))
             except (OSError, KeyError, ValueError):
                 continue  # no limit, or a group that cannot be seen from within a container
     return left

@@ -137,9 +137,11 @@ def _watch() -> Iterator[None]:
                 if now - failed > _LOST_SECONDS and not ended.is_set():
                     key, message = failures[0]
                     _say(f"error: {_failure(key, message)}")
-                    beat(_ENDED)
-                    jax.distributed.shutdown()  # for which the one that failed waits
-                    os._exit(1)
+                    try:
+                        beat(_ENDED)
+                        jax.distributed.shutdown()  # for which the one that failed waits
+                    finally:
+                        os._exit(1)
             if ended.wait(_BEAT_SECONDS):
                 return
 

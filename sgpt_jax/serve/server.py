@@ -39,7 +39,7 @@ from sgpt_jax.serve.service import Models, Service
 KEY_VARIABLE = "SGPT_API_KEY"
 
 # What browsers send: lower case, without a path; of a file, null.
-_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\sA-Z]+|file://")
 # Connections at a time; beyond them the answer is 503.
 _CONNECTIONS = 2048
 # In the demonstration: a query and the beginning of an abstract, so that a search takes seconds on two cores.

@@ -347,6 +347,20 @@ def test_a_run_replaces_that_of_the_other_form(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ids.json", "ids.trec"]
 
 
+def test_results_that_do_not_say_what_an_adapter_lies_over_are_not_made_again(
+    small, tmp_path, models, capsys
+):
+    arguments = ("--model", "fake", "--output", tmp_path / "out")
+    models["bi"].identity["base"] = ["a1"]
+    assert run(small, *arguments) == 0
+    models["bi"].identity["base"] = ["b2"]
+    assert run(small, *arguments) == 1 and "other settings (model)" in capsys.readouterr().err
+    result = json.loads((tmp_path / "out/small.json").read_text())
+    del result["settings"]["model"]["base"]
+    (tmp_path / "out/small.json").write_text(json.dumps(result))
+    assert run(small, *arguments) == 0 and "found in the output folder" in capsys.readouterr().out
+
+
 def test_processes_that_would_measure_different_systems_are_refused(
     small, tmp_path, models, monkeypatch, capsys
 ):

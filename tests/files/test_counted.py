@@ -238,6 +238,8 @@ def test_of_a_folder_no_file_of_records_is_left_out_silently(tmp_path):
     (tmp_path / "0.jsonl").write_bytes(line(0))
     (tmp_path / "._0.jsonl").write_bytes(b"\x00\x05\x16\x07")
     assert count_corpus([tmp_path], tmp_path / "notes", Reading()).total == 1
+    (tmp_path / "0.jsonl.zip").write_bytes(b"PK\x03\x04")  # what it was unpacked from
+    assert count_corpus([tmp_path], tmp_path / "notes", Reading()).total == 1
     (tmp_path / "1.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     with pytest.raises(InputError, match=r"1\.jsonl\.zst: of compressed files only gzip is read"):
         count_corpus([tmp_path], tmp_path / "notes", Reading())

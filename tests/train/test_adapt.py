@@ -280,7 +280,9 @@ def test_zero_biases_are_added_where_they_alone_train():
         (["--group-size", "1"], "--group-size must be at least 2"),
     ],
 )
-def test_refusals(options, message, base, corpus, tmp_path, capsys):
+def test_refusals(options, message, base, corpus, tmp_path, monkeypatch, capsys):
+    (tmp_path / "state.json").write_text("{}")  # what lies here says nothing of the corpus
+    monkeypatch.chdir(tmp_path)
     options = [str(corpus.parent / "queries.txt") if option == "QUERIES" else option for option in options]
     assert run(base, corpus, tmp_path / "out", *options) == 1
     assert message in capsys.readouterr().err

@@ -179,6 +179,21 @@ def test_a_run_whose_end_was_cut_short_is_still_known(base, pairs, tmp_path, mon
     assert main([*run, "--resume"]) == 0
 
 
+def test_runs_of_earlier_versions_go_on(base, pairs, tmp_path, capsys):
+    """Of one that was stopped before the run was noted again; and of one with an option that was passed over."""
+    out = tmp_path / "out"
+    run = arguments(base, pairs, out, "--steps", 2)
+    assert main(run) == 0
+    config = json.loads((out / "config.json").read_text())
+    noted = config.pop("run")
+    (out / "config.json").write_text(json.dumps(config))
+    assert main([*run, "--resume"]) == 0
+    (out / "config.json").write_text(json.dumps(config | {"run": noted | {"split": "validation"}}))
+    assert main([*run, "--resume"]) == 0
+    assert main([*run, "--resume", "--lr", "1"]) == 1
+    assert "was started with other options: lr" in capsys.readouterr().err
+
+
 def test_the_best_of_other_evaluations_after_a_kill(base, pairs, sts, tmp_path):
     """A best one of after the checkpoint is of steps that are made again: it is gone, and in nobody's way."""
 
