@@ -193,6 +193,9 @@ def test_start(model, data, capsys):
     assert ways["ours, --help"]["median_seconds"] < ways["ours"]["median_seconds"]
 
 
+AGAIN = "speed search --vectors 200 --rounds 1 --against".split()
+
+
 @pytest.mark.parametrize(("factor", "code"), [(1e-3, 0), (1e6, 1)])
 def test_a_release_is_held_against_the_one_before(factor, code, tmp_path, capsys):
     """A thousandth of what it was ahead of its peers is surely reached, a million times it is not."""
@@ -200,17 +203,7 @@ def test_a_release_is_held_against_the_one_before(factor, code, tmp_path, capsys
     for figures in before["search"]["ways"].values():
         figures["ours_over"] *= factor
     (tmp_path / "before.json").write_text(json.dumps(before))
-    arguments = [
-        "speed",
-        "search",
-        "--vectors",
-        "200",
-        "--rounds",
-        "1",
-        "--against",
-        str(tmp_path / "before.json"),
-    ]
-    assert main(arguments) == code
+    assert main([*AGAIN, str(tmp_path / "before.json")]) == code
     assert ("times numpy, " in capsys.readouterr().err) == bool(code)
 
 
@@ -226,17 +219,7 @@ def test_figures_of_something_else_are_not_compared(change, message, tmp_path, c
     before = run(tmp_path, "search", "--vectors", 200)
     before["search"] |= change
     (tmp_path / "before.json").write_text(json.dumps(before))
-    again = [
-        "speed",
-        "search",
-        "--vectors",
-        "200",
-        "--rounds",
-        "1",
-        "--against",
-        str(tmp_path / "before.json"),
-    ]
-    assert main(again) == 1
+    assert main([*AGAIN, str(tmp_path / "before.json")]) == 1
     assert message in capsys.readouterr().err
 
 
