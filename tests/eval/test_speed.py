@@ -193,7 +193,7 @@ def test_start(model, data, capsys):
     assert ways["ours, --help"]["median_seconds"] < ways["ours"]["median_seconds"]
 
 
-AGAIN = "speed search --vectors 200 --rounds 1 --against".split()
+AGAIN = ["speed", "search", "--vectors", "200", "--rounds", "1", "--against"]
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1e-3, 0), (1e6, 1)])
