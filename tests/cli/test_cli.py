@@ -21,34 +21,6 @@ import sgpt_jax as sgpt
 from sgpt_jax.cli.parser import main
 from sgpt_jax.files.runs import read_run
 
-WORDS = ("heron ferry market bay water night shallow day people stay twice crosses waits three on").split()  # noqa: SIM905
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = decoders.write_checkpoint("llama", tmp_path_factory.mktemp("cli") / "tiny")
-    return str(decoders.write_tokenizer(folder))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    random = np.random.RandomState(1)
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    texts = [" ".join(random.choice(WORDS, random.randint(3, 12))) for _ in range(40)]
-    path.write_text(
-        "".join(
-            json.dumps({"_id": f"d{i}", "title": "", "text": text}) + "\n" for i, text in enumerate(texts)
-        )
-    )
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def index(model, corpus, tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("index") / "index")
-    assert main(["index", corpus, "-o", folder, "--model", model, "--brackets", "--chunk-size", "8"]) == 0
-    return folder
-
 
 def texts_of(corpus):
     with open(corpus) as lines:
@@ -99,48 +71,6 @@ def test_search_of_a_file_of_queries_and_reranking(index, model, corpus, tmp_pat
     assert len(json.loads(capsys.readouterr().out)["hits"]) == 2
     assert main(["search", index, "night market", "--rerank", "2", "-k", "3"]) == 1
     assert "-k 3 asks for more documents than --rerank 2 scores" in capsys.readouterr().err
-
-
-def test_embed_writes_the_vectors_in_order(model, corpus, tmp_path):
-    output = tmp_path / "vectors.npy"
-    assert main(["embed", corpus, "-o", str(output), "--model", model, "--normalize"]) == 0
-    vectors = np.load(output)
-    expected = sgpt.BiEncoder.from_pretrained(model).encode(texts_of(corpus), normalize=True)
-    np.testing.assert_allclose(vectors, expected, atol=1e-6)
-    assert os.listdir(tmp_path) == ["vectors.npy"]
-
-
-def test_embed_says_when_it_leaves_brackets_out(model, corpus, tmp_path, capsys):
-    named = str(shutil.copytree(model, tmp_path / "specb"))  # the name turns brackets on
-    for more, noted in (([], True), (["--side", "document"], False)):
-        assert main(["embed", corpus, "-o", str(tmp_path / "v.npy"), "--model", named, *more]) == 0
-        assert ("note: the model has brackets; without --side" in capsys.readouterr().err) == noted
-
-
-def test_embed_says_which_prompt_a_folder_puts_before_other_texts(model, corpus, tmp_path, capsys):
-    folder = tmp_path / "prompts"
-    sgpt.BiEncoder.from_pretrained(model).save_pretrained(folder)
-    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
-    settings |= {"prompts": {"query": "find: ", "document": ""}, "default_prompt_name": "query"}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    assert main(["embed", corpus, "-o", str(tmp_path / "v.npy"), "--model", str(folder)]) == 0
-    assert "texts are embedded with its default prompt, query" in capsys.readouterr().err
-
-
-def test_embed_reads_standard_input(model, tmp_path):
-    output = tmp_path / "vectors.npy"
-    command = [sys.executable, "-m", "sgpt_jax.cli", "embed", "-", "-o", str(output), "--model", model]
-    subprocess.run(command, input=b"a heron\r\n\xef\xbb\xbfthe bay\n", check=True, capture_output=True)
-    assert np.load(output).shape == (2, 32)
-
-
-@pytest.mark.parametrize("output", [".", "nowhere/vectors.npy", "/proc/vectors.npy"])
-def test_embed_refuses_where_it_cannot_write(output, model, corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["embed", corpus, "-o", output, "--model", model]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {output}: ") and error.count("\n") == 1
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of processes")
