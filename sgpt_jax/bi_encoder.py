@@ -28,16 +28,17 @@ from sgpt_jax.folder.source import resolve
 from sgpt_jax.habits import EncodeOptions, Precision, refuse, refuse_attribute, refuse_source, translate
 from sgpt_jax.load import base_sha256, load_parts, open_model, token_limit
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch
-from sgpt_jax.packing.rows import plan_texts
+from sgpt_jax.packing.portions import CPU_PORTION, PORTION_BATCHES, cut_into_portions, plan_portions
+from sgpt_jax.packing.rows import Packing, plan_texts
 from sgpt_jax.packing.stream import Chunk, Embedder, warn_not_finite
 from sgpt_jax.precision import check_precision, quantize_embeddings
 from sgpt_jax.reports import EncodeReport
 from sgpt_jax.runtime.forks import check_fork
 from sgpt_jax.runtime.platform import by_platform
 from sgpt_jax.runtime.prefetch import ahead
-from sgpt_jax.runtime.progress import Show, beside, shared_progress
+from sgpt_jax.runtime.progress import Show, shared_progress
 from sgpt_jax.saving import DEQUANTISED, save_settings
-from sgpt_jax.text.encoder import Side, TextEncoder, check_ids
+from sgpt_jax.text.encoder import Side, TextEncoder, check_ids, check_texts
 
 # CPU: tokens of a batch; more make no matmul faster.
 CPU_BATCH_TOKENS = 4096
@@ -299,14 +300,34 @@ class BiEncoder:
         ours = translate("encode", others)
         normalize, show_progress = ours.get("normalize", normalize), ours.get("show_progress", show_progress)
         check_precision(precision)
-        asked = [texts] if isinstance(texts, str) else texts
+        asked = check_texts([texts] if isinstance(texts, str) else texts)
         prompt = self.text.prompt(side, prompt_name) if prompt is None else prompt
-        ids = self.text.ids(asked, side, prompt=prompt, show_progress=beside(show_progress))
-        chunk = self._chunk(ids, prompt, side, truncate_dim, batch_tokens, batch_size)
-        with shared_progress("embedding", "text", len(ids), show_progress) as bar:
-            (vectors,) = self._embedder().vectors(
-                [chunk], normalize, lambda plan: bar.update(len(plan.texts))
-            )
+        vectors = np.zeros((len(asked), self._kept(truncate_dim)), np.float32)
+        packing = self._packing(batch_tokens, batch_size)
+        size = by_platform(cpu=CPU_PORTION, accelerator=PORTION_BATCHES * packing.batch_tokens)
+        parts = list(cut_into_portions(asked, size, packing.max_length))
+        cut: list[int] = []
+
+        def tokenised() -> Iterator[list[list[int]]]:
+            for part in parts:
+                ids = self.text.ids(asked[part], side, prompt=prompt, show_progress=False, on_cut=cut.append)
+                check_ids(ids, self.decoder.config.vocab_size, part.start)
+                yield ids
+
+        skip = self.skip(prompt, side)
+        chunks = (
+            Chunk(portion.ids, portion.plans, skip, vectors, portion.places)
+            for portion in plan_portions(tokenised(), len(asked), packing)
+        )
+        if len(parts) > 1:  # a thread of its own costs more than a few texts
+            chunks = ahead(chunks, 1)
+        with (
+            contextlib.closing(chunks),
+            shared_progress("embedding", "text", len(asked), show_progress) as bar,
+        ):
+            for _ in self._embedder().vectors(chunks, normalize, lambda plan: bar.update(len(plan.texts))):
+                pass
+        self.text.warn_cut(sum(cut), len(asked))
         warn_not_finite(vectors)
         vectors = quantize_embeddings(vectors, precision)
         return vectors[0] if isinstance(texts, str) else vectors
@@ -353,11 +374,15 @@ class BiEncoder:
         report.begin()
 
         def planned() -> Iterator[Chunk]:
+            packing, prompt = self._packing(batch_tokens), self.text.prompt(side)
+            skip = self.skip(prompt, side)
             for texts in chunks:
-                prompt = self.text.prompt(side)
                 ids = self.text.ids(texts, side, prompt=prompt, show_progress=False, on_cut=report.add_cut)
+                check_ids(ids, self.decoder.config.vocab_size)
                 report.tokens += sum(map(len, ids))
-                yield self._chunk(ids, prompt, side, batch_tokens=batch_tokens)
+                vectors = np.zeros((len(ids), self.dimension), np.float32)
+                plans = plan_texts(list(map(len, ids)), packing)
+                yield Chunk(ids, plans, skip, vectors, np.arange(len(ids)))
 
         def done(plan: PlannedBatch) -> None:
             report.add_batch(len(plan.texts), plan.padded_tokens)
@@ -434,28 +459,12 @@ class BiEncoder:
     def _embedder(self) -> Embedder:
         return Embedder(self.decoder, self.pooling, self.modules, self.text.pad_id, self.mesh)
 
-    def _chunk(
-        self,
-        ids: list[list[int]],
-        prompt: str,
-        side: Side | None,
-        truncate_dim: int | None = None,
-        batch_tokens: int | None = None,
-        batch_size: int | None = None,
-    ) -> Chunk:
-        check_ids(ids, self.decoder.config.vocab_size)
+    def _packing(self, batch_tokens: int | None, batch_size: int | None = None) -> Packing:
+        """How texts are joined into batches."""
         token_limit(self.decoder.config, self.text.max_seq_length)  # it may have been set since
         if batch_tokens is None:
             batch_tokens = by_platform(cpu=CPU_BATCH_TOKENS, accelerator=BATCH_TOKENS)
-        plans = plan_texts(
-            [len(text) for text in ids],
-            batch_tokens=batch_tokens,
-            max_length=self.text.max_seq_length,
-            row_multiple=num_shards(self.mesh),
-            batch_texts=batch_size,
-        )
-        vectors = np.zeros((len(ids), self._kept(truncate_dim)), np.float32)
-        return Chunk(ids, plans, self.skip(prompt, side), vectors)
+        return Packing(batch_tokens, self.text.max_seq_length, num_shards(self.mesh), batch_size)
 
 
 def _check_size(truncate_dim: int, most: int) -> int:

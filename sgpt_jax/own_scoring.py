@@ -18,7 +18,7 @@ from sgpt_jax.errors import InputError
 from sgpt_jax.folder.scoring import Scoring
 from sgpt_jax.load import Parts
 from sgpt_jax.packing.layout import PlannedBatch, lay_out
-from sgpt_jax.packing.rows import plan_texts, texts_per_row, vector_indices
+from sgpt_jax.packing.rows import Packing, plan_texts, texts_per_row, vector_indices
 from sgpt_jax.runtime.one_behind import one_behind
 from sgpt_jax.runtime.progress import Show, beside, shared_progress
 from sgpt_jax.text.encoder import TextEncoder, check_ids
@@ -158,13 +158,8 @@ def _score_ids(
 ) -> tuple[np.ndarray, int]:
     """The scores of token ids, float32 [n], which share rows as the texts of a bi-encoder do; and padded tokens."""
     check_ids(ids, decoder.config.vocab_size)
-    plans = plan_texts(
-        [len(pair) for pair in ids],
-        batch_tokens=batch_tokens,
-        max_length=text.max_seq_length,
-        row_multiple=num_shards(mesh),
-        batch_texts=batch_size,
-    )
+    packing = Packing(batch_tokens, text.max_seq_length, num_shards(mesh), batch_size)
+    plans = plan_texts([len(pair) for pair in ids], packing)
     structure, params = split(decoder)
     sharding = jax.local_devices()[0] if mesh is None else batch_sharding(mesh)
 

@@ -78,6 +78,13 @@ def round_up(size: int, unit: int, steps: int = 1) -> int:
     return -(-units // step) * step * unit
 
 
+def check_batch(batch_tokens: int, batch_texts: int | None = None) -> None:
+    """Raises InputError when a bound of a batch is not positive."""
+    for name, size in (("batch_size", batch_texts), ("batch_tokens", batch_tokens)):
+        if size is not None and size < 1:
+            raise InputError(f"{name} must be positive, not {size}")
+
+
 def plan_batches(
     rows: Sequence[Row],
     *,
@@ -103,9 +110,7 @@ def plan_batches(
     Raises:
         InputError: `batch_texts` or `batch_tokens` is not positive.
     """
-    for name, size in (("batch_size", batch_texts), ("batch_tokens", batch_tokens)):
-        if size is not None and size < 1:
-            raise InputError(f"{name} must be positive, not {size}")
+    check_batch(batch_tokens, batch_texts)
     ordered = sorted(rows, key=lambda row: -row.length)
     plans = []
     start = 0

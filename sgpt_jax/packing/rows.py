@@ -7,6 +7,7 @@ alone. So a text gets the vector that it would get in a row of its own.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,14 +25,14 @@ from sgpt_jax.decoder.pooling import normalize as l2_normalize
 from sgpt_jax.decoder.pooling import pool_texts
 from sgpt_jax.decoder.sharding import on_mesh
 from sgpt_jax.errors import InputError
-from sgpt_jax.packing.layout import LENGTH_UNIT, PlannedBatch, Row, plan_batches, round_up
+from sgpt_jax.packing.layout import LENGTH_UNIT, PlannedBatch, Row, check_batch, plan_batches, round_up
 
 # A row has room for one text for every 6 tokens, and for 64 at most: a vector is pooled and fetched for every text that
 # there is room for, whether it is there or not.
 _TOKENS_PER_TEXT, _MOST_TEXTS = 6, 64
 # Texts of this many tokens in all, or fewer, get a row each: joining them would compile more programs for little work.
 _NOT_JOINED = 1024
-# `plan_texts` chooses a minimum length of rows between these: attention costs more the longer a row is.
+# `shortest_row` chooses a minimum length of rows between these: attention costs more the longer a row is.
 _SHORTEST_JOINED, _LONGEST_JOINED = 64, 1024
 # A token of a row this long costs about twice what it costs in a very short one, in a small decoder.
 _DOUBLE_COST = 4096
@@ -109,60 +110,82 @@ def fill_rows(
     return rows
 
 
-def plan_texts(
-    lengths: Sequence[int],
-    *,
-    batch_tokens: int,
-    max_length: int,
-    row_multiple: int = 1,
-    batch_texts: int | None = None,
-) -> list[PlannedBatch]:
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How texts are joined into batches.
+
+    Attributes:
+        batch_tokens, row_multiple, batch_texts: see `plan_batches`.
+        max_length: tokens of a text at the most.
+
+    Raises:
+        InputError: `batch_texts` or `batch_tokens` is not positive.
+    """
+
+    batch_tokens: int
+    max_length: int
+    row_multiple: int = 1
+    batch_texts: int | None = None
+
+    def __post_init__(self) -> None:
+        check_batch(self.batch_tokens, self.batch_texts)
+
+    def batches(self, rows: list[Row]) -> list[PlannedBatch]:
+        """Batches of these rows, each of rows of one length."""
+        return plan_batches(
+            rows,
+            batch_tokens=self.batch_tokens,
+            row_multiple=self.row_multiple,
+            same_length=True,
+            batch_texts=self.batch_texts,
+        )
+
+    def joined(self, lengths: Sequence[int], least: int) -> list[PlannedBatch]:
+        """Batches of texts of these lengths, in rows of `least` tokens or more."""
+        buckets = length_buckets(self.max_length)
+
+        def row_length(size: int) -> int:
+            return max(least, buckets[bisect.bisect_left(buckets, size)])
+
+        return self.batches(fill_rows(lengths, row_length, self.batch_texts or _MOST_TEXTS))
+
+
+def shortest_row(lengths: Sequence[int], packing: Packing) -> int:
+    """The minimum length of rows with which the batches of these texts cost least."""
+
+    def cost(least: int) -> float:
+        plans = packing.joined(lengths, least)
+        return sum(batch.padded_tokens * (1 + batch.length / _DOUBLE_COST) for batch in plans)
+
+    buckets = length_buckets(packing.max_length)
+    most = min(_LONGEST_JOINED, packing.batch_tokens // packing.row_multiple)
+    return min([size for size in buckets if _SHORTEST_JOINED <= size <= most] or buckets[:1], key=cost)
+
+
+def plan_texts(lengths: Sequence[int], packing: Packing, least: int | None = None) -> list[PlannedBatch]:
     """Joins texts into rows, and rows into batches, see `plan_batches`.
 
-    A row is as long as the bucket of its longest text (`length_buckets`), but not shorter than a minimum for all rows,
-    which is chosen so that the batches cost least. Texts of few tokens in all get a row each, all rows of one length.
+    A row is as long as the bucket of its longest text (`length_buckets`), but not shorter than a minimum for all rows.
 
     Args:
         lengths: tokens of every text.
-        batch_tokens, row_multiple: see `plan_batches`.
-        max_length: tokens of a text at the most.
-        batch_texts: texts of a batch at the most; None sets no bound.
+        packing: how.
+        least: the minimum; None chooses the one for which the batches cost least, and gives texts of few tokens in all
+            a row each, all rows of one length.
 
     Raises:
-        InputError: a length exceeds `max_length`, or see `plan_batches`.
+        InputError: a length exceeds the packing's.
     """
     longest = max(lengths, default=1)
-    if longest > max_length:
+    if longest > packing.max_length:
         worst = lengths.index(longest)
-        raise InputError(f"text {worst} has {longest} tokens, more than the limit of {max_length}")
-    buckets = length_buckets(max_length)
-
-    def bucket(size: int) -> int:
-        return buckets[bisect.bisect_left(buckets, size)]
-
-    def plan(rows: list[Row]) -> list[PlannedBatch]:
-        return plan_batches(
-            rows,
-            batch_tokens=batch_tokens,
-            row_multiple=row_multiple,
-            same_length=True,
-            batch_texts=batch_texts,
-        )
-
-    def joined(least: int) -> list[PlannedBatch]:
-        return plan(
-            fill_rows(lengths, lambda size: max(least, bucket(size)), max(1, batch_texts or _MOST_TEXTS))
-        )
-
-    def cost(plans: list[PlannedBatch]) -> float:
-        return sum(batch.padded_tokens * (1 + batch.length / _DOUBLE_COST) for batch in plans)
-
-    if sum(lengths) <= _NOT_JOINED:
+        raise InputError(f"text {worst} has {longest} tokens, more than the limit of {packing.max_length}")
+    if least is None and sum(lengths) <= _NOT_JOINED:
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        return plan([Row((index,), bucket(longest)) for index in order])
-    most = min(_LONGEST_JOINED, batch_tokens // row_multiple)
-    candidates = [length for length in buckets if _SHORTEST_JOINED <= length <= most] or buckets[:1]
-    return min((joined(least) for least in candidates), key=cost)
+        buckets = length_buckets(packing.max_length)
+        length = buckets[bisect.bisect_left(buckets, longest)]
+        return packing.batches([Row((index,), length) for index in order])
+    return packing.joined(lengths, shortest_row(lengths, packing) if least is None else least)
 
 
 def vector_indices(plan: PlannedBatch, room: int) -> np.ndarray:

@@ -28,13 +28,19 @@ class Chunk:
         ids: their token ids.
         plans: the batches that they run in.
         skip: so many first tokens of each are left out of the pooling.
-        vectors: float32 [n, D], that are to come.
+        vectors: float32 [m, D], that are to come.
+        places: int [n], the rows of `vectors` that are theirs, in their order.
     """
 
     ids: list[list[int]]
     plans: list[PlannedBatch]
     skip: int
     vectors: np.ndarray
+    places: np.ndarray
+
+    def rows(self, plan: PlannedBatch) -> np.ndarray:
+        """The rows of `vectors` that are those of a batch's texts."""
+        return self.places[plan.texts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class _Started:
         """Waits for the vectors and puts them into those of the chunk."""
         assert self.plan is not None
         vectors = np.asarray(self.result).reshape(-1, self.chunk.vectors.shape[1])
-        self.chunk.vectors[self.plan.texts] = vectors[vector_indices(self.plan, self.room)]
+        self.chunk.vectors[self.chunk.rows(self.plan)] = vectors[vector_indices(self.plan, self.room)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +87,7 @@ class Embedder:
         def fetch(started: _Started) -> _Started:
             if (plan := started.plan) is not None:
                 started.keep()
-                for apart in rows_apart(plan, started.chunk.vectors[plan.texts]):
+                for apart in rows_apart(plan, started.chunk.vectors[started.chunk.rows(plan)]):
                     result = self._embed(started.chunk, apart, started.room, normalize)
                     _Started(started.chunk, apart, started.room, result).keep()
                 on_batch(plan)

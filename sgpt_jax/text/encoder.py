@@ -135,7 +135,7 @@ class TextEncoder:
         pair = self._bracket_ids.get(side) if side else None
         if prompt is None:
             prompt = self.prompt(side)
-        cleaned = [prompt + text for text in _check_texts(texts)]
+        cleaned = [prompt + text for text in check_texts(texts)]
         if pair:
             cleaned = [text.strip() for text in cleaned]
         open_ids, close_ids = ([pair[0]], [pair[1]]) if pair else ([], [])
@@ -154,19 +154,24 @@ class TextEncoder:
             rows.append(before + content[keep] + after)
         if on_cut is not None:
             on_cut(cut)
-        elif cut:
-            warnings.warn(
-                f"{cut} of {len(rows)} texts are longer than {self.max_seq_length} tokens and were cut",
-                stacklevel=2,
-            )
+        else:
+            self.warn_cut(cut, len(rows))
         return rows
+
+    def warn_cut(self, cut: int, texts: int) -> None:
+        """Warns that so many of the texts were cut, if any were."""
+        if cut:
+            warnings.warn(
+                f"{cut} of {texts} texts are longer than {self.max_seq_length} tokens and were cut",
+                stacklevel=3,
+            )
 
     def plain_ids(self, texts: Sequence[str], *, show_progress: bool | None = None) -> list[list[int]]:
         """Token ids of every text as it is: no special tokens, no brackets, no stripping, no truncation.
 
         Raises TypeError, naming the index, for anything that is not a str.
         """
-        return self._tokenise(_check_texts(texts), show_progress)
+        return self._tokenise(check_texts(texts), show_progress)
 
     def _tokenise(self, texts: list[str], show_progress: bool | None) -> list[list[int]]:
         backend = self.tokenizer.backend_tokenizer
@@ -192,7 +197,12 @@ class TextEncoder:
         return ids[0], ids[1]
 
 
-def _check_texts(texts: Sequence[str]) -> list[str]:
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as they can be tokenised.
+
+    Raises:
+        TypeError: one of them is not a str, naming its index.
+    """
     check_list("texts", texts)
     checked = []
     for index, text in enumerate(texts):
@@ -202,9 +212,12 @@ def _check_texts(texts: Sequence[str]) -> list[str]:
     return checked
 
 
-def check_ids(ids: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raises InputError when an id has no row in an embedding of `vocab_size` rows (a look-up would be clamped)."""
-    for index, row in enumerate(ids):
+def check_ids(ids: Sequence[Sequence[int]], vocab_size: int, first: int = 0) -> None:
+    """Raises InputError when an id has no row in an embedding of `vocab_size` rows (a look-up would be clamped).
+
+    It names the text, counted from `first`.
+    """
+    for index, row in enumerate(ids, first):
         if row and (max(row) >= vocab_size or min(row) < 0):
             bad = next(i for i in row if not 0 <= i < vocab_size)
             raise InputError(

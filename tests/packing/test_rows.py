@@ -11,6 +11,7 @@ import sgpt_jax as sgpt
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import PlannedBatch, Row, lay_out, round_up
 from sgpt_jax.packing.rows import (
+    Packing,
     fill_rows,
     length_buckets,
     most_texts,
@@ -59,8 +60,8 @@ def test_plans_hold_every_text_once_within_the_bounds(seed):
     lengths = [rng.randint(1, limit) for _ in range(rng.choice([0, 1, 2, 17, 400]))]
     multiple = rng.choice([1, 2, 3, 8])
     tokens = rng.choice([1, 100, 4096, 32768])
-    plan = plan_texts(lengths, batch_tokens=tokens, max_length=limit, row_multiple=multiple)
-    assert plan == plan_texts(lengths, batch_tokens=tokens, max_length=limit, row_multiple=multiple)
+    plan = plan_texts(lengths, Packing(tokens, limit, multiple))
+    assert plan == plan_texts(lengths, Packing(tokens, limit, multiple))
     assert sorted(index for batch in plan for index in batch.texts) == list(range(len(lengths)))
     assert [batch.length for batch in plan] == sorted((batch.length for batch in plan), reverse=True)
     for batch in plan:
@@ -79,7 +80,7 @@ def test_plans_hold_every_text_once_within_the_bounds(seed):
 @pytest.mark.parametrize("limit", [1000, 1024, 2048])
 @pytest.mark.parametrize("tokens", [1, 2048, 4096, 16384, 32768, 10**6])
 def test_a_thousand_lengths_need_at_most_twelve_shapes(tokens, limit):
-    plan = plan_texts(range(1, 1001), batch_tokens=tokens, max_length=limit)
+    plan = plan_texts(range(1, 1001), Packing(tokens, limit))
     assert len({(batch.num_rows, batch.length, texts_per_row(batch)) for batch in plan}) <= 12
 
 
@@ -88,9 +89,7 @@ def test_small_requests_share_shapes():
     rng = random.Random(0)
     shapes = set()
     for _ in range(400):
-        plan = plan_texts(
-            [rng.randint(4, 30) for _ in range(rng.randint(1, 64))], batch_tokens=4096, max_length=300
-        )
+        plan = plan_texts([rng.randint(4, 30) for _ in range(rng.randint(1, 64))], Packing(4096, 300))
         shapes |= {(batch.num_rows, batch.length, texts_per_row(batch)) for batch in plan}
     assert len(shapes) <= 16
 
@@ -103,7 +102,7 @@ def test_a_text_too_long_for_its_row():
 def test_joining_saves_a_sixth_of_mixed_texts():
     """Lengths like those of abstracts: computed tokens against buckets alone, one text a row."""
     lengths = np.random.default_rng(0).gamma(8, 32, 2000).astype(int).clip(1, 1024).tolist()
-    plan = plan_texts(lengths, batch_tokens=4096, max_length=1024)
+    plan = plan_texts(lengths, Packing(4096, 1024))
     joined = sum(batch.padded_tokens for batch in plan)
     buckets = np.asarray(length_buckets(1024))
     alone = buckets[np.searchsorted(buckets, lengths)].sum()
@@ -112,7 +111,7 @@ def test_joining_saves_a_sixth_of_mixed_texts():
 
 def test_single_queries_use_a_small_batch():
     def plan(lengths, multiple=1):
-        return plan_texts(lengths, batch_tokens=16384, max_length=300, row_multiple=multiple)
+        return plan_texts(lengths, Packing(16384, 300, multiple))
 
     assert plan([7]) == [PlannedBatch((Row((0,), 16),), 1, 16)]
     assert plan([7], 8) == [PlannedBatch((Row((0,), 16),), 8, 16)]
@@ -120,13 +119,13 @@ def test_single_queries_use_a_small_batch():
 
 
 def test_the_texts_are_spread_over_the_devices():
-    (batch,) = plan_texts([60] * 8, batch_tokens=16384, max_length=512, row_multiple=8)
+    (batch,) = plan_texts([60] * 8, Packing(16384, 512, 8))
     assert (batch.num_rows, batch.length, len(batch.texts)) == (8, 64, 8)
 
 
 def test_a_text_over_the_limit_is_refused():
     with pytest.raises(InputError, match="text 1 has 301 tokens"):
-        plan_texts([3, 301], batch_tokens=4096, max_length=300)
+        plan_texts([3, 301], Packing(4096, 300))
 
 
 def test_lay_out():
@@ -155,7 +154,7 @@ def test_a_text_has_the_vector_that_it_has_alone(variant, pooling, tmp_path):
     model = sgpt.BiEncoder.from_pretrained(folder, pooling=pooling)
     texts = ["a heron", "", "the ferry crosses the bay", "night " * 9, "people stay at night", "x"]
     lengths = [len(ids) for ids in model.text.ids(texts)] * 30
-    plans = plan_texts(lengths, batch_tokens=4096, max_length=model.text.max_seq_length)
+    plans = plan_texts(lengths, Packing(4096, model.text.max_seq_length))
     assert sum(len(plan.rows) for plan in plans) < len(lengths) / 2  # fewer texts would have a row each
     together = model.encode(texts * 30, batch_tokens=4096, show_progress=False)
     alone = np.stack([model.encode(text, show_progress=False) for text in texts] * 30)
