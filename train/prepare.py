@@ -198,7 +198,7 @@ def prepare(config: TrainConfig) -> Run:
     notes += _describe_steps(examples, total, warmup, start)
     return Run(
         config, mesh, model, base_sha256, inputs, started_from, plain_base, structure, frozen, state,
-        jit_step(step, state, mesh), chunk_rows, rate, len(examples), batches, evaluate,
+        jit_step(step, structure, state, mesh), chunk_rows, rate, len(examples), batches, evaluate,
         config.eval_every or max(1, total // 10), checkpoints, start, total, warmup, notes, looks, now,
     )  # fmt: skip
 

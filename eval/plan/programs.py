@@ -108,14 +108,18 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
     structure, params = abstract_params(config, work.build, mesh)
     rows = _packed(mesh, work)
     if work.task == "encode":
-        options = {
-            "pooling": "weightedmean",
-            "room": 1,
-            "dimension": config.embed_dim,
-            "normalize": True,
-            "mesh": mesh,
-        }
-        return embed.lower(structure, params, (), rows, 0, **options)
+        return embed.lower(
+            structure,
+            params,
+            (),
+            rows,
+            0,
+            pooling="weightedmean",
+            room=1,
+            dimension=config.embed_dim,
+            normalize=True,
+            mesh=mesh,
+        )
     if work.task == "score":
         shards = num_shards(mesh)
         targets = _rows(mesh, shards, work.rows * work.length // shards)
@@ -130,7 +134,7 @@ def lower(config: DecoderConfig, work: Work, mesh: Mesh) -> jax.stages.Lowered:
         chunk_rows=work.chunk,
         dropout=False,
     )
-    return jit_step(step, state, mesh).lower(state, frozen, _batch(mesh, work))
+    return jit_step(step, structure, state, mesh).lower(state, frozen, _batch(mesh, work))
 
 
 def _batch(mesh: Mesh, work: Work) -> dict[str, Any]:

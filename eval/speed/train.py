@@ -143,7 +143,7 @@ def _ours(model: BiEncoder, batch: dict, rule: str) -> tuple[Callable[[], float]
     )
     rows = len(batch["rows"].segments)
     arrays = place_batch(batch, rows=rows, chunk_rows=0, pad_id=model.text.pad_id, mesh=None)
-    jitted = jit_step(step, state, None)
+    jitted = jit_step(step, structure, state, None)
     sizes = {"moments": sum(leaf.nbytes for leaf in jax.tree.leaves(state.moments)) / 1e6}
     compiled = None
 

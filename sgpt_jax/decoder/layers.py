@@ -159,12 +159,37 @@ class MLP(nnx.Module):
         self.up = make(config.embed_dim, config.mlp_dim, name="up")
         self.down = make(config.mlp_dim, config.embed_dim, name="down")
 
+    @property
+    def has_plain_gelu(self) -> bool:
+        """Whether GELU, in the form with tanh, follows one matmul with a bias, and nothing else."""
+        plain = self.gate is None and self.up.scale is None and self.up.lora_a is None
+        return plain and self.activation == "gelu_tanh"
+
     def __call__(self, x: jax.Array) -> jax.Array:
         up = self.up(x)  # [B, T, F]
+        if platform() == "gpu" and up.dtype == jnp.bfloat16 and self.has_plain_gelu:
+            return self.down(_gelu_in_matmul(up))
         gate = None if self.gate is None else self.gate(x)
         # XLA keeps float32 parts of an activation for the gradient on a GPU; on a TPU it computes them again by itself.
         activate = jax.checkpoint(_activate, static_argnums=2) if platform() == "gpu" else _activate
         return self.down(activate(up, gate, self.activation))
+
+
+@jax.custom_vjp
+def _gelu_in_matmul(up: jax.Array) -> jax.Array:
+    """GELU in the form that XLA makes a part of the matmul before it, where it is computed in float32.
+
+    Without that (see `program.compiler_options`) it is rounded a few times more.
+    """
+    return jax.nn.gelu(up, approximate=True)
+
+
+def _gelu_backward(up: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    _, pull = jax.vjp(lambda x: _activate(x, None, "gelu_tanh"), up)
+    return pull(gradient)
+
+
+_gelu_in_matmul.defvjp(lambda up: (_gelu_in_matmul(up), up), _gelu_backward)
 
 
 def _activate(up: jax.Array, gate: jax.Array | None, activation: str) -> jax.Array:

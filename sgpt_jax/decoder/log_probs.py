@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgpt_jax.decoder.batch import Batch, Targets
 from sgpt_jax.decoder.model import Decoder, merge
+from sgpt_jax.decoder.program import DecoderProgram
 from sgpt_jax.decoder.sharding import on_mesh, platform
 
 # The head computes this many targets and vocabulary entries at a time, float32 [targets, entries]: 64 MiB on an
@@ -21,7 +21,7 @@ HEAD_ENTRIES = 8192
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "mesh"))
+@DecoderProgram
 def score_tokens(
     structure: Any, params: Any, batch: Batch, targets: Targets, *, mesh: Mesh | None
 ) -> jax.Array:

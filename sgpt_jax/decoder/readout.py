@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -12,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sgpt_jax.decoder.batch import Batch
 from sgpt_jax.decoder.matmul import matmul
 from sgpt_jax.decoder.model import merge
+from sgpt_jax.decoder.program import DecoderProgram
 from sgpt_jax.decoder.sharding import on_mesh
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "mesh"))
+@DecoderProgram
 def read_scores(
     structure: Any,
     params: Any,

@@ -23,6 +23,7 @@ from sgpt_jax.decoder.model import merge
 from sgpt_jax.decoder.modules import Modules, apply_modules
 from sgpt_jax.decoder.pooling import normalize as l2_normalize
 from sgpt_jax.decoder.pooling import pool_texts
+from sgpt_jax.decoder.program import DecoderProgram
 from sgpt_jax.decoder.sharding import on_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import LENGTH_UNIT, PlannedBatch, Row, check_batch, plan_batches, round_up
@@ -245,9 +246,7 @@ def encode_rows(
     return pool_texts(hidden, batch.segments[:, None] == texts[:, None], pooling, skip)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("structure", "pooling", "room", "dimension", "normalize", "mesh")
-)
+@functools.partial(DecoderProgram, static_argnames=("pooling", "room", "dimension", "normalize"))
 def embed(
     structure: Any,
     params: Any,

@@ -77,7 +77,7 @@ def three_steps(model, rule, chunk_rows, *, dtype=jnp.float32):
         structure, pooling="weightedmean", loss=LossConfig(), optimizer=optimizer, dtype=dtype,
         chunk_rows=chunk_rows, dropout=False,
     )  # fmt: skip
-    run_step, losses, norms = jit_step(step, state, None), [], []
+    run_step, losses, norms = jit_step(step, structure, state, None), [], []
     for number in range(3):
         batch = batches[number]
         arrays = place_batch(

@@ -64,7 +64,7 @@ def test_three_steps(run, tmp_path):
         dropout=False,
     )
     state = init_state(trainable, optimizer, 0, None)
-    run_step = jit_step(step, state, None)
+    run_step = jit_step(step, structure, state, None)
     losses, norms = [], []
     for number in range(3):
         batch = batches[number]
