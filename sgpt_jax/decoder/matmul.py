@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sgpt_jax.decoder.program import usual_promotion
 from sgpt_jax.decoder.sharding import platform
 
 
@@ -55,6 +56,7 @@ def _tied_to(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier((kernel, first))[0]
 
 
+@usual_promotion()
 def _int8_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None, None]:
     kernel, scale = kept
     scaled = (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)

@@ -19,6 +19,7 @@ from sgpt_jax.decoder.config import DecoderConfig
 from sgpt_jax.decoder.layers import ACTIVATIONS, Dropout, Linear, Norm, TokenTable, softcap
 from sgpt_jax.decoder.matmul import matmul
 from sgpt_jax.decoder.positions import positions_from_mask
+from sgpt_jax.decoder.program import usual_promotion
 from sgpt_jax.decoder.sharding import by_rows
 from sgpt_jax.errors import InputError
 from sgpt_jax.runtime.forks import check_fork
@@ -108,6 +109,7 @@ class Decoder(nnx.Module):
             f"dimension {c.embed_dim}, MLP {c.mlp_dim}, vocabulary {c.vocab_size}, {self.dtype.name})"
         )
 
+    @usual_promotion()
     def __call__(
         self,
         input_ids: jax.Array,
@@ -154,6 +156,7 @@ class Decoder(nnx.Module):
         dropout = None if dropout_keys is None else Dropout(dropout_keys)
         return self._run(input_ids, positions, make_context(config, segments, positions, dropout))
 
+    @usual_promotion()
     def extend(
         self,
         input_ids: jax.Array,
@@ -228,6 +231,7 @@ class Decoder(nnx.Module):
         """
         return self._logits(hidden, lambda x, axis: jnp.take(x, entries, axis))
 
+    @usual_promotion()
     def _logits(self, hidden: jax.Array, choose: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
         """Logits of the entries that `choose` takes along the vocabulary's axis of an array."""
         if self.config.head == "none":

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from sgpt_jax.decoder.program import usual_promotion
 from sgpt_jax.runtime.forks import check_fork
 
 Pooling = Literal["weightedmean", "mean", "lasttoken", "cls", "max", "mean_sqrt_len_tokens"]
@@ -28,6 +29,7 @@ def pooling_modes(pooling: str) -> list[str]:
     return modes
 
 
+@usual_promotion()
 def pool(hidden: jax.Array, attention_mask: jax.Array, mode: str = "weightedmean") -> jax.Array:
     """One float32 vector a row, from its valid tokens alone, whichever side is padded.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,13 @@ from jax.sharding import Mesh
 # XLA for GPUs tries Triton for every matmul, and what follows one is then no part of cuBLASLt's, even where cuBLASLt is
 # chosen in the end: of a batch of GPT-Neo 1.3B on an H100, GELU's own kernels take 7 % of the time.
 _GELU_IN_MATMUL: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+
+
+@contextlib.contextmanager
+def usual_promotion() -> Iterator[None]:
+    """Ranks and dtypes are promoted as JAX does it by itself, whatever a program has set for its own arrays."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @functools.lru_cache(maxsize=256)
@@ -46,8 +54,10 @@ class DecoderProgram:
         return self._plain if compiler_options(structure, mesh) is None else self._gelu_in_matmul
 
     def __call__(self, structure: Any, *arguments: Any, mesh: Mesh | None, **options: Any) -> Any:
-        return self.of(structure, mesh)(structure, *arguments, mesh=mesh, **options)
+        with usual_promotion():
+            return self.of(structure, mesh)(structure, *arguments, mesh=mesh, **options)
 
     def lower(self, structure: Any, *arguments: Any, mesh: Mesh | None, **options: Any) -> jax.stages.Lowered:
         """The program for these arguments, as `lower` of what `jax.jit` gives."""
-        return self.of(structure, mesh).lower(structure, *arguments, mesh=mesh, **options)
+        with usual_promotion():
+            return self.of(structure, mesh).lower(structure, *arguments, mesh=mesh, **options)

@@ -73,3 +73,32 @@ def test_a_decoder_with_it_gives_the_same_vectors(tmp_path, monkeypatch):
     jax.clear_caches()
     assert used
     np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+@pytest.mark.parametrize(("variant", "weights"), [("gpt_neo", None), ("llama", "int8"), ("bloom", None)])
+def test_a_program_that_promotes_strictly(variant, weights, tmp_path):
+    """What it has set is for its own arrays."""
+    folder = decoders.write_tokenizer(decoders.write_checkpoint(variant, tmp_path))
+    model = sgpt.BiEncoder.from_pretrained(folder, weights=weights)
+    scorer = sgpt.CrossEncoder.from_pretrained(folder, weights=weights)
+    ids, texts = jnp.ones((2, 8), jnp.int32), ["a heron", "people stay at night"]
+
+    def loss(factor):
+        return sgpt.pool(model.decoder(ids, ids) * factor, ids).sum()
+
+    def everything():
+        factor = jnp.ones((1, 1, 1), jnp.float32)
+        scores = scorer.predict([("a ferry", texts[1])])
+        return (
+            model.encode(texts),
+            scores,
+            model.decoder.logits(model.decoder(ids, ids)),
+            jax.grad(loss)(factor),
+        )
+
+    wanted = everything()
+    jax.clear_caches()
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = everything()
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
