@@ -1,6 +1,7 @@
 """The parts of a block by themselves."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,8 @@ def test_on_a_gpu_nothing_of_an_activation_is_kept_in_float32(activation, gated,
     monkeypatch.setattr(layers, "platform", lambda: "gpu")
     result, found, kept = gradients()
     assert wide not in kept
-    np.testing.assert_array_equal(result, expected)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-3),
-        jax.tree.map(np.float32, found),
-        jax.tree.map(np.float32, by_default),
-    )
+    # GELU that could be a part of the matmul is rounded more often where it is not.
+    in_matmul = activation == "gelu_tanh" and not gated
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-2, atol=5e-3 if in_matmul else 1e-3)
+    (close if in_matmul else np.testing.assert_array_equal)(np.float32(result), np.float32(expected))
+    jax.tree.map(close, jax.tree.map(np.float32, found), jax.tree.map(np.float32, by_default))
