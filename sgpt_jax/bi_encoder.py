@@ -28,7 +28,7 @@ from sgpt_jax.folder.source import resolve
 from sgpt_jax.habits import EncodeOptions, Precision, refuse, refuse_attribute, refuse_source, translate
 from sgpt_jax.load import base_sha256, load_parts, open_model, token_limit
 from sgpt_jax.packing.layout import BATCH_TOKENS, PlannedBatch
-from sgpt_jax.packing.portions import CPU_PORTION, PORTION_BATCHES, cut_into_portions, plan_portions
+from sgpt_jax.packing.portions import CPU_PORTION, PORTION_BATCHES, plan_portions, portions
 from sgpt_jax.packing.rows import Packing, plan_texts
 from sgpt_jax.packing.stream import Chunk, Embedder, warn_not_finite
 from sgpt_jax.precision import check_precision, quantize_embeddings
@@ -305,14 +305,15 @@ class BiEncoder:
         vectors = np.zeros((len(asked), self._kept(truncate_dim)), np.float32)
         packing = self._packing(batch_tokens, batch_size)
         size = by_platform(cpu=CPU_PORTION, accelerator=PORTION_BATCHES * packing.batch_tokens)
-        parts = list(cut_into_portions(asked, size, packing.max_length))
+        parts = portions(asked, size, packing.max_length, len(prompt))
         cut: list[int] = []
 
-        def tokenised() -> Iterator[list[list[int]]]:
+        def tokenised() -> Iterator[tuple[range, list[list[int]]]]:
             for part in parts:
-                ids = self.text.ids(asked[part], side, prompt=prompt, show_progress=False, on_cut=cut.append)
-                check_ids(ids, self.decoder.config.vocab_size, part.start)
-                yield ids
+                some = [asked[index] for index in part]
+                ids = self.text.ids(some, side, prompt=prompt, show_progress=False, on_cut=cut.append)
+                check_ids(ids, self.decoder.config.vocab_size, part)
+                yield part, ids
 
         skip = self.skip(prompt, side)
         chunks = (

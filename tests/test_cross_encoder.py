@@ -208,7 +208,7 @@ def test_room_of_a_row_is_where_a_query_token_costs_least(prefix):
 @pytest.mark.parametrize("entries", [5, 383, 384])
 def test_vocabulary_blocks(entries, tokenizer, decoder_of, monkeypatch):
     monkeypatch.setattr(log_probs, "HEAD_ENTRIES", entries)
-    log_probs.score_tokens.of(None, None).clear_cache()  # programs with other blocks
+    jax.clear_caches()  # programs with other blocks
     plan = next(iter(PLANS))
     for variant in ("gpt2", "gptj"):  # a tied head; an untied one with a bias
         model = encoder(decoder_of(variant), tokenizer, prompt_of(plan), plan[2])

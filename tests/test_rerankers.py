@@ -137,7 +137,7 @@ def test_two_texts_are_tokenised_as_the_tokenizer_does(tmp_path):
         texts = ["", "a", "no bacteria in the cell", "A river in the mountains brings cold water", LONG]
         pairs = [(first, second) for first in texts for second in texts]
         whole = tokenizer(pairs)["input_ids"]
-        for limit in (5, 9, 64, 2000):
+        for limit in (5, 6, 9, 64, 2000):
             theirs = tokenizer(pairs, truncation="longest_first", max_length=limit)["input_ids"]
             found = TwoTexts().tokenise(TextEncoder(tokenizer, limit), "", *zip(*pairs, strict=True))
             assert found.ids == theirs, (name, side, limit)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgpt_jax.decoder.batch import Batch
 from sgpt_jax.decoder.modules import Modules, apply_modules
-from sgpt_jax.decoder.program import compiler_options
+from sgpt_jax.decoder.program import can_have_gelu_in_matmul, decoder_jit
 from sgpt_jax.decoder.sharding import batch_sharding, leaf_path, num_shards, on_mesh
 from sgpt_jax.errors import InputError
 from sgpt_jax.packing.layout import round_up
@@ -148,9 +148,9 @@ def make_step(
 
 def jit_step(step: Callable, structure: Any, state: TrainState, mesh: Mesh | None) -> jax.stages.Wrapped:
     """Compiles a step that updates its state in place; on a mesh the new state is sharded as the old one."""
-    options = compiler_options(structure, mesh)
+    in_matmul = can_have_gelu_in_matmul(structure, mesh)
     if mesh is None:
-        return jax.jit(step, donate_argnums=0, compiler_options=options)
+        return decoder_jit(step, in_matmul, donate_argnums=0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -158,11 +158,8 @@ def jit_step(step: Callable, structure: Any, state: TrainState, mesh: Mesh | Non
         with on_mesh(mesh):
             return step(state, frozen, batch)
 
-    return jax.jit(
-        step_on_mesh,
-        donate_argnums=0,
-        out_shardings=(shardings, replicated, replicated),
-        compiler_options=options,
+    return decoder_jit(
+        step_on_mesh, in_matmul, donate_argnums=0, out_shardings=(shardings, replicated, replicated)
     )
 
 

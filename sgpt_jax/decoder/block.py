@@ -17,6 +17,7 @@ from sgpt_jax.decoder.cache import GrowingCache
 from sgpt_jax.decoder.config import DecoderConfig, RotaryConfig
 from sgpt_jax.decoder.layers import MLP, Dropout, Linear, Norm
 from sgpt_jax.decoder.positions import alibi_slopes, rotary_angles, rotate
+from sgpt_jax.decoder.program import gelu_in_matmul
 
 # Takes a layer's new keys and values, and returns all that it has.
 Keep: TypeAlias = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -33,6 +34,7 @@ class View:
         alibi: float32 [B, N, 1, S].
         query_factors: float32 [B, T, 1, 1], of `query_scaling`.
         dropout: the layer's; None for none.
+        gelu_in_matmul: see `MLP`.
     """
 
     mask: jax.Array
@@ -40,6 +42,7 @@ class View:
     alibi: jax.Array | None
     query_factors: jax.Array | None
     dropout: Dropout | None
+    gelu_in_matmul: bool = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Context:
             self.alibi,
             self.query_factors,
             None if self.dropout is None else self.dropout.at(layer),
+            gelu_in_matmul.get(),
         )
 
 
@@ -220,7 +224,7 @@ class Block(nnx.Module):
         return self._branch(self.attn(x, view, keep), self.out_norm1, view, 2)
 
     def _transform(self, x: jax.Array, view: View) -> jax.Array:
-        return self._branch(self.mlp(x), self.out_norm2, view, 3)
+        return self._branch(self.mlp(x, view.gelu_in_matmul), self.out_norm2, view, 3)
 
     def _branch(self, x: jax.Array, norm: Norm | None, view: View, site: int) -> jax.Array:
         """What a sub-layer adds to the residual sum."""

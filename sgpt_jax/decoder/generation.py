@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgpt_jax.decoder.cache import Cache
 from sgpt_jax.decoder.model import merge
+from sgpt_jax.decoder.program import DecoderProgram
 from sgpt_jax.decoder.sharding import on_mesh
 from sgpt_jax.errors import InputError
 
@@ -65,7 +66,7 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "mesh"))
+@DecoderProgram
 def read_prefix(structure: Any, params: Any, ids: jax.Array, *, mesh: Mesh | None = None) -> Cache:
     """The cache, of one row, of what all prompts begin with: int32 [1, P], P at least 1."""
     decoder = merge(structure, params)
@@ -75,7 +76,7 @@ def read_prefix(structure: Any, params: Any, ids: jax.Array, *, mesh: Mesh | Non
         return decoder.extend(ids, jnp.arange(length)[None], jnp.ones((1, length), bool), empty, 0)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "steps", "sampling", "mesh"))
+@functools.partial(DecoderProgram, static_argnames=("steps", "sampling"))
 def generate_tokens(
     structure: Any,
     params: Any,

@@ -161,13 +161,14 @@ class MLP(nnx.Module):
 
     @property
     def has_plain_gelu(self) -> bool:
-        """Whether GELU, in the form with tanh, follows one matmul with a bias, and nothing else."""
+        """Whether GELU, in the form with tanh, follows one matmul alone, with or without a bias."""
         plain = self.gate is None and self.up.scale is None and self.up.lora_a is None
         return plain and self.activation == "gelu_tanh"
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, gelu_in_matmul: bool = False) -> jax.Array:
+        """[B, T, E] to [B, T, E]; `gelu_in_matmul` traces GELU so that XLA makes it a part of the matmul before it."""
         up = self.up(x)  # [B, T, F]
-        if platform() == "gpu" and up.dtype == jnp.bfloat16 and self.has_plain_gelu:
+        if gelu_in_matmul:
             return self.down(_gelu_in_matmul(up))
         gate = None if self.gate is None else self.gate(x)
         # XLA keeps float32 parts of an activation for the gradient on a GPU; on a TPU it computes them again by itself.
@@ -179,7 +180,7 @@ class MLP(nnx.Module):
 def _gelu_in_matmul(up: jax.Array) -> jax.Array:
     """GELU in the form that XLA makes a part of the matmul before it, where it is computed in float32.
 
-    Without that (see `program.compiler_options`) it is rounded a few times more.
+    A program that lacks the options for that (see `program.decoder_jit`) would round it a few times more.
     """
     return jax.nn.gelu(up, approximate=True)
 

@@ -130,6 +130,7 @@ def normalize(vectors: jax.Array) -> jax.Array:
     return vectors / jnp.sqrt(jnp.maximum(squares, 1e-24))  # the slope of the root at 0 is infinite
 
 
+@usual_promotion()
 def similarities(a: jax.Array, b: jax.Array, name: str) -> jax.Array:
     """How near vectors are: the higher, the nearer.
 

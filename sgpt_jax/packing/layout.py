@@ -93,7 +93,7 @@ def plan_batches(
     same_length: bool = False,
     batch_texts: int | None = None,
 ) -> list[PlannedBatch]:
-    """Groups rows into batches, longest first, so that what does not fit in memory shows at once.
+    """Groups rows into batches, longest first, so that what does not fit in memory shows early.
 
     Args:
         rows: of few different lengths.

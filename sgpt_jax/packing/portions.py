@@ -37,25 +37,32 @@ class Portion:
     plans: list[PlannedBatch]
 
 
-def cut_into_portions(texts: Sequence[str], tokens: int, max_length: int) -> Iterator[slice]:
-    """Where the portions of `texts` are, of about `tokens` tokens each, of at most `max_length` a text."""
-    start = size = 0
-    for index, text in enumerate(texts):
-        size += min(len(text) // _CHARACTERS_PER_TOKEN + 1, max_length)
-        if size >= tokens:
-            yield slice(start, index + 1)
-            start, size = index + 1, 0
-    if start < len(texts):
-        yield slice(start, len(texts))
+def portions(texts: Sequence[str], tokens: int, max_length: int, prompt_length: int = 0) -> list[range]:
+    """Which texts are in which portion: every k-th, so that each portion is like all of them, whatever their order.
+
+    Args:
+        texts: all texts.
+        tokens: of a portion, about.
+        max_length: tokens of a text at the most.
+        prompt_length: characters that go before each text.
+
+    Returns:
+        the indices of each portion's texts; one portion at the least.
+    """
+    sizes = ((len(text) + prompt_length) // _CHARACTERS_PER_TOKEN + 1 for text in texts)
+    count = max(1, min(len(texts), sum(min(size, max_length) for size in sizes) // tokens))
+    return [range(first, len(texts), count) for first in range(count)]
 
 
-def plan_portions(tokenised: Iterable[list[list[int]]], total: int, packing: Packing) -> Iterator[Portion]:
+def plan_portions(
+    tokenised: Iterable[tuple[range, list[list[int]]]], total: int, packing: Packing
+) -> Iterator[Portion]:
     """Joins texts into batches while they come: those of a batch not full wait for the texts after them.
 
     The minimum length of rows is that which suits the first portion, so that the others need no more programs.
 
     Args:
-        tokenised: token ids of the texts of each portion.
+        tokenised: for each portion the indices of its texts, and their token ids.
         total: how many texts there are.
         packing: see `plan_texts`.
     """
@@ -63,10 +70,10 @@ def plan_portions(tokenised: Iterable[list[list[int]]], total: int, packing: Pac
     places: list[int] = []
     arrived = 0
     least = None
-    for portion in tokenised:
-        ids += portion
-        places += range(arrived, arrived + len(portion))
-        arrived += len(portion)
+    for part, rows in tokenised:
+        ids += rows
+        places += part
+        arrived += len(rows)
         lengths = list(map(len, ids))
         if least is None and arrived < total:
             least = shortest_row(lengths, packing)

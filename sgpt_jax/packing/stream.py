@@ -79,7 +79,7 @@ class Embedder:
     def vectors(
         self, chunks: Iterable[Chunk], normalize: bool, on_batch: Callable[[PlannedBatch], object]
     ) -> Iterator[np.ndarray]:
-        """The vectors of each chunk, float32 [n, D]; `on_batch` is called for every batch that is done.
+        """`Chunk.vectors` of each chunk, as soon as those of its texts are there; `on_batch` is called for every batch.
 
         Texts whose vectors are not finite are computed again in rows of their own: what stays so is theirs.
         """

@@ -212,12 +212,12 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     return checked
 
 
-def check_ids(ids: Sequence[Sequence[int]], vocab_size: int, first: int = 0) -> None:
+def check_ids(ids: Sequence[Sequence[int]], vocab_size: int, indices: Sequence[int] | None = None) -> None:
     """Raises InputError when an id has no row in an embedding of `vocab_size` rows (a look-up would be clamped).
 
-    It names the text, counted from `first`.
+    It names the text by its place in `ids`, or by what `indices` has there.
     """
-    for index, row in enumerate(ids, first):
+    for index, row in zip(indices or range(len(ids)), ids, strict=True):
         if row and (max(row) >= vocab_size or min(row) < 0):
             bad = next(i for i in row if not 0 <= i < vocab_size)
             raise InputError(

@@ -8,18 +8,20 @@ import pytest
 
 import sgpt_jax as sgpt
 from sgpt_jax.decoder import layers, program
-from sgpt_jax.decoder.model import split
+from sgpt_jax.decoder.model import merge, split
 
 
 @pytest.fixture
-def on_gpu(monkeypatch):
-    """What is traced takes this for a GPU."""
-    program.compiler_options.cache_clear()
-    monkeypatch.setattr(layers, "platform", lambda: "gpu")
-    monkeypatch.setattr(program.jax, "default_backend", lambda: "gpu")
-    yield
+def backend(monkeypatch):
+    """What is asked for takes the machine for one with this backend."""
+
+    def put(name):
+        monkeypatch.setattr(program.jax, "default_backend", lambda: name)
+
+    program.can_have_gelu_in_matmul.cache_clear()
+    yield put
     monkeypatch.undo()
-    program.compiler_options.cache_clear()
+    program.can_have_gelu_in_matmul.cache_clear()
 
 
 def structure_of(variant, folder, **options):
@@ -37,16 +39,13 @@ def structure_of(variant, folder, **options):
         ("gpt_neox", {"dtype": "bfloat16"}, False),  # GELU by the error function
     ],
 )
-def test_options_where_gelu_follows_a_matmul(variant, options, wanted, tmp_path, on_gpu):
+def test_where_gelu_follows_a_matmul(variant, options, wanted, tmp_path, backend):
     structure = structure_of(variant, decoders.write_checkpoint(variant, tmp_path), **options)
-    assert program.compiler_options(structure, None) == (
-        {"xla_gpu_enable_triton_gemm": False} if wanted else None
-    )
-
-
-def test_no_options_on_a_cpu(tmp_path):
-    structure = structure_of("gpt_neo", decoders.write_checkpoint("gpt_neo", tmp_path), dtype="bfloat16")
-    assert program.compiler_options(structure, None) is None
+    backend("gpu")
+    assert program.can_have_gelu_in_matmul(structure, None) == wanted
+    program.can_have_gelu_in_matmul.cache_clear()
+    backend("tpu")
+    assert not program.can_have_gelu_in_matmul(structure, None)
 
 
 def test_the_gradient_is_that_of_float32():
@@ -60,19 +59,23 @@ def test_the_gradient_is_that_of_float32():
     )
 
 
-def test_a_decoder_with_it_gives_the_same_vectors(tmp_path, monkeypatch):
+def test_only_programs_with_the_options_are_traced_so(tmp_path, monkeypatch):
+    """The same vectors, also where the decoder is used by itself before and afterwards."""
     folder = decoders.write_tokenizer(decoders.write_checkpoint("gpt_neo", tmp_path))
+    model = sgpt.BiEncoder.from_pretrained(folder, dtype="bfloat16")
     texts = ["a heron", "people stay at night and the ferry crosses the bay"]
-    wanted = sgpt.BiEncoder.from_pretrained(folder, dtype="bfloat16").encode(texts, normalize=True)
-    used = []
-    inner = layers._gelu_in_matmul
-    monkeypatch.setattr(layers, "platform", lambda: "gpu")
+    inner, used = layers._gelu_in_matmul, []
     monkeypatch.setattr(layers, "_gelu_in_matmul", lambda up: used.append(up.shape) or inner(up))
-    jax.clear_caches()
-    found = sgpt.BiEncoder.from_pretrained(folder, dtype="bfloat16").encode(texts, normalize=True)
-    jax.clear_caches()
-    assert used
+    wanted = model.encode(texts, normalize=True)
+    hidden = model.decoder(jnp.ones((2, 16), jnp.int32), jnp.ones((2, 16)))
+    assert not used
+    monkeypatch.setattr(program, "can_have_gelu_in_matmul", lambda *_: True)
+    found = model.encode(texts, normalize=True)
+    assert len(used) == 1  # layers that are alike are traced once
     np.testing.assert_allclose(found, wanted, atol=0.02)
+    again = jax.jit(lambda ids: model.decoder(ids, ids))(jnp.ones((2, 16), jnp.int32))
+    assert len(used) == 1
+    np.testing.assert_allclose(np.float32(again), np.float32(hidden), atol=0.1)
 
 
 @pytest.mark.parametrize(("variant", "weights"), [("gpt_neo", None), ("llama", "int8"), ("bloom", None)])
@@ -83,11 +86,18 @@ def test_a_program_that_promotes_strictly(variant, weights, tmp_path):
     scorer = sgpt.CrossEncoder.from_pretrained(folder, weights=weights)
     ids, texts = jnp.ones((2, 8), jnp.int32), ["a heron", "people stay at night"]
 
-    def loss(factor):
-        return sgpt.pool(model.decoder(ids, ids) * factor, ids).sum()
+    structure, params = split(model.decoder)
+
+    def loss(scale):
+        """Of a norm before everything else."""
+        blocks = {
+            **params["blocks"],
+            0: {**params["blocks"][0], "norm1": {**params["blocks"][0]["norm1"], "scale": scale}},
+        }
+        return sgpt.pool(merge(structure, {**params, "blocks": blocks})(ids, ids), ids).sum()
 
     def everything():
-        factor = jnp.ones((1, 1, 1), jnp.float32)
+        factor = params["blocks"][0]["norm1"]["scale"]
         scores = scorer.predict([("a ferry", texts[1])])
         return (
             model.encode(texts),

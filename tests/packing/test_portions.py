@@ -9,18 +9,21 @@ import pytest
 
 import sgpt_jax as sgpt
 from sgpt_jax import bi_encoder
-from sgpt_jax.packing.portions import cut_into_portions, plan_portions
+from sgpt_jax.packing.portions import plan_portions, portions
 from sgpt_jax.packing.rows import Packing, plan_texts
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_every_text_runs_once_and_batches_are_as_full(seed):
+@pytest.mark.parametrize("order", ["as drawn", "shortest first", "longest first"])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_text_runs_once_and_batches_are_as_full(seed, order):
     rng = random.Random(seed)
     packing = Packing(rng.choice([2048, 4096]), 300, rng.choice([1, 8]), rng.choice([None, None, 32]))
     lengths = [rng.choice([rng.randint(1, 30), rng.randint(1, 300)]) for _ in range(400)]
+    if order != "as drawn":
+        lengths.sort(reverse=order == "longest first")
     ids = [[text] * length for text, length in enumerate(lengths)]
-    ends = sorted({*rng.sample(range(1, 400), 9), 400})
-    tokenised = (ids[start:end] for start, end in zip([0, *ends], ends, strict=False))
+    parts = portions(["a" * 4 * length for length in lengths], rng.choice([5000, 10000]), 300)
+    tokenised = ((part, [ids[text] for text in part]) for part in parts)
     found, padded, shapes = [], 0, set()
     for portion in plan_portions(tokenised, len(ids), packing):
         for plan in portion.plans:
@@ -32,15 +35,20 @@ def test_every_text_runs_once_and_batches_are_as_full(seed):
             shapes.add((plan.num_rows, plan.length))
     assert sorted(found) == list(range(400))
     whole = plan_texts(lengths, packing)
-    assert padded <= 1.15 * sum(plan.padded_tokens for plan in whole) + 2 * packing.batch_tokens
+    assert (
+        len(parts) > 2
+        and padded <= 1.05 * sum(plan.padded_tokens for plan in whole) + 2 * packing.batch_tokens
+    )
     assert len(shapes) <= len({(plan.num_rows, plan.length) for plan in whole}) + 2
 
 
 def test_portions_are_of_about_one_size():
     texts = ["a" * 40, "b" * 4000, "", "c" * 40, "d" * 40]
-    assert list(cut_into_portions(texts, 30, 20)) == [slice(0, 2), slice(2, 5)]
-    assert list(cut_into_portions(texts, 1, 20)) == [slice(n, n + 1) for n in range(5)]
-    assert list(cut_into_portions([], 30, 20)) == []
+    assert portions(texts, 30, 20) == [range(5)]
+    assert portions(texts, 25, 20) == [range(0, 5, 2), range(1, 5, 2)]
+    assert portions(texts, 1, 20) == [range(n, 5, 5) for n in range(5)]
+    assert len(portions(texts, 100, 100)) == 1 and len(portions(texts, 100, 100, prompt_length=196)) == 3
+    assert portions([], 30, 20) == [range(0)]
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +60,17 @@ def model(tmp_path_factory):
 TEXTS = [f"{number} people stay at night" + " and the ferry crosses" * (number % 4) for number in range(90)]
 
 
+def of_tokens(size, monkeypatch):
+    """Portions of so many tokens."""
+    cut = bi_encoder.portions
+    monkeypatch.setattr(bi_encoder, "portions", lambda texts, _, *more: cut(texts, size, *more))
+
+
 def test_portions_are_not_to_be_seen(model, monkeypatch):
     """The same vectors, one warning of all that was cut, and errors that count from the first text."""
     with pytest.warns(UserWarning, match="of 90 texts are longer than 12 tokens") as seen:
         whole = model.encode(TEXTS, show_progress=False)
-    monkeypatch.setattr(bi_encoder, "CPU_PORTION", 100)
+    of_tokens(100, monkeypatch)
     with pytest.warns(UserWarning, match="were cut") as again:
         apart = model.encode(TEXTS, batch_tokens=128, show_progress=False)
     assert [str(w.message) for w in again] == [str(w.message) for w in seen]
@@ -66,19 +80,17 @@ def test_portions_are_not_to_be_seen(model, monkeypatch):
 
 
 def test_an_error_in_a_later_portion_ends_the_call(model, monkeypatch):
-    monkeypatch.setattr(bi_encoder, "CPU_PORTION", 100)
+    of_tokens(100, monkeypatch)
     config = model.decoder.config
-    ids = [[config.vocab_size - 1]] * 70 + [[config.vocab_size]] + [[1]] * 19
-    start = 0
+    seen = []
 
     def tokens(texts, *_, on_cut, **__):
-        nonlocal start
-        start += len(texts)
+        seen.extend(texts)
         on_cut(0)
-        return ids[start - len(texts) : start]
+        return [[config.vocab_size if text == TEXTS[72] else 1] for text in texts]
 
     monkeypatch.setattr(model.text, "ids", tokens)
-    with warnings.catch_warnings(), pytest.raises(sgpt.InputError, match=f"text 70 .* {config.vocab_size},"):
+    with warnings.catch_warnings(), pytest.raises(sgpt.InputError, match=f"text 72 .* {config.vocab_size},"):
         warnings.simplefilter("error")
         model.encode(TEXTS, show_progress=False)
-    assert start < len(ids)  # nobody goes on tokenising
+    assert len(seen) < len(TEXTS)  # nobody goes on tokenising
