@@ -50,7 +50,7 @@ def portions(texts: Sequence[str], tokens: int, max_length: int, prompt_length: 
         the indices of each portion's texts; one portion at the least.
     """
     sizes = ((len(text) + prompt_length) // _CHARACTERS_PER_TOKEN + 1 for text in texts)
-    count = max(1, min(len(texts), sum(min(size, max_length) for size in sizes) // tokens))
+    count = max(1, min(len(texts), -(-sum(min(size, max_length) for size in sizes) // tokens)))
     return [range(first, len(texts), count) for first in range(count)]
 
 
@@ -76,7 +76,7 @@ def plan_portions(
         arrived += len(rows)
         lengths = list(map(len, ids))
         if least is None and arrived < total:
-            least = shortest_row(lengths, packing)
+            least = shortest_row(lengths, packing, times=round(total / arrived))
         plans = plan_texts(lengths, packing, least)
         if arrived < total:  # of the batches of one length, all but the last are full
             plans = [plan for plan, after in itertools.pairwise(plans) if plan.length == after.length]

@@ -151,12 +151,22 @@ class Packing:
         return self.batches(fill_rows(lengths, row_length, self.batch_texts or _MOST_TEXTS))
 
 
-def shortest_row(lengths: Sequence[int], packing: Packing) -> int:
-    """The minimum length of rows with which the batches of these texts cost least."""
+def shortest_row(lengths: Sequence[int], packing: Packing, times: int = 1) -> int:
+    """The minimum length of rows with which the batches of texts cost least.
+
+    Args:
+        lengths: tokens of every text.
+        packing: how they are joined.
+        times: there are so many times as many texts of such lengths in all, and as few batches that are not full.
+    """
 
     def cost(least: int) -> float:
-        plans = packing.joined(lengths, least)
-        return sum(batch.padded_tokens * (1 + batch.length / _DOUBLE_COST) for batch in plans)
+        return sum(
+            ((times - 1) * len(batch.rows) + batch.num_rows)
+            * batch.length
+            * (1 + batch.length / _DOUBLE_COST)
+            for batch in packing.joined(lengths, least)
+        )
 
     buckets = length_buckets(packing.max_length)
     most = min(_LONGEST_JOINED, packing.batch_tokens // packing.row_multiple)
