@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 # XLA for GPUs tries Triton for every matmul, and what follows one is then no part of cuBLASLt's, even where cuBLASLt is
 # chosen in the end: of a batch of GPT-Neo 1.3B on an H100, GELU's own kernels take 7 % of the time.
 _WITH_GELU_IN_MATMUL: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+
+_NO_MESH = Mesh(np.empty((), object), ())
 
 # Whether what is traced will be compiled with that: see `decoder_jit`.
 gelu_in_matmul: contextvars.ContextVar[bool] = contextvars.ContextVar("gelu_in_matmul", default=False)
@@ -24,6 +27,13 @@ gelu_in_matmul: contextvars.ContextVar[bool] = contextvars.ContextVar("gelu_in_m
 def usual_promotion() -> Iterator[None]:
     """Ranks and dtypes are promoted as JAX does it by itself, whatever a program has set for its own arrays."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    """Outside what a program has set for itself: how arrays are promoted, and which mesh they lie on."""
+    with usual_promotion(), jax.set_mesh(_NO_MESH):
         yield
 
 
@@ -82,12 +92,12 @@ class DecoderProgram:
         return self._jitted[can_have_gelu_in_matmul(structure, mesh)]
 
     def __call__(self, structure: Any, *arguments: Any, mesh: Mesh | None = None, **options: Any) -> Any:
-        with usual_promotion():
+        with _own_settings():
             return self.of(structure, mesh)(structure, *arguments, mesh=mesh, **options)
 
     def lower(
         self, structure: Any, *arguments: Any, mesh: Mesh | None = None, **options: Any
     ) -> jax.stages.Lowered:
         """The program for these arguments, as `lower` of what `jax.jit` gives."""
-        with usual_promotion():
+        with _own_settings():
             return self.of(structure, mesh).lower(structure, *arguments, mesh=mesh, **options)

@@ -89,6 +89,35 @@ def test_features_of_today_on_a_mesh(tmp_path):
         assert max(errors) < (1e-4 if what == "training" else 1e-5), (what, errors)
 
 
+def test_a_program_with_a_mesh_of_its_own(tmp_path):
+    """What jax.set_mesh has set is for its own arrays."""
+    code = """
+        import sys
+        import jax, numpy as np
+        import decoders
+        import sgpt_jax as sgpt
+        folder = decoders.write_tokenizer(decoders.write_checkpoint("gpt_neo", sys.argv[1]))
+        models = [
+            (sgpt.BiEncoder.from_pretrained(folder, mesh=mesh), sgpt.CrossEncoder.from_pretrained(folder, mesh=mesh))
+            for mesh in (None, sgpt.make_mesh("data=2,tensor=4"))
+        ]
+
+        def found():
+            return [
+                values for encoder, scorer in models
+                for values in (encoder.encode(["a heron"] * 8), scorer.predict([("night", "a ferry")] * 8))
+            ]
+
+        wanted = found()
+        for size in (1, 8):
+            with jax.set_mesh(jax.make_mesh((size,), ("x",), devices=jax.devices()[:size])):
+                for ours, theirs in zip(found(), wanted):
+                    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        print("the same")
+    """
+    assert run_on_eight(code, tmp_path / "model").stdout.splitlines()[-1] == "the same"
+
+
 def test_default_of_a_command():
     """One CPU device; all accelerators of this process on data."""
     assert device_mesh(None) is None
