@@ -16,7 +16,7 @@ from sgpt_jax.runtime import processes
 from .data import is_tfds
 from .losses import LossConfig
 from .optimizer import trained_kinds
-from .recipes import RECIPES, TrainConfig, lacking
+from .recipes import NO_TEACHER, RECIPES, TrainConfig, lacking
 
 _SEEDS = 2**63  # that JAX takes
 
@@ -78,7 +78,7 @@ def _check_all_count(config: TrainConfig) -> None:
     """
     default = RECIPES[config.recipe][0]
     for name, reason in idle_options(config).items():
-        if getattr(config, name) != getattr(default, name):
+        if getattr(config, name) not in (getattr(default, name), None):
             raise InputError(f"--{name.replace('_', '-')} {reason}")
 
 
@@ -94,6 +94,9 @@ def idle_options(config: TrainConfig) -> dict[str, str]:
     has_files = config.recipe == "pairs" or (config.recipe == "nli" and is_parquet(config.data))
     if has_files and not (is_hub(config.data) or is_tfds(config.data)):
         idle["split"] = "is for data sets of TFDS and of the hub: a file has no splits"
+    if adapts and config.teacher == NO_TEACHER:
+        scored = ("distill", "near", "entropy", "keep_rank")
+        idle |= dict.fromkeys(scored, "is about a teacher's scores, which --teacher none goes without")
     if not config.distill:
         idle["distill_weight"] = "is for --distill"
     if "lora" not in trained_kinds(config.trainable):

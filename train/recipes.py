@@ -175,7 +175,12 @@ class TrainConfig:
         paths = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
         config = dataclasses.replace(self, **paths)
         if config.teacher == NO_TEACHER:  # nothing fits scores where no teacher gives any
-            config = dataclasses.replace(config, distill=None, near=None)
+            usual = RECIPES["adapt"][0]  # values of the user's own stay, and are refused
+            config = dataclasses.replace(
+                config,
+                distill=None if config.distill == usual.distill else config.distill,
+                near=None if config.near == usual.near else config.near,
+            )
         if config.add_biases is None:
             alone = config.recipe == "adapt" and config.trainable == "bias"
             config = dataclasses.replace(config, add_biases=alone)

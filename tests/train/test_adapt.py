@@ -164,6 +164,9 @@ def corpus(tmp_path_factory):
 OPTIONS = "--batch-size 8 --max-seq-length 64 --group-size 4 --lr 1e-2 --dev-documents 20 --keep-rank 4"
 
 
+NONE = ("--teacher", "none", "--keep-rank", "3")
+
+
 def run(base, corpus, out, *options):
     arguments = ["adapt", "--model", base, "--corpus", corpus, "--output", out, *OPTIONS.split(), *options]
     return main(list(map(str, arguments)))
@@ -231,7 +234,7 @@ def test_scores_are_the_cross_encoders(base, corpus, tmp_path):
 def test_without_a_teacher_and_an_early_end(base, corpus, tmp_path, capsys):
     """A rate of nearly nothing finds nothing better; --resume adds no steps to a run that has ended."""
     options = ["--pseudo", "title", "--teacher", "none", "--steps", 12, "--eval-every", 2, "--patience", 2]
-    options += ["--lr", "1e-12"]
+    options += ["--lr", "1e-12", "--keep-rank", 3]
     assert run(base, corpus, tmp_path, *options) == 0
     assert "2 evaluations in a row were no better" in capsys.readouterr().out
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
@@ -272,7 +275,12 @@ def test_zero_biases_are_added_where_they_alone_train():
         (["--pseudo", "titles"], "--pseudo titles: the kinds are title, sentence"),
         (["--pseudo", ""], "no queries"),
         (["--entropy", "1.5"], "--entropy 1.5"),
-        (["--teacher", "none", "--queries", "QUERIES"], "--queries needs a teacher"),
+        ([*NONE, "--queries", "QUERIES"], "--queries needs a teacher"),
+        ([*NONE, "--distill", "margin"], "--distill is about a teacher's scores"),
+        ([*NONE, "--near", "2"], "--near is about a teacher's scores"),
+        ([*NONE, "--entropy", "0.5"], "--entropy is about a teacher's scores"),
+        (["--teacher", "none", "--keep-rank", "1"], "--keep-rank is about a teacher's scores"),
+        ([*NONE, "--distill-weight", "2"], "--distill-weight is for --distill"),
         (
             ["--dev-queries", "0", "--eval-every", "2"],
             "--eval-every is about evaluations, which need --dev-queries",
