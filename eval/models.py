@@ -95,6 +95,9 @@ def check_stages(args: argparse.Namespace) -> None:
     for model, names in (("model", of_encoder), ("cross_encoder", ["prompt", "rerank_depth"])):
         if not getattr(args, model) and (unused := flags_given(args, names)):
             raise InputError(f"{', '.join(unused)}: only for a --{model.replace('_', '-')}")
+    unused = ["--dtype"] * (args.dtype != "float32") + flags_given(args, ("weights", "mesh", "batch_tokens"))
+    if unused and not (args.model or args.cross_encoder):
+        raise InputError(f"{', '.join(unused)}: only for a --model or a --cross-encoder")
 
 
 def check_sides(args: argparse.Namespace) -> None:

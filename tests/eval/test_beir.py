@@ -147,6 +147,10 @@ def test_two_first_stages_are_refused(small, tmp_path, models, capsys):
             ("--model", "fake", "--prompt", "x {}", "--rerank-depth", 100),
             "--prompt, --rerank-depth: only for a --cross-encoder",
         ),
+        (
+            ("--dtype", "bfloat16", "--weights", "int8", "--batch-tokens", 64),
+            "--dtype, --weights, --batch-tokens: only for a --model or a --cross-encoder",
+        ),
     ],
 )
 def test_options_of_a_model_that_is_not_asked_for_are_refused(
